@@ -1,0 +1,1 @@
+"""Tests; makes helper modules importable as ``tests.<folder>.<module>``, whatever else is installed."""
