@@ -1,0 +1,1 @@
+"""What a finished run leaves in its folder: metrics, summary, figures, exported weights."""

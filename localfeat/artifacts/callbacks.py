@@ -1,0 +1,265 @@
+"""Callbacks that make a run repeatable and measure its speed and memory."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from statistics import median
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from localfeat.memory.tracker import StorageTracker
+
+GIB = 1024**3
+WARM_UP_BATCHES = 2
+"""Batches at the start of a run that measure compilation, autotuning and cold caches rather than training."""
+
+
+def batch_seed(seed: int, epoch: int, batch_idx: int, rank: int) -> int:
+    """A 63-bit seed in which neighbouring arguments share nothing (NumPy's ``SeedSequence``)."""
+    high, low = np.random.SeedSequence((seed, epoch, batch_idx, rank)).generate_state(2, np.uint32).tolist()
+    return ((high << 32) | low) >> 1
+
+
+class SeedEachBatch(Callback):
+    """Seeds torch's generators (all devices) before every training batch from (seed, epoch, batch, rank).
+
+    A batch's augmentation, dropout and drop path then depend on nothing that happened before: not on validation or
+    test loops in between, not on whether the run was killed and resumed. Lightning saves no generator state, so a
+    resumed run could not repeat them otherwise.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        torch.manual_seed(batch_seed(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank))
+
+
+class PeakMemory(Callback):
+    """The most memory that training takes, in bytes.
+
+    On CUDA: ``torch.cuda.max_memory_allocated`` over all of training, validation left out (its batches may be larger
+    and have no graph). On every other device: the allocations of one training batch, counted by ``StorageTracker``
+    on top of weights, buffers, optimizer state, gradients and the batch itself. That batch is the third of the run,
+    when optimizer states exist, or the last one of a shorter run.
+
+    Attributes:
+        peak_bytes: the figure; None until taken, and for ever if no batch could be measured.
+        reserved_bytes: ``torch.cuda.max_memory_reserved``; None off CUDA.
+        source: where ``peak_bytes`` comes from; None as long as there is none.
+        slow_batch: 0-based number, within this fit, of the batch that the accounting slows down; None on CUDA.
+    """
+
+    def __init__(self) -> None:
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self.peak_bytes: int | None = None
+        self.reserved_bytes: int | None = None
+        self.source: str | None = None
+        self.slow_batch: int | None = None
+        self._batches = 0
+        self._tracker: StorageTracker | None = None
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._start_over()
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+        else:
+            self.slow_batch = max(0, min(WARM_UP_BATCHES, remaining_batches(trainer) - 1))
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._batches == self.slow_batch:
+            self._tracker = StorageTracker(existing_tensors(trainer, pl_module, batch))
+            self._tracker.__enter__()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._batches += 1
+        tracker = self._leave()
+        if tracker is not None:
+            self.peak_bytes = tracker.peak_bytes
+            self.source = "allocator accounting of one training batch"
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._read_cuda(trainer, pl_module)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self._measures_cuda(trainer, pl_module) and not trainer.sanity_checking:
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._read_cuda(trainer, pl_module)
+        if self.peak_bytes is not None:
+            pl_module.log("memory/peak_gib", self.peak_bytes / GIB, rank_zero_only=True)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._read_cuda(trainer, pl_module)
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        self._leave()
+
+    def _leave(self) -> StorageTracker | None:
+        tracker, self._tracker = self._tracker, None
+        if tracker is not None:
+            tracker.__exit__(None, None, None)
+        return tracker
+
+    def _measures_cuda(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> bool:
+        return pl_module.device.type == "cuda" and trainer.state.fn == "fit"
+
+    def _read_cuda(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self._measures_cuda(trainer, pl_module) and self._batches:
+            device = pl_module.device
+            self.peak_bytes = max(self.peak_bytes or 0, torch.cuda.max_memory_allocated(device))
+            self.reserved_bytes = max(self.reserved_bytes or 0, torch.cuda.max_memory_reserved(device))
+            self.source = "torch.cuda.max_memory_allocated"
+
+
+class Throughput(Callback):
+    """Training images per second, as the user waits for them.
+
+    An epoch is timed from its first batch's start to its last batch's end: waiting for the loader counts, validation
+    does not. The first two batches of a run and the one that ``PeakMemory`` slows down are left out, with the time
+    they took. CUDA is synchronised where the clock starts or stops for good, not per batch: once after the batches
+    left out, before validation, and at the ends of epochs.
+
+    Attributes:
+        epochs: images per second of every epoch of this fit in which at least one batch was timed (all ranks).
+        outside: for the same epochs, the share of the time not spent between ``on_train_batch_start`` and
+            ``on_train_batch_end``: loader, logging, checkpoints. On CUDA the host may run ahead of the device, so
+            this is then the host's view.
+    """
+
+    def __init__(self) -> None:
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self.epochs: list[float] = []
+        self.outside: list[float] = []
+        self._batches = 0
+        self._left_out: set[int] = set()
+        self._reset_epoch()
+
+    def _reset_epoch(self) -> None:
+        self._images = 0
+        self._seconds = 0.0
+        self._inside = 0.0
+        self._mark: float | None = None  # None: the clock stands still
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Median over the timed epochs; None when there was none."""
+        return median(self.epochs) if self.epochs else None
+
+    @property
+    def seconds_outside_step(self) -> float | None:
+        """Median share (0 to 1) of an epoch's time spent outside the training step; None without a timed epoch."""
+        return median(self.outside) if self.outside else None
+
+    @property
+    def latest(self) -> float | None:
+        """Images per second of the running epoch so far, else of the last one; for progress displays."""
+        if self._images:
+            return self._images / self._seconds
+        return self.epochs[-1] if self.epochs else None
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._start_over()
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._batches:
+            slow = {callback.slow_batch for callback in peak_memory_callbacks(trainer)}
+            self._left_out = {*range(WARM_UP_BATCHES), *(number for number in slow if number is not None)}
+        self._step_start = time.perf_counter()
+        if self._mark is None:
+            self._mark = self._step_start
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        left_out = self._batches in self._left_out
+        if trainer.is_last_batch or (left_out and self._batches + 1 not in self._left_out):
+            synchronize(pl_module.device)
+        now = time.perf_counter()
+        if not left_out and self._mark is not None:
+            self._images += batch_size(batch) * trainer.world_size
+            self._seconds += now - self._mark
+            self._inside += now - self._step_start
+        self._batches += 1
+        self._mark = now
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self._mark is not None and not trainer.is_last_batch and self._images:
+            # Mid-epoch: what the device still has to do for the batches counted is theirs, what follows is not.
+            synchronize(pl_module.device)
+            rest = time.perf_counter() - self._mark
+            self._seconds += rest
+            self._inside += rest
+        self._mark = None
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self._images:
+            self.epochs.append(self._images / self._seconds)
+            self.outside.append(1 - self._inside / self._seconds)
+            pl_module.log("speed/images_per_second", self.epochs[-1], rank_zero_only=True)
+            pl_module.log("speed/outside_step", self.outside[-1], rank_zero_only=True)
+        self._reset_epoch()
+
+
+def peak_memory_callbacks(trainer: lightning.Trainer) -> list[PeakMemory]:
+    """The ``PeakMemory`` callbacks of this trainer (usually one or none)."""
+    return [callback for callback in getattr(trainer, "callbacks", []) if isinstance(callback, PeakMemory)]
+
+
+def remaining_batches(trainer: lightning.Trainer) -> int:
+    """How many training batches this fit has still to run; a large number where nothing limits it."""
+    limits: list[float] = []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        # After a resume at an epoch's end the progress still shows that epoch's batches: hence the remainder.
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed % trainer.num_training_batches
+        limits.append((trainer.max_epochs - trainer.current_epoch) * trainer.num_training_batches - done)
+    if trainer.max_steps >= 0:
+        limits.append(trainer.max_steps - trainer.global_step)
+    least = min(limits, default=math.inf)
+    return int(least) if math.isfinite(least) else 2**62
+
+
+def existing_tensors(trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any) -> Iterator[Tensor]:
+    """All that is allocated when a step begins: weights, buffers, gradients, optimizer state, the batch."""
+    for parameter in pl_module.parameters():
+        yield parameter
+        if parameter.grad is not None:
+            yield parameter.grad
+    yield from pl_module.buffers()
+    state = [optimizer.state_dict()["state"] for optimizer in trainer.optimizers]
+    yield from (leaf for leaf in tree_leaves([state, batch]) if isinstance(leaf, Tensor))
+
+
+def batch_size(batch: Any) -> int:
+    """Length of the first tensor's first dimension."""
+    return next(int(leaf.shape[0]) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device where work is queued; does nothing on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
