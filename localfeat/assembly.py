@@ -1,0 +1,76 @@
+"""From a timm model, a split and a method to the list of local modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import nn
+
+from localfeat.errors import UserError
+from localfeat.network import LocalModule, Split, as_split, decompose
+from localfeat.objectives import ClassifierObjective, DecoderFactory, Method, Objective, Site
+
+
+def build_local_modules(
+    backbone: nn.Module,
+    method: Method,
+    split: Split | int | Sequence[int],
+    decoder: DecoderFactory,
+) -> nn.ModuleList:
+    """Cut ``backbone`` and give every piece its objective.
+
+    The pieces hold the backbone's own parameters: training them trains it. A method that is not local gets one
+    module, whatever the split says (the split must still be possible).
+
+    Raises:
+        UserError: an unknown family, a split that the backbone cannot have, a target that the decoder cannot reach.
+    """
+    size = image_size_of(backbone)
+    pieces = decompose(backbone, size)
+    lengths = as_split(split, pieces.stage_depths).blocks_per_module(pieces.stage_depths)
+    if not method.local:
+        lengths = [sum(lengths)]
+    mean, std = normalisation_of(backbone)
+    modules = nn.ModuleList()
+    start = 0
+    for index, length in enumerate(lengths):
+        stop = start + length
+        objective: Objective
+        if index == len(lengths) - 1:
+            objective = ClassifierObjective(pieces.tail, method.label_smoothing)
+        else:
+            site = Site(
+                index=index,
+                modules=len(lengths),
+                inputs=pieces.shapes[start],
+                outputs=pieces.shapes[stop],
+                image_size=size,
+                num_classes=cast(int, backbone.num_classes),
+                mean=mean,
+                std=std,
+            )
+            objective = method.build(site, decoder)
+        modules.append(LocalModule(pieces.stem if index == 0 else None, pieces.blocks[start:stop], objective))
+        start = stop
+    return modules
+
+
+def image_size_of(backbone: nn.Module) -> int:
+    """Side in pixels of the square images that a timm model takes (its own, or its pretrained default)."""
+    embed: Any = getattr(backbone, "patch_embed", None)
+    fixed = getattr(embed, "img_size", None)
+    height, width = fixed or _config(backbone).get("input_size", (3, 224, 224))[1:]
+    if height != width:
+        raise UserError(f"this backbone takes {height} x {width} images: only square ones are supported")
+    return int(height)
+
+
+def normalisation_of(backbone: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel (pixels in [0, 1]) that a timm model expects of its images."""
+    config = _config(backbone)
+    return tuple(config.get("mean", (0.485, 0.456, 0.406))), tuple(config.get("std", (0.229, 0.224, 0.225)))
+
+
+def _config(backbone: nn.Module) -> dict[str, Any]:
+    return dict(getattr(backbone, "pretrained_cfg", None) or {})

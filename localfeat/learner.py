@@ -1,0 +1,276 @@
+"""The training loop of every method: module by module, each with its own loss, backward and optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import lightning
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.core.optimizer import do_nothing_closure as nothing
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from localfeat.assembly import build_local_modules
+from localfeat.errors import UserError
+from localfeat.network import LocalModule, LocalOutput, Split
+from localfeat.objectives import ClassifierObjective, DecoderFactory, Method, Reconstruction, as_decoder, as_method
+from localfeat.optimization import Optimization, undecayed_parameters
+
+
+class Learner(lightning.LightningModule):
+    """Trains a timm model as a list of local modules under a plain ``lightning.Trainer``.
+
+    Batches are ``(images, labels)``: normalised float images (B, 3, H, W) and class indices (B,). A datamodule
+    with a method ``prepare(images, labels, training=bool)`` may send anything that this method turns into
+    such a batch (on the device, inside the step, so that the float images can be freed before it ends).
+
+    Args:
+        backbone: a timm model of a known family; its classifier says how many classes there are. It is trained
+            in place and stays a plain timm model.
+        method: a name from ``METHODS`` or a :class:`Method`.
+        split: K, a list of cuts, or a :class:`Split`; ``e2e`` trains one module whatever it says.
+        decoder: ``interp``, ``one_layer``, ``deconv`` or a factory ``(in_channels, out_channels, upscale) -> module``.
+        optimization: the optimizer that every module gets one of.
+        compile: ``torch.compile`` every local module.
+
+    Raises:
+        UserError: combinations that cannot be built.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        method: str | Method = "feature_recon",
+        split: Split | int | Sequence[int] = 4,
+        decoder: str | DecoderFactory = "one_layer",
+        *,
+        optimization: Optimization | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.method = as_method(method)
+        self.optimization = optimization or Optimization()
+        self._backbone = (backbone,)  # not registered: its parameters live in the local modules
+        self.local_modules = build_local_modules(backbone, self.method, split, as_decoder(decoder))
+        self.num_classes = cast(int, backbone.num_classes)
+        self.val_accuracy = MulticlassAccuracy(self.num_classes, average="micro")
+        self.test_accuracy = MulticlassAccuracy(self.num_classes, average="micro")
+        self.epoch_means: dict[str, float] = {}  # of the last finished training epoch
+        self._sums: dict[str, Tensor] = {}
+        self._batches = 0
+        users = [i for i, m in enumerate(self._modules_in_order) if m.objective.uses_images]
+        self._last_image_user = max(users, default=0)
+        if compile:
+            for module in self.local_modules:
+                module.compile()
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The timm model that is being trained."""
+        return self._backbone[0]
+
+    @property
+    def blocks_per_module(self) -> list[int]:
+        """Number of backbone blocks in each local module."""
+        return [len(module.blocks) for module in self._modules_in_order]
+
+    @property
+    def _modules_in_order(self) -> list[LocalModule]:
+        return [cast(LocalModule, module) for module in self.local_modules]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes) of normalised images (B, 3, H, W): the plain timm model, no auxiliary parts."""
+        x = images
+        for module in self._modules_in_order:
+            _, x = module.body(x)
+        return cast(Tensor, cast(ClassifierObjective, self._modules_in_order[-1].objective).tail(x))
+
+    # --- training -----------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """One batch through every module in turn. At most one module's graph is alive at a time."""
+        optimizers = self._optimizers_counting_batches()
+        images: Tensor | None
+        images, labels = self._prepare(batch, training=True)
+        features = images
+        accumulate = self.optimization.accumulate
+        steps = (batch_index + 1) % accumulate == 0 or self.trainer.is_last_batch
+        for index, (module, optimizer) in enumerate(zip(self._modules_in_order, optimizers, strict=True)):
+            output: LocalOutput = module(features, images, labels)
+            self.manual_backward(output.loss / accumulate)
+            features = output.features
+            if index == self._last_image_user:
+                images = None
+            self._record(index, output, labels)
+            del output  # and with it the module's graph
+            if steps:
+                self._step(optimizer)
+        if not steps:  # the trainer counts batches, also those that only accumulate
+            self.trainer.fit_loop.epoch_loop.manual_optimization._on_before_step()
+            self.trainer.fit_loop.epoch_loop.manual_optimization._on_after_step()
+        self._log_training()
+        for scheduler in self._schedulers():
+            scheduler.step()
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Backward outside autocast, as automatic optimization does it (Lightning leaves it on in manual mode)."""
+        with torch.autocast(self.device.type, enabled=False):
+            super().manual_backward(loss, *args, **kwargs)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip one module's gradients: Lightning calls this after unscaling, in every precision."""
+        if self.optimization.gradient_clip is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.optimization.gradient_clip)
+
+    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[dict[str, Any]]]:
+        """One AdamW and one schedule per local module."""
+        never_decayed = undecayed_parameters(self.backbone)
+        optimizers = [self.optimization.build(module, never_decayed) for module in self.local_modules]
+        schedulers = [
+            {
+                "scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor),
+                "interval": "step",
+                "name": f"lr/module_{index}",
+            }
+            for index, optimizer in enumerate(optimizers, start=1)
+        ]
+        return optimizers, schedulers
+
+    def on_fit_start(self) -> None:
+        """One GradScaler serves K optimizers and counts their steps: let it count batches."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            scaler.set_growth_interval(2000 * len(self.local_modules))
+
+    def on_train_start(self) -> None:
+        """The length of the run is known only now: set the first learning rate again."""
+        for scheduler in self._schedulers():
+            for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
+                group["lr"] = base * self._lr_factor(scheduler.last_epoch)
+
+    def on_train_epoch_start(self) -> None:
+        """Start the epoch's means afresh."""
+        self._sums, self._batches = {}, 0
+
+    def on_train_epoch_end(self) -> None:
+        """Keep the epoch's means for the summary."""
+        if self._batches:
+            self.epoch_means = {name: float(value) / self._batches for name, value in self._sums.items()}
+
+    def train(self, mode: bool = True) -> Learner:
+        """Also tell the backbone, which is not registered."""
+        super().train(mode)
+        self.backbone.train(mode)
+        return self
+
+    # --- evaluation ---------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Loss and accuracy of the plain timm model."""
+        self._evaluate(batch, "val", self.val_accuracy)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Loss and accuracy of the plain timm model."""
+        self._evaluate(batch, "test", self.test_accuracy)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> list[Reconstruction]:
+        """What each decoder makes of normalised images (B, 3, H, W); empty for methods that do not reconstruct."""
+        found = []
+        x = images
+        for index, module in enumerate(self._modules_in_order, start=1):
+            inputs, x = module.body(x)
+            found.append(module.objective.reconstruct(inputs, x, images, index))
+        return [reconstruction for reconstruction in found if reconstruction is not None]
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Numbers of parameters: backbone, auxiliary parts, both, and each local module."""
+        modules = {f"module_{i}": _count(module) for i, module in enumerate(self.local_modules, start=1)}
+        backbone, total = _count(self.backbone), sum(modules.values())
+        return {"backbone": backbone, "auxiliary": total - backbone, "total": total, **modules}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Optimizers are saved by position: write down what the positions mean."""
+        checkpoint["localfeat"] = {"method": self.method.name, "blocks_per_module": self.blocks_per_module}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other modules."""
+        own = {"method": self.method.name, "blocks_per_module": self.blocks_per_module}
+        saved = checkpoint.get("localfeat")
+        if saved != own:
+            raise UserError(f"the checkpoint was written by {saved}, and this run is {own}")
+
+    # --- inner parts --------------------------------------------------------------------------------------------
+
+    def _prepare(self, batch: tuple[Tensor, Tensor], training: bool) -> tuple[Tensor, Tensor]:
+        prepare = getattr(getattr(self.trainer, "datamodule", None), "prepare", None)
+        images, labels = batch
+        return prepare(images, labels, training=training) if prepare is not None else (images, labels)
+
+    def _optimizers_counting_batches(self) -> list[LightningOptimizer]:
+        """The K optimizers, of which only the last one moves ``trainer.global_step``.
+
+        Lightning counts every optimizer step and arms the counting hooks anew at each batch (Lightning #17958).
+        """
+        optimizers = self.optimizers()
+        found = cast("list[LightningOptimizer]", optimizers if isinstance(optimizers, list) else [optimizers])
+        for optimizer in found[:-1]:
+            optimizer._on_before_step = optimizer._on_after_step = nothing
+        return found
+
+    def _schedulers(self) -> list[torch.optim.lr_scheduler.LambdaLR]:
+        schedulers = self.lr_schedulers() or []
+        return cast(
+            "list[torch.optim.lr_scheduler.LambdaLR]", schedulers if isinstance(schedulers, list) else [schedulers]
+        )
+
+    def _step(self, optimizer: LightningOptimizer) -> None:
+        with torch.autocast(self.device.type, enabled=False):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _lr_factor(self, batch: int) -> float:
+        per_epoch = float(self.trainer.num_training_batches)
+        if per_epoch == float("inf"):
+            return 0.0  # before the loaders are there; on_train_start sets it again
+        epochs, steps = self.trainer.max_epochs or -1, self.trainer.max_steps
+        totals = [epochs * per_epoch] * (epochs > 0) + [float(steps)] * (steps > 0)
+        if not totals:
+            raise UserError("the learning-rate schedule needs an end: give the Trainer max_epochs or max_steps")
+        return self.optimization.lr_factor(batch, int(min(totals)), per_epoch)
+
+    def _record(self, index: int, output: LocalOutput, labels: Tensor) -> None:
+        """Add one module's figures to the epoch's sums, without waiting for the device."""
+        prefix = f"train/module_{index + 1}"
+        figures = {f"{prefix}/{name}": value for name, value in output.terms.items()}
+        figures[f"{prefix}/loss"] = output.loss.detach()
+        if output.logits is not None:
+            truth = labels.argmax(1) if labels.is_floating_point() else labels
+            figures["train/accuracy"] = (output.logits.argmax(1) == truth).float().mean()
+            figures["train/loss"] = output.terms["cross_entropy"]
+        for name, value in figures.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._latest = {**(self._latest if index else {}), **figures}
+
+    def _log_training(self) -> None:
+        self._batches += 1
+        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+            lr = cast(Any, self._schedulers()[0]).get_last_lr()[0]
+            self.log_dict({**self._latest, "train/lr": lr}, batch_size=1)
+            self.log("loss", self._latest["train/loss"], prog_bar=True, logger=False, batch_size=1)
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, accuracy: MulticlassAccuracy) -> None:
+        images, labels = self._prepare(batch, training=False)
+        logits = self(images).float()
+        accuracy.update(logits, labels)
+        loss = nn.functional.cross_entropy(logits, labels)
+        self.log(f"{stage}/loss", loss, on_epoch=True, on_step=False, batch_size=len(labels))
+        self.log(f"{stage}/accuracy", accuracy, on_epoch=True, on_step=False, prog_bar=True, batch_size=len(labels))
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,104 @@
+"""Backbones come from timm; this only turns its failures into one line and checks image sizes against windows."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import huggingface_hub as hub
+import timm
+from timm.models.swin_transformer import SwinTransformer
+from torch import nn
+
+from localfeat.errors import UserError
+
+
+def build_backbone(
+    name: str,
+    num_classes: int,
+    *,
+    image_size: int | None = None,
+    pretrained: bool = False,
+    drop_path_rate: float | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """A timm model with a classifier of ``num_classes`` outputs.
+
+    Args:
+        name: a timm model name, e.g. ``swin_tiny_patch4_window7_224``.
+        image_size: side of the square input in pixels; ``None`` keeps the model's own.
+        pretrained: download timm's ImageNet weights (the classifier is new when its size differs).
+        drop_path_rate: stochastic depth; ``None`` keeps the model's own.
+        arguments: further constructor arguments of the model, e.g. ``{"depths": [2, 2, 2, 2]}``.
+
+    Raises:
+        UserError: unknown name or argument, weights that cannot be downloaded, an image size that the
+            model's patches or windows cannot take.
+    """
+    if not timm.is_model(name):
+        raise UserError(f"backbone.name={name}: timm has no such model (see timm.list_models())")
+    options: dict[str, Any] = {**(arguments or {}), "num_classes": num_classes}
+    if drop_path_rate is not None:
+        options["drop_path_rate"] = drop_path_rate
+    if image_size is not None and _takes_img_size(name):
+        options["img_size"] = image_size
+    try:
+        with _hub_offline_without_network() if pretrained else nullcontext():
+            model = cast(nn.Module, timm.create_model(name, pretrained=pretrained, **options))
+    except Exception as error:
+        raise _explained(error, name, pretrained) from error
+    if isinstance(model, SwinTransformer):
+        _check_windows(model)
+    return model
+
+
+def _takes_img_size(name: str) -> bool:
+    """Transformers fix their input size when built; convolutional networks take any."""
+    return timm.models.get_arch_name(name).startswith(("swin", "vit", "deit"))
+
+
+@contextmanager
+def _hub_offline_without_network() -> Iterator[None]:
+    """Let the hub client use its cache alone when its host has no address, instead of retrying for a minute."""
+    before = hub.constants.HF_HUB_OFFLINE
+    try:
+        socket.getaddrinfo(urlsplit(hub.constants.ENDPOINT).hostname, 443)
+    except OSError:
+        hub.constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        hub.constants.HF_HUB_OFFLINE = before
+
+
+def _explained(error: Exception, name: str, pretrained: bool) -> UserError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, TypeError | AssertionError | ValueError) and not pretrained:
+        return UserError(f"backbone {name} cannot be built so: {reason}")
+    if pretrained:
+        return UserError(
+            f"backbone.pretrained=true: the weights of {name} cannot be downloaded ({type(error).__name__}); "
+            "put them in a file and use backbone.weights=<file.safetensors>"
+        )
+    raise error
+
+
+def _check_windows(model: SwinTransformer) -> None:
+    """Refuse sizes at which timm would silently pad windows or lose pixels."""
+    embed: Any = model.patch_embed
+    (size, _), (patch, _) = embed.img_size, embed.patch_size
+    stages: list[Any] = list(model.layers)
+    unit = patch * 2 ** (len(stages) - 1)
+    sides = [stage.output_resolution[0] for stage in stages]
+    windows = [stage.blocks[0].window_size[0] for stage in stages]
+    if size % unit == 0 and all(side % window == 0 for side, window in zip(sides, windows, strict=True)):
+        return
+    step = unit * windows[0]
+    below = max(size // step, 1) * step
+    raise UserError(
+        f"image_size={size}: patches of {patch} px and windows of {windows[0]} over {len(stages)} stages cannot tile it; "
+        f"sizes that work: {below}, {below + step}"
+    )

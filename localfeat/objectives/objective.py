@@ -1,0 +1,130 @@
+"""What a local module is trained for: the final classifier, or supervision and reconstruction before it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localfeat.errors import UserError
+from localfeat.objectives.auxiliary import AuxiliaryBlock, PooledHead
+from localfeat.objectives.losses import RECONSTRUCTION_LOSSES, supervised_nt_xent
+from localfeat.objectives.targets import FeatureTarget, ImageTarget
+
+Terms = dict[str, Tensor]
+
+
+class Reconstruction(NamedTuple):
+    """A decoder's output beside its target, in one range: pixels in [0, 1] for images."""
+
+    module: int  # counted from 1
+    kind: str  # "image" or "features"
+    target: Tensor  # (B, C, H, W)
+    output: Tensor  # (B, C, H, W)
+
+
+class Objective(nn.Module):
+    """``(inputs, outputs, images, labels) -> (terms, logits)``.
+
+    ``inputs`` are the module's input features (detached), ``outputs`` its output features, both in the
+    backbone's layout; ``images`` the normalised images (B, 3, H, W), ``None`` once no objective needs them; ``labels`` (B,) class indices, or
+    (B, num_classes) probabilities under mixup. ``terms`` are unweighted scalars; ``weights`` has a factor for
+    each. ``logits`` come from the final classifier only.
+    """
+
+    weights: dict[str, float]
+    uses_images: bool = False  # whether the images must be kept until this module has run
+
+    def reconstruct(self, inputs: Tensor, outputs: Tensor, images: Tensor, module: int) -> Reconstruction | None:
+        """Output and target of the decoder, for a look; ``None`` where there is no decoder."""
+        return None
+
+
+class ClassifierObjective(Objective):
+    """Cross entropy at the backbone's own classifier: the last module's objective, and all there is to ``e2e``."""
+
+    def __init__(self, tail: nn.Module, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.tail = tail
+        self.label_smoothing = label_smoothing
+        self.weights = {"cross_entropy": 1.0}
+
+    def forward(
+        self, inputs: Tensor, outputs: Tensor, images: Tensor | None, labels: Tensor
+    ) -> tuple[Terms, Tensor | None]:
+        logits = self.tail(outputs)
+        return {"cross_entropy": _cross_entropy(logits, labels, self.label_smoothing)}, logits
+
+
+class LocalObjective(Objective):
+    """Auxiliary block with two branches: a pooled head under supervision, and a decoder (SPEC, L_i).
+
+    Args:
+        auxiliary: reads the module's output features.
+        head: pooled embeddings (``contrast``) or class logits (``cross_entropy``).
+        supervision: the term that the head is trained by.
+        decoder: auxiliary features -> the target's shape; ``None`` for methods that do not reconstruct.
+        target: what the decoder has to reconstruct.
+        reconstruction_loss: ``bce``, ``mse``, ``smooth_l1`` or ``cosine``.
+        weights: factors of ``contrast`` or ``cross_entropy``, and of ``reconstruction``.
+    """
+
+    def __init__(
+        self,
+        auxiliary: AuxiliaryBlock,
+        head: PooledHead,
+        supervision: str,
+        decoder: nn.Module | None,
+        target: FeatureTarget | ImageTarget | None,
+        reconstruction_loss: str,
+        weights: dict[str, float],
+        temperature: float,
+        label_smoothing: float,
+    ) -> None:
+        super().__init__()
+        self.auxiliary = auxiliary
+        self.head = head
+        self.supervision = supervision
+        self.decoder = decoder
+        self.target = target
+        self.reconstruction_loss = RECONSTRUCTION_LOSSES[reconstruction_loss]
+        self.weights = weights
+        self.temperature = temperature
+        self.label_smoothing = label_smoothing
+        self.uses_images = isinstance(target, ImageTarget)
+
+    def forward(
+        self, inputs: Tensor, outputs: Tensor, images: Tensor | None, labels: Tensor
+    ) -> tuple[Terms, Tensor | None]:
+        maps = self.auxiliary(outputs)  # (B, width, h, w)
+        terms = {self.supervision: self._supervise(self.head(maps), labels)}
+        if self.decoder is not None and self.target is not None:
+            prediction, target = self.decoder(maps), self.target(inputs, images)
+            with torch.autocast(prediction.device.type, enabled=False):
+                terms["reconstruction"] = self.reconstruction_loss(prediction.float(), target)
+        return terms, None
+
+    def _supervise(self, head: Tensor, labels: Tensor) -> Tensor:
+        if self.supervision == "cross_entropy":
+            return _cross_entropy(head, labels, self.label_smoothing)
+        if labels.is_floating_point():
+            raise UserError("the contrastive loss needs one class per image: switch mixup and cutmix off")
+        with torch.autocast(head.device.type, enabled=False):
+            return supervised_nt_xent(head.float(), labels, self.temperature)
+
+    def reconstruct(self, inputs: Tensor, outputs: Tensor, images: Tensor, module: int) -> Reconstruction | None:
+        """See :meth:`Objective.reconstruct`."""
+        if self.decoder is None or self.target is None:
+            return None
+        output = self.target.activate(self.decoder(self.auxiliary(outputs)).float())
+        target = self.target(inputs, images)
+        if isinstance(self.target, ImageTarget):
+            output, target = self.target.as_pixels(output), self.target.as_pixels(target)
+        return Reconstruction(module, self.target.kind, target, output)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    with torch.autocast(logits.device.type, enabled=False):
+        return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)

@@ -1,0 +1,80 @@
+"""The optimizer of one local module: parameter groups, learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from localfeat.errors import UserError
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """AdamW for every local module, all with the same settings (Swin's recipe by default).
+
+    Args:
+        lr: peak learning rate.
+        weight_decay: not applied to norms, biases, position tables and tokens.
+        betas: AdamW's.
+        eps: AdamW's.
+        warmup_epochs: linear warm-up, may be a fraction of an epoch.
+        final_lr: learning rate at the end of the cosine, as a fraction of ``lr``.
+        gradient_clip: largest gradient norm of one module, ``None`` for no clipping.
+        accumulate: batches per optimizer step. Gradients are averaged; contrastive losses still compare the
+            images of one batch only, and every module's gradients stay allocated between batches.
+    """
+
+    lr: float = 5e-4
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    warmup_epochs: float = 0.0
+    final_lr: float = 0.01
+    gradient_clip: float | None = 5.0
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        checks = {
+            "lr": (self.lr > 0, "above 0"),
+            "weight_decay": (self.weight_decay >= 0, "at least 0"),
+            "betas": (len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)"),
+            "warmup_epochs": (self.warmup_epochs >= 0, "at least 0"),
+            "final_lr": (0 <= self.final_lr <= 1, "a fraction of lr in [0, 1]"),
+            "gradient_clip": (self.gradient_clip is None or self.gradient_clip > 0, "above 0, or null"),
+            "accumulate": (self.accumulate >= 1, "at least 1"),
+        }
+        for key, (right, wanted) in checks.items():
+            if not right:
+                raise UserError(f"optimizer.{key}={getattr(self, key)}: it must be {wanted}")
+
+    def build(self, module: nn.Module, never_decayed: Collection[int]) -> torch.optim.Optimizer:
+        """AdamW over ``module``'s parameters; ``never_decayed`` holds ids of parameters without weight decay."""
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                (plain if parameter.ndim <= 1 or id(parameter) in never_decayed else decayed).append(parameter)
+        groups: list[dict[str, Any]] = [
+            {"params": decayed, "weight_decay": self.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr, betas=self.betas, eps=self.eps)
+
+    def lr_factor(self, batch: int, total: int, batches_per_epoch: float) -> float:
+        """Fraction of ``lr`` at a batch (from 0) of ``total``: linear warm-up, then a cosine to ``final_lr``."""
+        warmup = round(self.warmup_epochs * batches_per_epoch) if self.warmup_epochs else 0
+        if batch < warmup:
+            return (batch + 1) / (warmup + 1)
+        progress = min((batch - warmup) / max(total - warmup, 1), 1.0)
+        return self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def undecayed_parameters(backbone: nn.Module) -> set[int]:
+    """Ids of the parameters that timm says take no weight decay (position tables, tokens)."""
+    names = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else set()  # type: ignore[operator]
+    return {id(p) for name, p in backbone.named_parameters() if name in names}
