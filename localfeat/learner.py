@@ -9,13 +9,22 @@ import lightning
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.core.optimizer import do_nothing_closure as nothing
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from localfeat.assembly import build_local_modules
 from localfeat.errors import UserError
 from localfeat.network import LocalModule, LocalOutput, Split
-from localfeat.objectives import ClassifierObjective, DecoderFactory, Method, Reconstruction, as_decoder, as_method
+from localfeat.objectives import (
+    ClassifierObjective,
+    DecoderFactory,
+    Method,
+    Objective,
+    Reconstruction,
+    as_decoder,
+    as_method,
+)
 from localfeat.optimization import Optimization, undecayed_parameters
 
 
@@ -60,6 +69,7 @@ class Learner(lightning.LightningModule):
         self.test_accuracy = MulticlassAccuracy(self.num_classes, average="micro")
         self.epoch_means: dict[str, float] = {}  # of the last finished training epoch
         self._sums: dict[str, Tensor] = {}
+        self._latest: dict[str, Tensor] = {}  # the figures of the batch under way
         self._batches = 0
         users = [i for i, m in enumerate(self._modules_in_order) if m.objective.uses_images]
         self._last_image_user = max(users, default=0)
@@ -93,9 +103,8 @@ class Learner(lightning.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """One batch through every module in turn. At most one module's graph is alive at a time."""
         optimizers = self._optimizers_counting_batches()
-        images: Tensor | None
-        images, labels = self._prepare(batch, training=True)
-        features = images
+        features, labels = self._prepare(batch, training=True)
+        images: Tensor | None = features
         accumulate = self.optimization.accumulate
         steps = (batch_index + 1) % accumulate == 0 or self.trainer.is_last_batch
         for index, (module, optimizer) in enumerate(zip(self._modules_in_order, optimizers, strict=True)):
@@ -126,19 +135,20 @@ class Learner(lightning.LightningModule):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, self.optimization.gradient_clip)
 
-    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[dict[str, Any]]]:
+    def configure_optimizers(self) -> Sequence[OptimizerLRSchedulerConfig]:
         """One AdamW and one schedule per local module."""
         never_decayed = undecayed_parameters(self.backbone)
-        optimizers = [self.optimization.build(module, never_decayed) for module in self.local_modules]
-        schedulers = [
-            {
-                "scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor),
-                "interval": "step",
-                "name": f"lr/module_{index}",
-            }
-            for index, optimizer in enumerate(optimizers, start=1)
-        ]
-        return optimizers, schedulers
+        configured: list[OptimizerLRSchedulerConfig] = []
+        for number, module in enumerate(self.local_modules, start=1):
+            optimizer = self.optimization.build(module, never_decayed)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
+            configured.append(
+                {
+                    "optimizer": optimizer,
+                    "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": f"lr/module_{number}"},
+                }
+            )
+        return configured
 
     def on_fit_start(self) -> None:
         """One GradScaler serves K optimizers and counts their steps: let it count batches."""
@@ -184,7 +194,7 @@ class Learner(lightning.LightningModule):
         x = images
         for index, module in enumerate(self._modules_in_order, start=1):
             inputs, x = module.body(x)
-            found.append(module.objective.reconstruct(inputs, x, images, index))
+            found.append(cast(Objective, module.objective).reconstruct(inputs, x, images, index))
         return [reconstruction for reconstruction in found if reconstruction is not None]
 
     def parameter_counts(self) -> dict[str, int]:
@@ -258,7 +268,7 @@ class Learner(lightning.LightningModule):
 
     def _log_training(self) -> None:
         self._batches += 1
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+        if self.trainer.global_step % cast(Any, self.trainer).log_every_n_steps == 0:
             lr = cast(Any, self._schedulers()[0]).get_last_lr()[0]
             self.log_dict({**self._latest, "train/lr": lr}, batch_size=1)
             self.log("loss", self._latest["train/loss"], prog_bar=True, logger=False, batch_size=1)

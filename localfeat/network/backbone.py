@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any
 from urllib.parse import urlsplit
 
 import huggingface_hub as hub
@@ -47,7 +47,7 @@ def build_backbone(
         options["img_size"] = image_size
     try:
         with _hub_offline_without_network() if pretrained else nullcontext():
-            model = cast(nn.Module, timm.create_model(name, pretrained=pretrained, **options))
+            model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:
         raise _explained(error, name, pretrained) from error
     if isinstance(model, SwinTransformer):
@@ -99,6 +99,6 @@ def _check_windows(model: SwinTransformer) -> None:
     step = unit * windows[0]
     below = max(size // step, 1) * step
     raise UserError(
-        f"image_size={size}: patches of {patch} px and windows of {windows[0]} over {len(stages)} stages cannot tile it; "
-        f"sizes that work: {below}, {below + step}"
+        f"image_size={size}: patches of {patch} px and windows of {windows[0]} over {len(stages)} stages cannot tile "
+        f"it; sizes that work: {below}, {below + step}"
     )

@@ -2,8 +2,8 @@
 
 from localfeat.objectives.decoders import (
     DECODERS,
-    DeconvDecoder,
     DecoderFactory,
+    DeconvDecoder,
     InterpDecoder,
     OneLayerDecoder,
     as_decoder,
@@ -15,8 +15,8 @@ __all__ = [
     "DECODERS",
     "METHODS",
     "ClassifierObjective",
-    "DeconvDecoder",
     "DecoderFactory",
+    "DeconvDecoder",
     "InterpDecoder",
     "LocalObjective",
     "Method",

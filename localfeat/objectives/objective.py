@@ -29,9 +29,9 @@ class Objective(nn.Module):
     """``(inputs, outputs, images, labels) -> (terms, logits)``.
 
     ``inputs`` are the module's input features (detached), ``outputs`` its output features, both in the
-    backbone's layout; ``images`` the normalised images (B, 3, H, W), ``None`` once no objective needs them; ``labels`` (B,) class indices, or
-    (B, num_classes) probabilities under mixup. ``terms`` are unweighted scalars; ``weights`` has a factor for
-    each. ``logits`` come from the final classifier only.
+    backbone's layout; ``images`` the normalised images (B, 3, H, W), ``None`` once no objective needs them;
+    ``labels`` (B,) class indices, or (B, num_classes) probabilities under mixup. ``terms`` are unweighted
+    scalars; ``weights`` has a factor for each. ``logits`` come from the final classifier only.
     """
 
     weights: dict[str, float]
