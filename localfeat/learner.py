@@ -251,7 +251,7 @@ class Learner(lightning.LightningModule):
         totals = [epochs * per_epoch] * (epochs > 0) + [float(steps)] * (steps > 0)
         if not totals:
             raise UserError("the learning-rate schedule needs an end: give the Trainer max_epochs or max_steps")
-        return self.optimization.lr_factor(batch, int(min(totals)), per_epoch)
+        return self.optimization.lr_factor(batch, int(min(totals)))
 
     def _record(self, index: int, output: LocalOutput, labels: Tensor) -> None:
         """Add one module's figures to the epoch's sums, without waiting for the device."""

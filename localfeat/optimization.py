@@ -22,7 +22,7 @@ class Optimization:
         weight_decay: not applied to norms, biases, position tables and tokens.
         betas: AdamW's.
         eps: AdamW's.
-        warmup_epochs: linear warm-up, may be a fraction of an epoch.
+        warmup: share of all batches, from 0 to 1, in which the learning rate rises linearly.
         final_lr: learning rate at the end of the cosine, as a fraction of ``lr``.
         gradient_clip: largest gradient norm of one module, ``None`` for no clipping.
         accumulate: batches per optimizer step. Gradients are averaged; contrastive losses still compare the
@@ -33,7 +33,7 @@ class Optimization:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    warmup_epochs: float = 0.0
+    warmup: float = 0.05
     final_lr: float = 0.01
     gradient_clip: float | None = 5.0
     accumulate: int = 1
@@ -43,7 +43,7 @@ class Optimization:
             "lr": (self.lr > 0, "above 0"),
             "weight_decay": (self.weight_decay >= 0, "at least 0"),
             "betas": (len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)"),
-            "warmup_epochs": (self.warmup_epochs >= 0, "at least 0"),
+            "warmup": (0 <= self.warmup <= 1, "a share of the run in [0, 1]"),
             "final_lr": (0 <= self.final_lr <= 1, "a fraction of lr in [0, 1]"),
             "gradient_clip": (self.gradient_clip is None or self.gradient_clip > 0, "above 0, or null"),
             "accumulate": (self.accumulate >= 1, "at least 1"),
@@ -65,9 +65,9 @@ class Optimization:
         ]
         return torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr, betas=self.betas, eps=self.eps)
 
-    def lr_factor(self, batch: int, total: int, batches_per_epoch: float) -> float:
+    def lr_factor(self, batch: int, total: int) -> float:
         """Fraction of ``lr`` at a batch (from 0) of ``total``: linear warm-up, then a cosine to ``final_lr``."""
-        warmup = round(self.warmup_epochs * batches_per_epoch) if self.warmup_epochs else 0
+        warmup = round(self.warmup * total)
         if batch < warmup:
             return (batch + 1) / (warmup + 1)
         progress = min((batch - warmup) / max(total - warmup, 1), 1.0)

@@ -170,25 +170,6 @@ def read_series(path: str | Path) -> dict[str, list[tuple[int, float]]]:
     return series
 
 
-def last_epoch_means(path: str | Path) -> dict[str, float]:
-    """Mean of every ``train/...`` column over the rows that the last epoch logged."""
-    rows = [row for row in read_rows(path) if row.get("epoch") and any_train_value(row)]
-    if not rows:
-        return {}
-    last = max(int(float(row["epoch"])) for row in rows)
-    rows = [row for row in rows if int(float(row["epoch"])) == last]
-    means: dict[str, float] = {}
-    for name in rows[0]:
-        values = [float(row[name]) for row in rows if row[name]]
-        if name.startswith("train/") and values:
-            means[name] = sum(values) / len(values)
-    return means
-
-
-def any_train_value(row: Mapping[str, str]) -> bool:
-    return any(value and name.startswith("train/") for name, value in row.items())
-
-
 def set_aside(path: Path) -> None:
     """Renames an existing ``metrics.csv`` to the first free ``metrics.<n>.csv``."""
     if path.exists():
