@@ -183,8 +183,8 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         content = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path} needs code to be unpickled, which is refused: save a plain state dict") from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # what is no weights file at all makes the readers raise anything, even IndexError
+        raise UserError(f"{path} is no safetensors and no torch file: {type(error).__name__} on reading it") from None
     for key in NESTED_UNDER:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

@@ -16,6 +16,7 @@ from localfeat.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 Points = list[tuple[int, float]]
 
@@ -57,6 +58,8 @@ def learning_curves(metrics_csv: str | Path, png: str | Path) -> None:
         draw_stage_panel(axis, name, series)
     for (term, by_module), axis in zip(terms.items(), axes[len(panels) :], strict=False):
         draw_module_panel(axis, term, by_module, last=max(max(modules) for modules in terms.values()))
+    if terms:
+        draw_module_legend(figure, axes[len(panels) :])
     figure.savefig(png, dpi=150)
 
 
@@ -72,10 +75,11 @@ def module_terms(series: dict[str, Points]) -> dict[str, dict[int, Points]]:
 def small_multiples(count: int) -> tuple[Figure, list[Axes]]:
     """A figure with ``count`` equal panels in rows of three."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     columns = min(count, COLUMNS)
     rows = -(-count // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.0 * rows), layout="constrained")
+    figure = Figure(figsize=(4.2 * columns, 3.0 * rows + 0.3), layout=ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.08))
     grid = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     for spare in grid[count:]:
         spare.remove()
@@ -111,11 +115,23 @@ def draw_module_panel(axis: Axes, term: str, by_module: dict[int, Points], last:
     from matplotlib import colormaps
 
     axis.set_title(TERM_TITLES.get(term, f"{term.replace('_', ' ').capitalize()} by module"), fontsize=10, loc="left")
-    modules = sorted(by_module)
-    for module in modules:
+    for module in sorted(by_module):
         shade = colormaps["viridis_r"](0.12 + 0.83 * (module - 1) / max(1, last - 1))
         draw_noisy(axis, by_module[module], shade, f"module {module}")
-    axis.legend(frameon=False, fontsize=8, ncols=2 if len(modules) > 4 else 1)
+
+
+def draw_module_legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One legend below all panels of modules: within a panel, many modules would cover their curves."""
+    lines = {int(str(line.get_label()).split()[1]): line for axis in axes for line in labelled(axis)}
+    handles = [lines[module] for module in sorted(lines)]
+    names = [str(line.get_label()) for line in handles]
+    per_row = int(figure.get_figwidth() // 1.4)
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), per_row), frameon=False, fontsize=8)
+
+
+def labelled(axis: Axes) -> list[Line2D]:
+    """The lines that were given a label; matplotlib names the others ``_child0`` and so on."""
+    return [line for line in axis.get_lines() if not str(line.get_label()).startswith("_")]
 
 
 def draw_noisy(axis: Axes, points: Points, color: object, label: str, factor: float = 1.0) -> None:

@@ -47,7 +47,7 @@ def wandb_logger(
 
     Path(save_dir).mkdir(parents=True, exist_ok=True)
     # The mode goes to wandb.init: Lightning's offline=True would set WANDB_MODE for the rest of the process.
-    return WandbLogger(
+    logger = WandbLogger(
         project=project,
         entity=entity,
         group=group,
@@ -58,6 +58,9 @@ def wandb_logger(
         mode=resolve_mode(mode),
         settings=Settings(silent=True, console="off"),
     )
+    # Lightning passes this setting always, and wandb 0.31 warns that it has no effect.
+    logger._wandb_init.pop("anonymous", None)
+    return logger
 
 
 def resolve_mode(mode: str) -> str | None:
@@ -98,8 +101,12 @@ def log_images(logger: WandbLogger, images: Mapping[str, str | Path]) -> None:
 
 
 def finish() -> None:
-    """Closes the run of this process, if there is one, so that the next job gets its own."""
+    """Closes the run of this process, if there is one, so that the next job gets its own.
+
+    Also stops wandb's service process, which leaves WANDB_SERVICE in the environment as long as it runs.
+    """
     import wandb
 
     if wandb.run is not None:
         wandb.finish()  # no ``quiet``: a TypeError in wandb 0.31
+    wandb.teardown()

@@ -71,7 +71,9 @@ def test_resumed_training_leaves_the_same_rows_as_an_uninterrupted_one(tmp_path:
     killed.save_checkpoint(tmp_path / "last.ckpt")
     resumed = trainer(tmp_path, logger=MetricsCsv(parts, resume_from_step=killed.global_step), max_epochs=2)
     resumed.fit(TinyLearner(), loader(4), loader(1), ckpt_path=tmp_path / "last.ckpt")
-    columns = [[(r["step"], r["epoch"], bool(r["val/loss"])) for r in read_rows(f / "metrics.csv")] for f in (whole, parts)]
+    columns = [
+        [(r["step"], r["epoch"], bool(r["val/loss"])) for r in read_rows(f / "metrics.csv")] for f in (whole, parts)
+    ]
     assert columns[0] == columns[1]
 
 

@@ -68,7 +68,9 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeyp
 
 def test_environment_names_versions_and_hardware() -> None:
     found = environment()
-    assert found["versions"]["torch"] == torch.__version__.split("+")[0] or found["versions"]["torch"] == torch.__version__
+    assert (
+        found["versions"]["torch"] == torch.__version__.split("+")[0] or found["versions"]["torch"] == torch.__version__
+    )
     assert set(found["versions"]) == {"python", "torch", "lightning", "timm", "torchvision", "localfeat"}
     assert found["hardware"]["cpu"] and found["hardware"]["cores"] >= 1
     assert found["hardware"]["memory_gib"] > 0.1
