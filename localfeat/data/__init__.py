@@ -1,0 +1,5 @@
+"""Images in, batches out: sources, the datamodule and the device-side transforms."""
+
+from localfeat.data.datamodule import ImageDataModule
+
+__all__ = ["ImageDataModule"]

@@ -1,0 +1,258 @@
+"""The datamodule: one source, its loaders, exact resume within an epoch, and the device-side `prepare`."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+from torch import Tensor
+
+from localfeat.data.labelled import Batch, BatchLoader, LabelledImages, batch_loader
+from localfeat.data.preparation import Preparation, check_options
+from localfeat.data.registry import make_source
+from localfeat.data.sampling import EpochBatches, stratified_split
+from localfeat.errors import UserError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_ORDER = ("seed", "batch_size", "val_fraction")  # what the order of training batches depends on
+
+
+class StageLoader:
+    """What the trainer iterates: the batches of a `BatchLoader` behind the smallest possible interface.
+
+    It is not a DataLoader, so that Lightning neither replaces its sampler (the training batches are divided among
+    processes already; every process evaluates all images, without the duplicates that a DistributedSampler
+    adds) nor advises more workers for data that lie in memory.
+    """
+
+    def __init__(self, loader: BatchLoader, sampler: EpochBatches | None = None) -> None:
+        self.loader = loader
+        self.sampler = sampler  # Lightning calls its `set_epoch`
+        self.dataset = loader.dataset
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from self.loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: the datamodule keeps the position. Its presence tells Lightning that resuming is exact."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore, see `state_dict`."""
+
+
+class ImageDataModule(lightning.LightningDataModule):
+    """Images of one source as uint8 batches, and `prepare`, which makes network inputs of them on the device.
+
+    Training batches are shuffled by a permutation that depends on ``seed`` and epoch alone; the last batch of an epoch
+    is dropped if it is incomplete. Evaluation batches come in fixed order and nothing is dropped. The test split is
+    read only when a test loader is asked for.
+
+    Args:
+        source: "digits", "cifar10", "cifar100", "stl10", "svhn" or "image_folder".
+        root: folder of the files (not used by "digits"); for "image_folder" the one with train/ and test/.
+        download: fetch missing files in `prepare_data`.
+        image_size: side in pixels of what `prepare` returns.
+        batch_size: training images per batch and process.
+        eval_batch_size: images per evaluation batch; None: ``batch_size``.
+        augmentation, horizontal_flip, mixup, cutmix, mean, std: see `Preparation`.
+        val_fraction: share of the training images held out for validation, stratified, drawn by ``seed``; 0: no
+            validation. An image folder with a val folder uses that instead.
+        seed: of the validation split and of the order of training batches.
+        num_workers: processes that decode files; data held in memory are batched in the main process,
+            which is faster.
+        in_memory: image_folder only; None decides by size, see `ImageFolder`.
+
+    Raises:
+        UserError: for values out of range at construction; for missing files in `prepare_data`.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        root: str | Path = "data",
+        *,
+        download: bool = True,
+        image_size: int = 32,
+        batch_size: int = 128,
+        eval_batch_size: int | None = None,
+        augmentation: str = "light",
+        horizontal_flip: bool = True,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        num_workers: int = 0,
+        in_memory: bool | None = None,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        super().__init__()
+        eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        check_options(image_size, augmentation, mixup, cutmix, mean, std)
+        _check_loading(batch_size, eval_batch_size, val_fraction, num_workers)
+        self.download, self.batch_size, self.eval_batch_size = download, batch_size, eval_batch_size
+        self.val_fraction, self.seed, self.num_workers = val_fraction, seed, num_workers
+        self.source = make_source(source, root, image_size, in_memory)
+        self.num_classes = self.source.num_classes
+        if (count := self.source.size("train")) is not None:
+            held_out = 0 if self.source.has_validation() else round(count * val_fraction)
+            self._check_batch(count - held_out)
+        self._preparation = Preparation(
+            image_size, augmentation, horizontal_flip, mixup, cutmix, self.num_classes, mean, std
+        )
+        self._splits: dict[str, LabelledImages | None] = {}
+        self._prepared = False
+        self._resume = (0, 0)  # (epoch, batch) restored from a checkpoint and not used yet
+        self._saved_order: dict[str, Any] = {}
+        self._sampler: EpochBatches | None = None
+
+    @property
+    def class_names(self) -> list[str]:
+        """One name per class in the order of the labels; the torchvision sources read their files for it."""
+        if "train" not in self._splits:
+            self.prepare_data()
+        return self.source.class_names()
+
+    def prepare(self, images: Tensor, labels: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
+        """Make network inputs of a batch; call it inside the step, under any autocast.
+
+        Random parameters come from the global CPU generator, one set per image.
+
+        Args:
+            images: uint8 (B, 3 or 1, h, w) on the device; of non-square ones the central square is used.
+            labels: (B,) int64.
+            training: augment and mix as configured; otherwise only resize and normalise.
+
+        Returns:
+            float32 (B, 3, image_size, image_size), normalised, and the labels: (B,) int64, or float32
+            (B, num_classes) when training with mixup or cutmix.
+        """
+        return self._preparation(images, labels, training=training)
+
+    def prepare_data(self) -> None:
+        """Download and verify the files of all splits."""
+        self.source.prepare(self.download)
+        self._prepared = True
+
+    def setup(self, stage: str) -> None:
+        """Read the training images (and cut the validation split from them); Lightning calls it in every process."""
+        if stage in ("fit", "validate"):
+            self._split("train")
+        self._resume, self._sampler = (0, 0), None  # a checkpoint's position is restored after this
+
+    def train_dataloader(self) -> StageLoader:
+        """Shuffled training batches, starting within the epoch after a resume.
+
+        Raises:
+            UserError: if a checkpoint lies within an epoch and the batches of that epoch would be others now.
+        """
+        self._check_order()
+        dataset = self._required("train")
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        self._check_batch(len(dataset) // world_size)
+        sampler = EpochBatches(len(dataset), self.batch_size, self.seed, rank, world_size)
+        sampler.resume = self._resume
+        self._sampler = sampler
+        return StageLoader(batch_loader(dataset, self._workers(), batch_sampler=sampler), sampler)
+
+    def val_dataloader(self) -> StageLoader | list[StageLoader]:
+        """The validation images in fixed order; an empty list without validation."""
+        self._split("train")
+        return [] if self._splits["val"] is None else StageLoader(self.ordered_loader("val"))
+
+    def test_dataloader(self) -> StageLoader:
+        """The test images in fixed order."""
+        return StageLoader(self.ordered_loader("test"))
+
+    def ordered_loader(self, split: str) -> BatchLoader:
+        """All images of "train", "val" or "test" once, in fixed order.
+
+        Raises:
+            UserError: for another name, or "val" when there is no validation split.
+        """
+        return batch_loader(self._required(split), self._workers(), batch_size=self.eval_batch_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the training data: the next batch is number ``batch`` of epoch ``epoch``.
+
+        It also holds what the order of batches depends on, to be compared on loading.
+        """
+        epoch, batch = self._position()
+        return {"epoch": epoch, "batch": batch, **{name: getattr(self, name) for name in _ORDER}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue at the saved position with the next training loader."""
+        self._resume = (state_dict["epoch"], state_dict["batch"])
+        self._saved_order = {name: state_dict[name] for name in _ORDER}
+
+    def _position(self) -> tuple[int, int]:
+        sampler = self._sampler
+        if self.trainer is None or sampler is None or sampler.begun is None:
+            return self._resume
+        # `processed`, not `ready` or `completed`: in on_train_batch_end the batch's weights are updated but `completed`
+        # is one behind; after an exception within a step `ready` counts a batch that was not trained. Lightning's own
+        # batch counter resumes at the same number.
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()["current"]["processed"]
+        return (sampler.begun, done) if done < self.trainer.num_training_batches else (sampler.begun + 1, 0)
+
+    def _required(self, split: str) -> LabelledImages:
+        if split not in ("train", "val", "test"):
+            raise UserError(f"unknown split {split!r}; there are train, val and test")
+        dataset = self._split(split)
+        if dataset is None:
+            raise UserError(f"there is no validation split: val_fraction={self.val_fraction}")
+        return dataset
+
+    def _split(self, split: str) -> LabelledImages | None:
+        if split not in self._splits:
+            if not self._prepared:
+                # Other processes than the first were not asked to download.
+                self.source.prepare(self.download and self.trainer is None)
+                self._prepared = True
+            if split == "test":
+                self._splits["test"] = self.source.load("test")
+            else:
+                self._splits |= self._load_training()
+        return self._splits[split]
+
+    def _load_training(self) -> dict[str, LabelledImages | None]:
+        train = self.source.load("train")
+        val: LabelledImages | None = None
+        if self.source.has_validation():
+            val = self.source.load("val")
+        elif self.val_fraction > 0:
+            kept, held_out = stratified_split(train.labels, self.val_fraction, self.seed)
+            train, val = train.subset(kept), train.subset(held_out)
+        self._check_batch(len(train))
+        return {"train": train, "val": val}
+
+    def _check_order(self) -> None:
+        for name, before in self._saved_order.items():
+            if self._resume[1] > 0 and getattr(self, name) != before:
+                raise UserError(
+                    f"{name}={getattr(self, name)} cannot continue the checkpoint, which lies within an epoch trained "
+                    f"with {name}={before}"
+                )
+
+    def _workers(self) -> int:
+        return 0 if self.source.in_memory else self.num_workers
+
+    def _check_batch(self, images: int) -> None:
+        if self.batch_size > images:
+            raise UserError(f"batch_size={self.batch_size} is larger than the {images} training images (per process)")
+
+
+def _check_loading(batch_size: int, eval_batch_size: int, val_fraction: float, num_workers: int) -> None:
+    for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+        if value < 1:
+            raise UserError(f"{name}={value}: it must be at least 1")
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"val_fraction={val_fraction}: it must lie in [0, 1)")
+    if num_workers < 0:
+        raise UserError(f"num_workers={num_workers}: it must be 0 or more")

@@ -1,0 +1,28 @@
+"""The data sources by name."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from localfeat.data import torchvision_sources
+from localfeat.data.image_folder import ImageFolder
+from localfeat.data.sources import Digits, Source
+from localfeat.errors import UserError
+
+
+def make_source(name: str, root: str | Path, image_size: int, in_memory: bool | None) -> Source:
+    """The source called ``name``, its files below ``root``.
+
+    Raises:
+        UserError: for an unknown name, or an image folder without the expected layout.
+    """
+    makers: dict[str, Callable[[], Source]] = {
+        "digits": Digits,
+        "cifar10": lambda: torchvision_sources.cifar10(Path(root)),
+        "cifar100": lambda: torchvision_sources.cifar100(Path(root)),
+        "stl10": lambda: torchvision_sources.stl10(Path(root)),
+        "svhn": lambda: torchvision_sources.svhn(Path(root)),
+        "image_folder": lambda: ImageFolder(Path(root), image_size, in_memory),
+    }
+    if name not in makers:
+        raise UserError(f"unknown data source {name!r}; there are {', '.join(makers)}")
+    return makers[name]()
