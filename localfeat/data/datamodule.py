@@ -29,7 +29,8 @@ class StageLoader:
 
     def __init__(self, loader: BatchLoader, sampler: EpochBatches | None = None) -> None:
         self.loader = loader
-        self.sampler = sampler  # Lightning calls its `set_epoch`
+        if sampler is not None:
+            self.sampler = sampler  # Lightning calls its `set_epoch`; evaluation loaders must not have one
         self.dataset = loader.dataset
 
     def __len__(self) -> int:

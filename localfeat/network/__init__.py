@@ -1,6 +1,6 @@
 """A timm backbone, its blocks, and the local modules they are grouped into."""
 
-from localfeat.network.backbone import build_backbone
+from localfeat.network.backbone import build_backbone, model_name
 from localfeat.network.blocks import Decomposition, decompose
 from localfeat.network.layout import FeatureShape
 from localfeat.network.local_module import LocalModule, LocalOutput
@@ -15,4 +15,5 @@ __all__ = [
     "as_split",
     "build_backbone",
     "decompose",
+    "model_name",
 ]

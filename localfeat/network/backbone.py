@@ -21,6 +21,7 @@ def build_backbone(
     num_classes: int,
     *,
     image_size: int | None = None,
+    variants: Mapping[int, str] | None = None,
     pretrained: bool = False,
     drop_path_rate: float | None = None,
     arguments: Mapping[str, Any] | None = None,
@@ -30,6 +31,7 @@ def build_backbone(
     Args:
         name: a timm model name, e.g. ``swin_tiny_patch4_window7_224``.
         image_size: side of the square input in pixels; ``None`` keeps the model's own.
+        variants: image size -> the timm model to take instead of ``name`` at that size.
         pretrained: download timm's ImageNet weights (the classifier is new when its size differs).
         drop_path_rate: stochastic depth; ``None`` keeps the model's own.
         arguments: further constructor arguments of the model, e.g. ``{"depths": [2, 2, 2, 2]}``.
@@ -38,8 +40,7 @@ def build_backbone(
         UserError: unknown name or argument, weights that cannot be downloaded, an image size that the
             model's patches or windows cannot take.
     """
-    if not timm.is_model(name):
-        raise UserError(f"backbone.name={name}: timm has no such model (see timm.list_models())")
+    name = model_name(name, image_size, variants)
     options: dict[str, Any] = {**(arguments or {}), "num_classes": num_classes}
     if drop_path_rate is not None:
         options["drop_path_rate"] = drop_path_rate
@@ -53,6 +54,18 @@ def build_backbone(
     if isinstance(model, SwinTransformer):
         _check_windows(model)
     return model
+
+
+def model_name(name: str, image_size: int | None, variants: Mapping[int, str] | None = None) -> str:
+    """The timm model for an image size: a variant made for it, else ``name``.
+
+    Raises:
+        UserError: timm does not know it.
+    """
+    chosen = (variants or {}).get(image_size or 0, name)
+    if not timm.is_model(chosen):
+        raise UserError(f"backbone.name={chosen}: timm has no such model (see timm.list_models())")
+    return chosen
 
 
 def _takes_img_size(name: str) -> bool:

@@ -1,0 +1,223 @@
+"""One run from beginning to end: build, fit, test, and leave a folder that says everything about it."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import random
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
+from omegaconf import OmegaConf
+
+from localfeat.artifacts import wandb_logger
+from localfeat.artifacts.callbacks import PeakMemory, Throughput
+from localfeat.artifacts.console import final_table
+from localfeat.artifacts.export import export_backbone
+from localfeat.artifacts.figures import learning_curves, reconstruction_grid
+from localfeat.artifacts.summary import RunSummary, environment, write_summary
+from localfeat.build import (
+    Config,
+    build_callbacks,
+    build_datamodule,
+    build_learner,
+    build_loggers,
+    build_trainer,
+    check,
+)
+from localfeat.data import ImageDataModule
+from localfeat.errors import UserError
+from localfeat.learner import Learner
+from localfeat.network import model_name
+
+_C = TypeVar("_C", bound=Callback)
+
+
+def train(config: Config, folder: Path, *, resume: bool) -> dict[str, Any]:
+    """Run ``config`` (plain values, all resolved) in ``folder``; returns what summary.json holds.
+
+    Args:
+        resume: go on from ``folder/checkpoints/last.ckpt``.
+
+    Raises:
+        UserError: before anything is trained or overwritten, if the configuration cannot be.
+    """
+    _quiet()
+    check(config)
+    checkpoint = _last_checkpoint(folder) if resume else None
+    with _clean_process(config["seed"]):
+        datamodule = build_datamodule(config)
+        datamodule.prepare_data()
+        learner = build_learner(config, datamodule.num_classes)
+        trainer = _trainer(config, folder, datamodule, checkpoint)
+        OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+        for logger in trainer.loggers[1:]:
+            logger.log_hyperparams(config)
+        started = time.perf_counter()
+        trainer.fit(learner, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+        seconds = time.perf_counter() - started
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        best = _load_best(learner, folder)
+        measured = trainer.test(learner, datamodule=datamodule, verbose=False)[0]
+        summary = _summarise(config, trainer, learner, seconds, best)
+        summary.test_accuracy = measured["test/accuracy"]
+        return _write(config, folder, summary, trainer, learner, datamodule)
+
+
+def _quiet() -> None:
+    """Leave out what libraries say that a user of localfeat can do nothing about."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        "You're resuming from a checkpoint that ended before the epoch ended",
+        ".*does not have many workers",
+        "Checkpoint directory .* exists and is not empty",
+        ".*pre-optimization state.*",
+        ".*smaller than the logging interval",
+        "Found .* module.* in eval mode",
+        ".*isinstance.treespec, LeafSpec..*",
+        ".*lr_scheduler.step.. before .optimizer.step.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+@contextmanager
+def _clean_process(seed: int) -> Iterator[None]:
+    """Seed everything, and leave nothing behind for the next job of a sweep in this process."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        if "wandb" in sys.modules:
+            wandb_logger.finish()
+        torch.use_deterministic_algorithms(False)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _last_checkpoint(folder: Path) -> Path:
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    if not checkpoint.is_file():
+        raise UserError(f"resume={folder}: there is no checkpoint to go on from, {checkpoint} does not exist")
+    return checkpoint
+
+
+def _trainer(
+    config: Config, folder: Path, datamodule: ImageDataModule, checkpoint: Path | None
+) -> lightning.Trainer:
+    validates = datamodule.source.has_validation() or datamodule.val_fraction > 0
+    folder.mkdir(parents=True, exist_ok=True)
+    done = None if checkpoint is None else torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"]
+    callbacks = build_callbacks(config["seed"], folder, validates, **config["callbacks"])
+    return build_trainer(
+        **config["trainer"],
+        max_epochs=config["epochs"],
+        default_root_dir=folder,
+        callbacks=callbacks,
+        logger=build_loggers(config, folder, done, _names(config, folder)),
+        enable_progress_bar=config["callbacks"]["progress_bar"],
+    )
+
+
+def _names(config: Config, folder: Path) -> dict[str, str | None]:
+    """What a W&B run is called unless the user says so; the jobs of a sweep lie beside each other and share a group."""
+    split = config["split"]
+    cut = f"k{split['modules']}" if split.get("modules") else "cuts"
+    dataset, method = config["dataset"]["source"], config["method"]["name"]
+    in_sweep = folder.name.isdigit()
+    return {
+        "name": f"{dataset}-{method}-{cut}-seed{config['seed']}",
+        "group": f"{folder.parent.parent.name}_{folder.parent.name}" if in_sweep else None,
+    }
+
+
+def _load_best(learner: Learner, folder: Path) -> dict[str, Any]:
+    """Put the weights into ``learner`` that were best on validation (the last ones without validation)."""
+    for name in ("best", "last"):
+        file = folder / "checkpoints" / f"{name}.ckpt"
+        if file.is_file():
+            checkpoint: dict[str, Any] = torch.load(file, map_location=learner.device, weights_only=True)
+            learner.load_state_dict(checkpoint["state_dict"])
+            return {"epoch": checkpoint["epoch"], "name": name}
+    raise UserError(f"{folder}/checkpoints holds neither best.ckpt nor last.ckpt: nothing was trained")
+
+
+def _callback(trainer: lightning.Trainer, kind: type[_C]) -> _C:
+    return next(c for c in trainer.callbacks if isinstance(c, kind))  # type: ignore[attr-defined]
+
+
+def _summarise(
+    config: Config, trainer: lightning.Trainer, learner: Learner, seconds: float, best: dict[str, Any]
+) -> RunSummary:
+    speed, memory = _callback(trainer, Throughput), _callback(trainer, PeakMemory)
+    scores = [c.best_model_score for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
+    backbone = config["backbone"]
+    losses = {name: value for name, value in learner.epoch_means.items() if name.startswith("train/module_")}
+    return RunSummary(
+        method=learner.method.name,
+        dataset=config["dataset"]["source"],
+        backbone=model_name(backbone["name"], config["image_size"], backbone["variants"]),
+        split=learner.blocks_per_module,
+        decoder=config["decoder"]["_target_"].rsplit(".", 1)[-1] if learner.method.target else None,
+        seed=config["seed"],
+        epochs=trainer.current_epoch,
+        batch_size=config["batch_size"],
+        precision=config["trainer"]["precision"],
+        val_accuracy=None if not scores or scores[0] is None else float(scores[0]),
+        best_epoch=best["epoch"] if best["name"] == "best" else None,
+        images_per_second=speed.images_per_second,
+        peak_memory_bytes=memory.peak_bytes,
+        peak_memory_source=memory.source,
+        seconds=seconds,
+        parameters=learner.parameter_counts(),
+        module_losses={name.removeprefix("train/"): value for name, value in losses.items()},
+        **environment(),
+    )
+
+
+def _write(
+    config: Config,
+    folder: Path,
+    summary: RunSummary,
+    trainer: lightning.Trainer,
+    learner: Learner,
+    datamodule: ImageDataModule,
+) -> dict[str, Any]:
+    """The run's files, the table on the terminal, and the same for W&B."""
+    learner.eval()
+    export_backbone(learner.backbone, folder / "backbone.safetensors", arguments=config["backbone"]["arguments"])
+    images = {"learning_curves": folder / "learning_curves.png"}
+    learning_curves(folder / "metrics.csv", images["learning_curves"])
+    if _draw_reconstructions(learner, datamodule, folder / "reconstructions.png"):
+        images["reconstructions"] = folder / "reconstructions.png"
+    write_summary(folder / "summary.json", summary)
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            wandb_logger.log_images(logger, images)
+            logger.experiment.summary.update(summary.to_dict())
+    final_table(summary, folder)
+    return summary.to_dict()
+
+
+def _draw_reconstructions(learner: Learner, datamodule: ImageDataModule, file: Path) -> bool:
+    """What the decoders make of validation images (training images without validation), never of test images."""
+    split = "train" if datamodule.val_dataloader() == [] else "val"
+    images, labels = next(iter(datamodule.ordered_loader(split)))
+    pixels, _ = datamodule.prepare(images[:8].to(learner.device), labels[:8], training=False)
+    found = learner.reconstruct(pixels)
+    if found:
+        reconstruction_grid(found, images[:8].float() / 255, file)
+    return bool(found)
