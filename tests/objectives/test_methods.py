@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -39,7 +40,7 @@ def test_weights_go_from_the_first_to_the_last_and_stay_between(modules: int, fi
     if modules > 2:
         assert values[-1] == pytest.approx(last)
     assert all(min(first, last) - 1e-9 <= value <= max(first, last) + 1e-9 for value in values)
-    steps = [b - a for a, b in zip(values, values[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(values)]
     assert all(step == pytest.approx(steps[0], abs=1e-9) for step in steps)
 
 
