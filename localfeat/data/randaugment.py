@@ -1,8 +1,10 @@
 """RandAugment (Cubuk et al. 2020) on a uint8 batch, every image with its own operations and magnitudes.
 
 The operations and their levels are timm's "increasing" set (``rand-m9-mstd0.5-inc1``, the Swin recipe), in which a
-higher level is always a stronger change. Images that drew the same operation are brought together and changed at
-once, so there is no loop over images. Geometric operations sample bilinearly (timm: bilinear or bicubic by chance).
+higher level is always a stronger change. Two deviations: geometric operations sample bilinearly (timm: bilinear or
+bicubic by chance), and posterize keeps at least one bit (at level 10 timm's keeps none, a black image).
+
+Images that drew the same operation are brought together and changed at once, so there is no loop over images.
 """
 
 from collections.abc import Callable, Sequence
@@ -216,7 +218,7 @@ OPERATIONS: dict[str, tuple[Operation, Callable[[Tensor, Tensor], Tensor]]] = {
     "Equalize": (equalize, _none),
     "Invert": (invert, _none),
     "Rotate": (rotate, _signed(30.0)),
-    "PosterizeIncreasing": (posterize, lambda level, _: 4 - (level / MAX_LEVEL * 4).floor()),
+    "PosterizeIncreasing": (posterize, lambda level, _: (4 - (level / MAX_LEVEL * 4).floor()).clamp(min=1)),
     "SolarizeIncreasing": (solarize, lambda level, _: 256 - (level / MAX_LEVEL * 256).floor()),
     "SolarizeAdd": (solarize_add, lambda level, _: (level / MAX_LEVEL * 110).floor()),
     "ColorIncreasing": (color, _enhancement),
