@@ -1,5 +1,6 @@
 """Batched geometry against torchvision on single images, and per-image randomness."""
 
+import contextlib
 import math
 
 import pytest
@@ -180,3 +181,28 @@ def test_labels_stay_hard_without_mixing() -> None:
 
 def test_half_of_the_flips() -> None:
     assert math.isclose(batched.draw_flips(10_000).float().mean(), 0.5, abs_tol=0.03)
+
+
+@pytest.mark.parametrize("augmentation", ["none", "light", "swin"])
+@pytest.mark.parametrize("side", [16, 48])
+def test_no_operation_mixes_devices(augmentation: str, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, which stands for any device that is not the CPU."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # meta has no autocast
+    images = torch.empty(8, 3, side, side, dtype=torch.uint8, device="meta")
+    labels = torch.zeros(8, dtype=torch.int64, device="meta")
+    prepared, targets = preparation(augmentation, mixup=0.5, cutmix=0.5)(images, labels, training=True)
+    assert prepared.device.type == targets.device.type == "meta" and targets.shape == (8, 10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("augmentation", ["none", "light", "swin"])
+def test_same_seed_same_augmentation_on_cuda(augmentation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batched, "random_erasing", lambda images: images)  # its noise is drawn on the device
+    images, labels, results = pictures(32, 48), torch.arange(32) % 10, []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        prepare = preparation(augmentation, size=40, mixup=0.5, cutmix=0.5)
+        results.append(prepare(images.to(device), labels.to(device), training=True))
+    difference = (results[0][0] - results[1][0].cpu()).abs()
+    assert difference.mean() < 0.01  # operations that round to whole grey values may fall on either side
+    torch.testing.assert_close(results[0][1], results[1][1].cpu())
