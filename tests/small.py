@@ -114,7 +114,7 @@ class Metrics(Callback):
 
 
 class BeforeStep(Callback):
-    """Calls ``look(trainer, number)`` right before the optimizer of module ``number`` (from 0) steps, after clipping."""
+    """Calls ``look(trainer, number)`` before the optimizer of module ``number`` (from 0) steps, after clipping."""
 
     def __init__(self, look: Callable[[Any, int], None]) -> None:
         self.look = look
