@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from localfeat.artifacts.callbacks import PeakMemory, SeedEachBatch, Throughput
+from localfeat.artifacts.checkpoints import BestCheckpoint
 from localfeat.artifacts.console import RunProgress
 from localfeat.artifacts.export import load_backbone_weights
 from localfeat.artifacts.metrics_csv import MetricsCsv
@@ -137,8 +138,7 @@ def build_callbacks(
         found.append(ModelCheckpoint(**last, every_n_train_steps=checkpoint_every_n_batches))
     found.append(ModelCheckpoint(**last, every_n_epochs=checkpoint_every_n_epochs, save_on_train_epoch_end=True))
     if validates:
-        best = {**last, "filename": "best"}
-        found.append(ModelCheckpoint(**best, monitor="val/accuracy", mode="max"))
+        found.append(BestCheckpoint(folder / "checkpoints"))
     return found
 
 

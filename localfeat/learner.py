@@ -138,9 +138,10 @@ class Learner(lightning.LightningModule):
     def configure_optimizers(self) -> Sequence[OptimizerLRSchedulerConfig]:
         """One AdamW and one schedule per local module."""
         never_decayed = undecayed_parameters(self.backbone)
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         configured: list[OptimizerLRSchedulerConfig] = []
         for number, module in enumerate(self.local_modules, start=1):
-            optimizer = self.optimization.build(module, never_decayed)
+            optimizer = self.optimization.build(module, never_decayed, fused=not scaled)
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
             configured.append(
                 {

@@ -16,12 +16,13 @@ from typing import Any, TypeVar
 import lightning
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import OmegaConf
 
 from localfeat.artifacts import wandb_logger
 from localfeat.artifacts.callbacks import PeakMemory, Throughput
+from localfeat.artifacts.checkpoints import BestCheckpoint
 from localfeat.artifacts.console import final_table
 from localfeat.artifacts.export import export_backbone
 from localfeat.artifacts.figures import learning_curves, reconstruction_grid
@@ -163,7 +164,7 @@ def _summarise(
     config: Config, trainer: lightning.Trainer, learner: Learner, seconds: float, best: dict[str, Any]
 ) -> RunSummary:
     speed, memory = _callback(trainer, Throughput), _callback(trainer, PeakMemory)
-    scores = [c.best_model_score for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
+    scores = [c.best_model_score for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)]
     backbone = config["backbone"]
     losses = {name: value for name, value in learner.epoch_means.items() if name.startswith("train/module_")}
     return RunSummary(
