@@ -9,12 +9,12 @@ from typing import Any, Literal
 import lightning
 import timm
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from localfeat.artifacts.callbacks import PeakMemory, SeedEachBatch, Throughput
-from localfeat.artifacts.checkpoints import BestCheckpoint
+from localfeat.artifacts.checkpoints import BestCheckpoint, LastCheckpoint
 from localfeat.artifacts.console import RunProgress
 from localfeat.artifacts.export import load_backbone_weights
 from localfeat.artifacts.metrics_csv import MetricsCsv
@@ -133,12 +133,12 @@ def build_callbacks(
         found.append(EMAWeightAveraging(decay=ema))
     if early_stopping is not None:
         found.append(EarlyStopping("val/accuracy", patience=early_stopping, mode="max"))
-    last = {"dirpath": folder / "checkpoints", "filename": "last", "enable_version_counter": False}
+    checkpoints = folder / "checkpoints"
     if checkpoint_every_n_batches:
-        found.append(ModelCheckpoint(**last, every_n_train_steps=checkpoint_every_n_batches))
-    found.append(ModelCheckpoint(**last, every_n_epochs=checkpoint_every_n_epochs, save_on_train_epoch_end=True))
+        found.append(LastCheckpoint(checkpoints, batches=checkpoint_every_n_batches))
+    found.append(LastCheckpoint(checkpoints, epochs=checkpoint_every_n_epochs))
     if validates:
-        found.append(BestCheckpoint(folder / "checkpoints"))
+        found.append(BestCheckpoint(checkpoints))
     return found
 
 

@@ -76,7 +76,7 @@ def _hydra_line(error: Exception) -> str:
     return " ".join(line.strip() for line in text.splitlines() if line.strip() and "full_key" not in line)
 
 
-def parse_arguments(usage: str, defaults: dict[str, Any], arguments: list[str] | None = None) -> dict[str, str | None]:
+def parse_arguments(usage: str, defaults: dict[str, Any], arguments: list[str] | None = None) -> dict[str, Any]:
     """``key=value`` arguments over ``defaults`` (``...`` marks those that have to be given).
 
     Prints ``usage`` and leaves for ``--help``.

@@ -66,7 +66,7 @@ def check_types(target: Callable[..., Any], values: dict[str, Any], key: str) ->
     """``values`` as the annotations of ``target``'s parameters have them (a list for a tuple, 1 for 1.0 …)."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-    function = target.__init__ if inspect.isclass(target) else target  # type: ignore[misc]
+    function = target.__init__ if inspect.isclass(target) else target
     hints = typing.get_type_hints(function)
     checked = {}
     for name, value in values.items():
@@ -91,7 +91,7 @@ def known_keys(overrides: list[str]) -> list[str]:
 
 
 def _flat(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    for name in node:
+    for name in map(str, node):
         yield f"{prefix}{name}"
         if isinstance(node._get_node(name), DictConfig):
             yield from _flat(typing.cast(DictConfig, node._get_node(name)), f"{prefix}{name}.")

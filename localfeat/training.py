@@ -73,6 +73,7 @@ def train(config: Config, folder: Path, *, resume: bool) -> dict[str, Any]:
         measured = trainer.test(learner, datamodule=datamodule, verbose=False)[0]
         summary = _summarise(config, trainer, learner, seconds, best)
         summary.test_accuracy = measured["test/accuracy"]
+        summary.classes = datamodule.class_names
         return _write(config, folder, summary, trainer, learner, datamodule)
 
 
@@ -116,9 +117,7 @@ def _last_checkpoint(folder: Path) -> Path:
     return checkpoint
 
 
-def _trainer(
-    config: Config, folder: Path, datamodule: ImageDataModule, checkpoint: Path | None
-) -> lightning.Trainer:
+def _trainer(config: Config, folder: Path, datamodule: ImageDataModule, checkpoint: Path | None) -> lightning.Trainer:
     validates = datamodule.source.has_validation() or datamodule.val_fraction > 0
     folder.mkdir(parents=True, exist_ok=True)
     done = None if checkpoint is None else torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"]

@@ -1,4 +1,4 @@
-"""Which epoch's weights are kept as the best."""
+"""Which states of a run are kept."""
 
 from __future__ import annotations
 
@@ -7,6 +7,20 @@ from pathlib import Path
 import lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Overwrites ``last.ckpt`` every so many epochs, or every so many batches: what a run goes on from."""
+
+    def __init__(self, folder: Path, *, epochs: int | None = None, batches: int | None = None) -> None:
+        super().__init__(
+            dirpath=folder,
+            filename="last",
+            every_n_epochs=epochs,
+            every_n_train_steps=batches,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
 
 
 class BestCheckpoint(ModelCheckpoint):

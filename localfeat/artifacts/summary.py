@@ -49,6 +49,8 @@ class RunSummary:
     """Number of parameters by part: backbone, auxiliary, total, module_1, …"""
     module_losses: dict[str, float] = field(default_factory=dict)
     """Mean training loss of every local module over the last epoch."""
+    classes: list[str] = field(default_factory=list)
+    """Class names, in the order of the classifier's outputs."""
     versions: dict[str, str | None] = field(default_factory=dict)
     hardware: dict[str, Any] = field(default_factory=dict)
     commit: dict[str, Any] | None = None

@@ -1,0 +1,59 @@
+"""A finished run, read back from its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from localfeat.build import Config, build_learner
+from localfeat.errors import UserError
+from localfeat.learner import Learner
+
+
+def open_learner(folder: Path, config: Config, num_classes: int, checkpoint: str) -> Learner:
+    """The run's learner in evaluation mode, on the GPU if there is one, with the weights of a checkpoint.
+
+    Args:
+        folder: of the run.
+        config: what the run was configured by (``saved_config(folder)``).
+        num_classes: of its classifier.
+        checkpoint: ``best`` (on validation; the last one of a run without validation) or ``last``.
+
+    Raises:
+        UserError: no such checkpoint, or one of another network.
+    """
+    file = _checkpoint_file(folder, checkpoint)
+    initial = {**config["backbone"], "weights": None, "pretrained": False}
+    learner = build_learner({**config, "backbone": initial, "efficiency": {"compile": False}}, num_classes)
+    try:
+        learner.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["state_dict"])
+    except Exception as error:
+        raise UserError(f"{file} cannot be loaded into this run's network: {str(error).splitlines()[0]}") from error
+    return learner.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What the run wrote down when it ended.
+
+    Raises:
+        UserError: the run has not ended.
+    """
+    file = folder / "summary.json"
+    if not file.is_file():
+        raise UserError(f"{folder} has no summary.json: the run has not ended (resume={folder} goes on with it)")
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def _checkpoint_file(folder: Path, checkpoint: str) -> Path:
+    if checkpoint not in ("best", "last"):
+        raise UserError(f"checkpoint={checkpoint}: it is best or last")
+    names = ["best", "last"] if checkpoint == "best" else ["last"]
+    files = [folder / "checkpoints" / f"{name}.ckpt" for name in names]
+    for file in files:
+        if file.is_file():
+            return file
+    raise UserError(f"there is no checkpoint {files[0]}")
