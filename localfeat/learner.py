@@ -102,6 +102,7 @@ class Learner(lightning.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """One batch through every module in turn. At most one module's graph is alive at a time."""
+        self.backbone.training = self.training  # after validation Lightning restores registered modules only
         optimizers = self._optimizers_counting_batches()
         features, labels = self._prepare(batch, training=True)
         images: Tensor | None = features
