@@ -113,15 +113,18 @@ class Metrics(Callback):
         self.steps.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
-class BeforeStep(Callback):
-    """Calls ``look(trainer, number)`` before the optimizer of module ``number`` (from 0) steps, after clipping."""
+class AtStep(Callback):
+    """Calls ``look(trainer, number)`` when the optimizer of module ``number`` (from 0) has stepped.
+
+    The gradients are then what the optimizer saw: unscaled and clipped (Lightning clips inside the step).
+    """
 
     def __init__(self, look: Callable[[Any, int], None]) -> None:
         self.look = look
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         for number, optimizer in enumerate(trainer.optimizers):
-            optimizer.register_step_pre_hook(lambda *_, number=number: self.look(trainer, number))
+            optimizer.register_step_post_hook(lambda *_, number=number: self.look(trainer, number))
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from tests.small import (
     IMAGE_SIZE,
     LOCAL_METHODS,
     SPLIT_BACKBONES,
-    BeforeStep,
+    AtStep,
     Metrics,
     backbone,
     batch,
@@ -87,7 +87,7 @@ def test_law_1_in_a_trainer_one_loss_moves_one_module(only: int, method: str, fa
             largest[other] = max(largest.get(other, 0.0), top)
             assert other == number or top == 0
 
-    trainer(BeforeStep(look)).fit(model, loader(1))
+    trainer(AtStep(look)).fit(model, loader(1))
     assert {number: value > 0 for number, value in largest.items()} == {n: n == only for n in range(4)}
 
 
