@@ -52,8 +52,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"CIFAR-10 at 32 px, all 50,000 training images, {first['epochs']} epochs, batch {first['batch_size']}, "
         f"{first['precision']}, seed {first['seed']}, {hardware['cores']} cores of {hardware['cpu']}, "
         f"torch {first['versions']['torch']}, commit {first['commit']['id'][:12]}.",
-        f"Test accuracy of the last epoch, n=1. Memory: {first['peak_memory_source']}. Images per second were taken on a "
-        "machine with other work on it: see step_time.md for ratios.",
+        f"Test accuracy of the last epoch, n=1. Memory: {first['peak_memory_source']}. Images per second were taken "
+        "on a machine with other work on it: see step_time.md for ratios.",
     ]
     return "\n".join(lines) + "\n"
 
