@@ -43,7 +43,8 @@ class LocalModule(nn.Module):
         inputs, outputs = self.body(x)
         terms, logits = self.objective(inputs.detach(), outputs, images, labels)
         weights: dict[str, float] = self.objective.weights  # type: ignore[assignment]
-        weighted = [weights[name] * value for name, value in terms.items()]
+        # No product with 1: Inductor drops it, takes the loss for the detached term, and its gradient is gone.
+        weighted = [value if weights[name] == 1 else weights[name] * value for name, value in terms.items()]
         return LocalOutput(
             outputs.detach(),
             sum(weighted[1:], start=weighted[0]),
