@@ -6,7 +6,6 @@ import gc
 import logging
 import random
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,14 +63,12 @@ def train(config: Config, folder: Path, *, resume: bool) -> dict[str, Any]:
         OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
         for logger in trainer.loggers[1:]:
             logger.log_hyperparams(config)
-        started = time.perf_counter()
         trainer.fit(learner, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-        seconds = time.perf_counter() - started
         if trainer.interrupted:
             raise KeyboardInterrupt
-        best = _load_best(learner, folder)
+        best = _load_best(learner, folder, trainer)
         measured = trainer.test(learner, datamodule=datamodule, verbose=False)[0]
-        summary = _summarise(config, trainer, learner, seconds, best)
+        summary = _summarise(config, trainer, learner, best)
         summary.test_accuracy = measured["test/accuracy"]
         summary.classes = datamodule.class_names
         return _write(config, folder, summary, trainer, learner, datamodule)
@@ -111,6 +108,8 @@ def _clean_process(seed: int) -> Iterator[None]:
 
 
 def _last_checkpoint(folder: Path) -> Path:
+    if (folder / "summary.json").is_file():
+        raise UserError(f"resume={folder}: this run has ended, its summary.json is there")
     checkpoint = folder / "checkpoints" / "last.ckpt"
     if not checkpoint.is_file():
         raise UserError(f"resume={folder}: there is no checkpoint to go on from, {checkpoint} does not exist")
@@ -144,26 +143,23 @@ def _names(config: Config, folder: Path) -> dict[str, str | None]:
     }
 
 
-def _load_best(learner: Learner, folder: Path) -> dict[str, Any]:
-    """Put the weights into ``learner`` that were best on validation (the last ones without validation)."""
-    for name in ("best", "last"):
-        file = folder / "checkpoints" / f"{name}.ckpt"
-        if file.is_file():
-            checkpoint: dict[str, Any] = torch.load(file, map_location=learner.device, weights_only=True)
-            learner.load_state_dict(checkpoint["state_dict"])
-            return {"epoch": checkpoint["epoch"], "name": name}
-    raise UserError(f"{folder}/checkpoints holds neither best.ckpt nor last.ckpt: nothing was trained")
+def _load_best(learner: Learner, folder: Path, trainer: lightning.Trainer) -> BestCheckpoint | None:
+    """Put the weights into ``learner`` that were best on validation, else the last ones; returns who knows the best."""
+    known = [c for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint) and c.score is not None]
+    best = known[0] if known else None
+    file = folder / "checkpoints" / ("last.ckpt" if best is None else "best.ckpt")
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: nothing was trained")
+    learner.load_state_dict(torch.load(file, map_location=learner.device, weights_only=True)["state_dict"])
+    return best
 
 
 def _callback(trainer: lightning.Trainer, kind: type[_C]) -> _C:
     return next(c for c in trainer.callbacks if isinstance(c, kind))  # type: ignore[attr-defined]
 
 
-def _summarise(
-    config: Config, trainer: lightning.Trainer, learner: Learner, seconds: float, best: dict[str, Any]
-) -> RunSummary:
+def _summarise(config: Config, trainer: lightning.Trainer, learner: Learner, best: BestCheckpoint | None) -> RunSummary:
     speed, memory = _callback(trainer, Throughput), _callback(trainer, PeakMemory)
-    scores = [c.best_model_score for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)]
     backbone = config["backbone"]
     losses = {name: value for name, value in learner.epoch_means.items() if name.startswith("train/module_")}
     return RunSummary(
@@ -176,12 +172,12 @@ def _summarise(
         epochs=trainer.current_epoch,
         batch_size=config["batch_size"],
         precision=config["trainer"]["precision"],
-        val_accuracy=None if not scores or scores[0] is None else float(scores[0]),
-        best_epoch=best["epoch"] if best["name"] == "best" else None,
+        val_accuracy=None if best is None else best.score,
+        best_epoch=None if best is None else best.epoch,
         images_per_second=speed.images_per_second,
         peak_memory_bytes=memory.peak_bytes,
         peak_memory_source=memory.source,
-        seconds=seconds,
+        seconds=speed.seconds,
         parameters=learner.parameter_counts(),
         module_losses={name.removeprefix("train/"): value for name, value in losses.items()},
         **environment(),

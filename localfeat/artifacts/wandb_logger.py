@@ -6,13 +6,11 @@ import netrc
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
-from localfeat.errors import UserError
+from lightning.pytorch.loggers import WandbLogger  # imports wandb only when a logger is made
 
-if TYPE_CHECKING:
-    from lightning.pytorch.loggers import WandbLogger
+from localfeat.errors import UserError
 
 MODES = ("auto", "online", "offline", "disabled")
 DEFAULT_HOST = "https://api.wandb.ai"
@@ -42,7 +40,6 @@ def wandb_logger(
     Raises:
         UserError: an unknown mode, or "online" without a login.
     """
-    from lightning.pytorch.loggers import WandbLogger
     from wandb import Settings
 
     Path(save_dir).mkdir(parents=True, exist_ok=True)

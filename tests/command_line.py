@@ -1,0 +1,22 @@
+"""The command lines, run in this process: a subprocess each would spend seconds on imports."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+
+def call(monkeypatch: pytest.MonkeyPatch, module: str, *arguments: str) -> int:
+    """Run ``python -m <module> <arguments>`` in the current folder; returns its exit code."""
+    GlobalHydra.instance().clear()
+    monkeypatch.setattr(sys, "argv", [f"{module.replace('.', '/')}.py", *arguments])
+    try:
+        importlib.import_module(module).main()
+    except SystemExit as left:
+        return 0 if left.code is None else int(left.code)
+    finally:
+        GlobalHydra.instance().clear()
+    return 0
