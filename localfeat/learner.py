@@ -206,8 +206,9 @@ class Learner(lightning.LightningModule):
         return {"backbone": backbone, "auxiliary": total - backbone, "total": total, **modules}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Optimizers are saved by position: write down what the positions mean."""
+        """Optimizers are saved by position: write down what the positions mean. Also the epoch's means so far."""
         checkpoint["localfeat"] = {"method": self.method.name, "blocks_per_module": self.blocks_per_module}
+        checkpoint["means"] = {"epoch": self.epoch_means, "sums": self._sums, "batches": self._batches}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of other modules."""
@@ -215,6 +216,8 @@ class Learner(lightning.LightningModule):
         saved = checkpoint.get("localfeat")
         if saved != own:
             raise UserError(f"the checkpoint was written by {saved}, and this run is {own}")
+        means = checkpoint["means"]
+        self.epoch_means, self._sums, self._batches = dict(means["epoch"]), dict(means["sums"]), means["batches"]
 
     # --- inner parts --------------------------------------------------------------------------------------------
 
