@@ -134,11 +134,11 @@ def build_callbacks(
     if early_stopping is not None:
         found.append(EarlyStopping("val/accuracy", patience=early_stopping, mode="max"))
     checkpoints = folder / "checkpoints"
-    if checkpoint_every_n_batches:
-        found.append(LastCheckpoint(checkpoints, batches=checkpoint_every_n_batches))
-    found.append(LastCheckpoint(checkpoints, epochs=checkpoint_every_n_epochs))
     if validates:
         found.append(BestCheckpoint(checkpoints))
+    found.append(
+        LastCheckpoint(checkpoints, epochs=checkpoint_every_n_epochs, batches=checkpoint_every_n_batches)
+    )  # the last of all: it saves what the others know
     return found
 
 

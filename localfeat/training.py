@@ -40,6 +40,15 @@ from localfeat.errors import UserError
 from localfeat.learner import Learner
 from localfeat.network import model_name
 
+RESULTS = (
+    "checkpoints/best.ckpt",
+    "checkpoints/last.ckpt",
+    "backbone.safetensors",
+    "summary.json",
+    "learning_curves.png",
+    "reconstructions.png",
+)
+
 _C = TypeVar("_C", bound=Callback)
 
 
@@ -60,6 +69,8 @@ def train(config: Config, folder: Path, *, resume: bool) -> dict[str, Any]:
         datamodule.prepare_data()
         learner = build_learner(config, datamodule.num_classes)
         trainer = _trainer(config, folder, datamodule, checkpoint)
+        if not resume:
+            _clear(folder)
         OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
         for logger in trainer.loggers[1:]:
             logger.log_hyperparams(config)
@@ -72,6 +83,12 @@ def train(config: Config, folder: Path, *, resume: bool) -> dict[str, Any]:
         summary.test_accuracy = measured["test/accuracy"]
         summary.classes = datamodule.class_names
         return _write(config, folder, summary, trainer, learner, datamodule)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier run left here: half of it would pass for this one's. ``metrics.csv`` is kept aside."""
+    for name in RESULTS:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _quiet() -> None:

@@ -21,6 +21,9 @@ GIB = 1024**3
 WARM_UP_BATCHES = 2
 """Batches at the start of a run that measure compilation, autotuning and cold caches rather than training."""
 
+CUDA_SOURCE = "torch.cuda.max_memory_allocated"
+ACCOUNTING_SOURCE = "allocator accounting of one training batch"
+
 
 def batch_seed(seed: int, epoch: int, batch_idx: int, rank: int) -> int:
     """A 63-bit seed in which neighbouring arguments share nothing (NumPy's ``SeedSequence``)."""
@@ -51,7 +54,8 @@ class PeakMemory(Callback):
     On CUDA: ``torch.cuda.max_memory_allocated`` over all of training, validation left out (its batches may be larger
     and have no graph). On every other device: the allocations of one training batch, counted by ``StorageTracker``
     on top of weights, buffers, optimizer state, gradients and the batch itself. That batch is the third of the run,
-    when optimizer states exist, or the last one of a shorter run.
+    when optimizer states exist, or the last one of a shorter run. A resumed run keeps the figure of its earlier part,
+    unless it has moved between CPU and GPU.
 
     Attributes:
         peak_bytes: the figure; None until taken, and for ever if no batch could be measured.
@@ -61,6 +65,7 @@ class PeakMemory(Callback):
     """
 
     def __init__(self) -> None:
+        self._restored = False
         self._start_over()
 
     def _start_over(self) -> None:
@@ -72,11 +77,25 @@ class PeakMemory(Callback):
         self._tracker: StorageTracker | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._start_over()
-        if pl_module.device.type == "cuda":
+        cuda = pl_module.device.type == "cuda"
+        kept = self._restored and (self.source == CUDA_SOURCE) == cuda
+        if not kept:
+            self._start_over()
+        self._restored = False
+        if cuda:
             torch.cuda.reset_peak_memory_stats(pl_module.device)
-        else:
-            self.slow_batch = max(0, min(WARM_UP_BATCHES, remaining_batches(trainer) - 1))
+        elif self.peak_bytes is None:
+            ahead = max(0, WARM_UP_BATCHES - trainer.global_step)
+            self.slow_batch = max(0, min(ahead, remaining_batches(trainer) - 1))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("peak_bytes", "reserved_bytes", "source")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._start_over()
+        self._restored = True
+        self.peak_bytes, self.reserved_bytes = state_dict["peak_bytes"], state_dict["reserved_bytes"]
+        self.source = state_dict["source"]
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
@@ -92,7 +111,7 @@ class PeakMemory(Callback):
         tracker = self._leave()
         if tracker is not None:
             self.peak_bytes = tracker.peak_bytes
-            self.source = "allocator accounting of one training batch"
+            self.source = ACCOUNTING_SOURCE
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -129,7 +148,7 @@ class PeakMemory(Callback):
             device = pl_module.device
             self.peak_bytes = max(self.peak_bytes or 0, torch.cuda.max_memory_allocated(device))
             self.reserved_bytes = max(self.reserved_bytes or 0, torch.cuda.max_memory_reserved(device))
-            self.source = "torch.cuda.max_memory_allocated"
+            self.source = CUDA_SOURCE
 
 
 class Throughput(Callback):
@@ -138,21 +157,24 @@ class Throughput(Callback):
     An epoch is timed from its first batch's start to its last batch's end: waiting for the loader counts, validation
     does not. The first two batches of a run and the one that ``PeakMemory`` slows down are left out, with the time
     they took. CUDA is synchronised where the clock starts or stops for good, not per batch: once after the batches
-    left out, before validation, and at the ends of epochs.
+    left out, before validation, and at the ends of epochs. A resumed run keeps the figures of its earlier part.
 
     Attributes:
-        epochs: images per second of every epoch of this fit in which at least one batch was timed (all ranks).
+        epochs: images per second of every epoch in which at least one batch was timed (all ranks).
         outside: for the same epochs, the share of the time not spent between ``on_train_batch_start`` and
             ``on_train_batch_end``: loader, logging, checkpoints. On CUDA the host may run ahead of the device, so
             this is then the host's view.
     """
 
     def __init__(self) -> None:
+        self._restored = False
         self._start_over()
 
     def _start_over(self) -> None:
         self.epochs: list[float] = []
         self.outside: list[float] = []
+        self._earlier = 0.0
+        self._started: float | None = None
         self._batches = 0
         self._left_out: set[int] = set()
         self._reset_epoch()
@@ -180,8 +202,31 @@ class Throughput(Callback):
             return self._images / self._seconds
         return self.epochs[-1] if self.epochs else None
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    @property
+    def seconds(self) -> float:
+        """Wall time of training until now or its end, validation included.
+
+        Of a resumed run: of all its parts, without what a killed part did after its last checkpoint.
+        """
+        return self._earlier + (0.0 if self._started is None else time.perf_counter() - self._started)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epochs": self.epochs, "outside": self.outside, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._start_over()
+        self._restored = True
+        self.epochs, self.outside = list(state_dict["epochs"]), list(state_dict["outside"])
+        self._earlier = state_dict["seconds"]
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if not self._restored:
+            self._start_over()
+        self._restored = False
+        self._started = time.perf_counter()
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._earlier, self._started = self.seconds, None
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int

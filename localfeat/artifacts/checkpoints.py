@@ -2,40 +2,92 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
+from lightning.pytorch.callbacks import Checkpoint
 
 
-class LastCheckpoint(ModelCheckpoint):
-    """Overwrites ``last.ckpt`` every so many epochs, or every so many batches: what a run goes on from."""
+class BestCheckpoint(Checkpoint):
+    """Keeps the epoch with the highest validation accuracy in ``best.ckpt``; of equal ones the latest.
 
-    def __init__(self, folder: Path, *, epochs: int | None = None, batches: int | None = None) -> None:
-        super().__init__(
-            dirpath=folder,
-            filename="last",
-            every_n_epochs=epochs,
-            every_n_train_steps=batches,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        )
+    A small validation set has many equal epochs (all images right), and the later one has a smaller learning rate
+    behind it.
 
-
-class BestCheckpoint(ModelCheckpoint):
-    """Keeps the epoch with the highest validation accuracy; of equal ones the latest.
-
-    Lightning keeps the earliest. A small validation set has many equal epochs (all images right), and the later
-    one has a smaller learning rate behind it.
+    Attributes:
+        score: the highest accuracy so far, 0 to 1; None before the first validation.
+        epoch: when that was, from 0.
     """
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(
-            dirpath=folder, filename="best", monitor="val/accuracy", mode="max", enable_version_counter=False
-        )
+        self.file = folder / "best.ckpt"
+        self.score: float | None = None
+        self.epoch: int | None = None
 
-    def check_monitor_top_k(self, trainer: lightning.Trainer, current: Tensor | None = None) -> bool:
-        """Whether ``current`` is at least as good as the best so far."""
-        ties = current is not None and self.best_model_score is not None and bool(current == self.best_model_score)
-        return ties or super().check_monitor_top_k(trainer, current)
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        score = float(trainer.callback_metrics["val/accuracy"])
+        if self.score is None or score >= self.score:
+            self.score, self.epoch = score, trainer.current_epoch
+            save_whole(trainer, self.file)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"score": self.score, "epoch": self.epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.score, self.epoch = state_dict["score"], state_dict["epoch"]
+
+
+class LastCheckpoint(Checkpoint):
+    """Overwrites ``last.ckpt``, from which a killed run goes on, and writes it once more when the run ends.
+
+    It holds the state of the callbacks before it in the trainer's list: keep it last. A checkpoint that falls due
+    within an epoch waits for the next batch while gradients are being accumulated, as it would lose them, and at
+    the epoch's last batch for the epoch's end, as Lightning would resume without that epoch's validation.
+
+    Args:
+        folder: where to write.
+        epochs: how often, in epochs.
+        batches: how often within epochs, in batches of the run; None: never.
+    """
+
+    def __init__(self, folder: Path, *, epochs: int = 1, batches: int | None = None) -> None:
+        self.file = folder / "last.ckpt"
+        self.epochs, self.batches = epochs, batches
+        self._due = False
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._due = self._due or (self.batches is not None and trainer.global_step % self.batches == 0)
+        accumulating = any(parameter.grad is not None for parameter in pl_module.parameters())
+        if self._due and not accumulating and not trainer.is_last_batch:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self._due or (trainer.current_epoch + 1) % self.epochs == 0 or is_last_epoch(trainer):
+            self._save(trainer)
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        self._due = False
+        save_whole(trainer, self.file)
+
+
+def is_last_epoch(trainer: lightning.Trainer) -> bool:
+    """Whether no epoch follows the one that is just ending."""
+    epochs = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+    return trainer.should_stop or epochs or trainer.global_step == trainer.max_steps
+
+
+def save_whole(trainer: lightning.Trainer, file: Path) -> None:
+    """Write a checkpoint so that a kill leaves the file before it or the new one, never a part.
+
+    Lightning itself moves a file from the folder for temporary files, which copies it if that is another disk.
+    """
+    part = file.with_name(f"{file.name}.part")
+    trainer.save_checkpoint(part)
+    if trainer.is_global_zero:
+        os.replace(part, file)

@@ -44,7 +44,7 @@ class RunSummary:
     peak_memory_bytes: int | None = None
     peak_memory_source: str | None = None
     seconds: float | None = None
-    """Wall time of fitting, validation included."""
+    """Wall time of training, validation included; of a resumed run without what a killed part had to do again."""
     parameters: dict[str, int] = field(default_factory=dict)
     """Number of parameters by part: backbone, auxiliary, total, module_1, …"""
     module_losses: dict[str, float] = field(default_factory=dict)
