@@ -17,6 +17,7 @@ def build_local_modules(
     method: Method,
     split: Split | int | Sequence[int],
     decoder: DecoderFactory,
+    image_size: int | None = None,
 ) -> nn.ModuleList:
     """Cut ``backbone`` and give every piece its objective.
 
@@ -26,7 +27,7 @@ def build_local_modules(
     Raises:
         UserError: an unknown family, a split that the backbone cannot have, a target that the decoder cannot reach.
     """
-    size = image_size_of(backbone)
+    size = image_size_of(backbone, image_size)
     pieces = decompose(backbone, size)
     lengths = as_split(split, pieces.stage_depths).blocks_per_module(pieces.stage_depths)
     if not method.local:
@@ -56,13 +57,24 @@ def build_local_modules(
     return modules
 
 
-def image_size_of(backbone: nn.Module) -> int:
-    """Side in pixels of the square images that a timm model takes (its own, or its pretrained default)."""
+def image_size_of(backbone: nn.Module, wanted: int | None = None) -> int:
+    """Side in pixels of the square images that a timm model is trained on.
+
+    A transformer's size is fixed when it is built. A convolutional network takes any: the ``wanted`` one, else
+    that of its pretrained weights.
+
+    Raises:
+        UserError: a size other than the fixed one, or one that is not square.
+    """
     embed: Any = getattr(backbone, "patch_embed", None)
     fixed = getattr(embed, "img_size", None)
+    if fixed is None and wanted is not None:
+        return wanted
     height, width = fixed or _config(backbone).get("input_size", (3, 224, 224))[1:]
     if height != width:
         raise UserError(f"this backbone takes {height} x {width} images: only square ones are supported")
+    if wanted not in (None, height):
+        raise UserError(f"image_size={wanted}: this backbone was built for {height} px")
     return int(height)
 
 

@@ -63,6 +63,7 @@ def build_learner(config: Config, num_classes: int) -> Learner:
         split,
         decoder,
         optimization=optimization,
+        image_size=config["image_size"],
         compile=config["efficiency"]["compile"],
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -42,6 +43,8 @@ class Learner(lightning.LightningModule):
         split: K, a list of cuts, or a :class:`Split`; ``e2e`` trains one module whatever it says.
         decoder: ``interp``, ``one_layer``, ``deconv`` or a factory ``(in_channels, out_channels, upscale) -> module``.
         optimization: the optimizer that every module gets one of.
+        image_size: side of the square images in pixels, where the backbone does not fix it (convolutional networks);
+            ``None`` takes that of its pretrained weights.
         compile: ``torch.compile`` every local module.
 
     Raises:
@@ -56,6 +59,7 @@ class Learner(lightning.LightningModule):
         decoder: str | DecoderFactory = "one_layer",
         *,
         optimization: Optimization | None = None,
+        image_size: int | None = None,
         compile: bool = False,
     ) -> None:
         super().__init__()
@@ -63,7 +67,7 @@ class Learner(lightning.LightningModule):
         self.method = as_method(method)
         self.optimization = optimization or Optimization()
         self._backbone = (backbone,)  # not registered: its parameters live in the local modules
-        self.local_modules = build_local_modules(backbone, self.method, split, as_decoder(decoder))
+        self.local_modules = build_local_modules(backbone, self.method, split, as_decoder(decoder), image_size)
         self.num_classes = cast(int, backbone.num_classes)
         self.val_accuracy = MulticlassAccuracy(self.num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(self.num_classes, average="micro")
@@ -153,7 +157,13 @@ class Learner(lightning.LightningModule):
         return configured
 
     def on_fit_start(self) -> None:
-        """One GradScaler serves K optimizers and counts their steps: let it count batches."""
+        """One GradScaler serves K optimizers and counts their steps: let it count batches.
+
+        Two warnings are wrong for this loop: the schedule counts batches, also those that only accumulate, and
+        the states that checkpoints hold are those after the step, as they should be.
+        """
+        for message in ("Detected call of `lr_scheduler.step", ".*pre-optimization state"):
+            warnings.filterwarnings("ignore", message=message)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             scaler.set_growth_interval(2000 * len(self.local_modules))

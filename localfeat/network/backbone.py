@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import huggingface_hub as hub
 import timm
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
 
 from localfeat.errors import UserError
@@ -51,7 +52,7 @@ def build_backbone(
             model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:
         raise _explained(error, name, pretrained) from error
-    if isinstance(model, SwinTransformer):
+    if isinstance(model, SwinTransformer | SwinTransformerV2):
         _check_windows(model)
     return model
 
@@ -99,19 +100,23 @@ def _explained(error: Exception, name: str, pretrained: bool) -> UserError:
     raise error
 
 
-def _check_windows(model: SwinTransformer) -> None:
+def _check_windows(model: SwinTransformer | SwinTransformerV2) -> None:
     """Refuse sizes at which timm would silently pad windows or lose pixels."""
     embed: Any = model.patch_embed
     (size, _), (patch, _) = embed.img_size, embed.patch_size
     stages: list[Any] = list(model.layers)
-    unit = patch * 2 ** (len(stages) - 1)
-    sides = [stage.output_resolution[0] for stage in stages]
-    windows = [stage.blocks[0].window_size[0] for stage in stages]
-    if size % unit == 0 and all(side % window == 0 for side, window in zip(sides, windows, strict=True)):
+    window = max(stage.blocks[0].window_size[0] for stage in stages)  # a stage smaller than the window is one window
+
+    def fits(candidate: int) -> bool:
+        side, rest = divmod(candidate, patch * 2 ** (len(stages) - 1))
+        sides = [side * 2**stage for stage in range(len(stages))]
+        return side > 0 and not rest and all(s % min(window, s) == 0 for s in sides)
+
+    if fits(size):
         return
-    step = unit * windows[0]
-    below = max(size // step, 1) * step
+    below = next((c for c in range(size, 0, -1) if fits(c)), None)
+    above = next(c for c in range(size, 4 * size + 4 * patch * window * 2 ** len(stages)) if fits(c))
     raise UserError(
-        f"image_size={size}: patches of {patch} px and windows of {windows[0]} over {len(stages)} stages cannot tile "
-        f"it; sizes that work: {below}, {below + step}"
+        f"image_size={size}: patches of {patch} px and windows of {window} over {len(stages)} stages cannot tile it; "
+        f"sizes that work: {', '.join(str(c) for c in (below, above) if c)}"
     )

@@ -27,8 +27,7 @@ def supervised_nt_xent(embeddings: Tensor, labels: Tensor, temperature: float) -
     z = F.normalize(embeddings, dim=1)
     similarity = z @ z.T / temperature  # (B, B)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    lowest = torch.finfo(similarity.dtype).min  # not -inf: a batch of one image would give nan gradients
-    log_probability = similarity.masked_fill(itself, lowest).log_softmax(dim=1)
+    log_probability = similarity.masked_fill(itself, float("-inf")).log_softmax(dim=1)
     positive = (labels[:, None] == labels[None, :]) & ~itself
     per_image = log_probability.masked_fill(~positive, 0.0).sum(1) / positive.sum(1).clamp(min=1)
     anchors = positive.any(1).sum().clamp(min=1)

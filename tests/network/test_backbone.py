@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 
+from localfeat.assembly import image_size_of
 from localfeat.errors import UserError
 from localfeat.network import build_backbone
 from tests.small import CLASSES, FAMILIES, backbone, batch
@@ -68,3 +69,23 @@ def test_weights_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def _no_network(*_: object, **__: object) -> None:
     raise OSError("no network")
+
+
+def test_a_swin_v2_is_held_to_its_windows_too() -> None:
+    line = refused("swinv2_tiny_window8_256", image_size=100)
+    assert line.startswith("image_size=100: ") and line.endswith("sizes that work: 64, 128")
+    assert build_backbone("swinv2_tiny_window8_256", 3, image_size=64).patch_embed.img_size == (64, 64)
+
+
+def test_sizes_at_which_a_stage_is_one_window_work() -> None:
+    line = refused("swin_tiny_patch4_window7_224", image_size=40, arguments={"window_size": 4, "patch_size": 2})
+    assert line.endswith("sizes that work: 32, 64")
+
+
+def test_image_size_is_the_backbones_own_where_it_has_one() -> None:
+    swin = build_backbone("swin_tiny_patch4_window7_224", 3)
+    assert (image_size_of(swin), image_size_of(swin, 224)) == (224, 224)
+    with pytest.raises(UserError, match="image_size=64: this backbone was built for 224 px"):
+        image_size_of(swin, 64)
+    convnext = build_backbone("convnext_atto", 3)
+    assert (image_size_of(convnext), image_size_of(convnext, 64)) == (224, 64)
