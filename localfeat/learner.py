@@ -284,7 +284,7 @@ class Learner(lightning.LightningModule):
     def _log_training(self) -> None:
         self._batches += 1
         if self.trainer.global_step % cast(Any, self.trainer).log_every_n_steps == 0:
-            lr = cast(Any, self._schedulers()[0]).get_last_lr()[0]
+            lr = self._schedulers()[0].optimizer.param_groups[0]["lr"]  # get_last_lr() is 0 at the first batch
             self.log_dict({**self._latest, "train/lr": lr}, batch_size=1)
             self.log("loss", self._latest["train/loss"], prog_bar=True, logger=False, batch_size=1)
 
