@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAverag
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
-from localfeat.artifacts.callbacks import PeakMemory, SeedEachBatch, Throughput
+from localfeat.artifacts.callbacks import LogShortRuns, PeakMemory, SeedEachBatch, Throughput
 from localfeat.artifacts.checkpoints import BestCheckpoint, LastCheckpoint
 from localfeat.artifacts.console import RunProgress
 from localfeat.artifacts.export import load_backbone_weights
@@ -127,7 +127,7 @@ def build_callbacks(
         raise UserError(f"callbacks.ema={ema}: a decay lies between 0 and 1")
     if early_stopping is not None and (early_stopping < 1 or not validates):
         raise UserError(f"callbacks.early_stopping={early_stopping}: it needs 1 epoch or more, and a validation split")
-    found: list[Callback] = [SeedEachBatch(seed), Throughput(), PeakMemory()]
+    found: list[Callback] = [SeedEachBatch(seed), LogShortRuns(), Throughput(), PeakMemory()]
     if progress_bar:
         found.append(RunProgress())
     if ema is not None:

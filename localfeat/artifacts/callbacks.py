@@ -48,6 +48,17 @@ class SeedEachBatch(Callback):
         torch.manual_seed(batch_seed(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank))
 
 
+class LogShortRuns(Callback):
+    """Lowers the trainer's ``log_every_n_steps`` to the batches of an epoch, so that every epoch logs training figures.
+
+    A run of fewer batches would otherwise end without a single one.
+    """
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        steps = [int(trainer.num_training_batches)] + [trainer.max_steps] * (trainer.max_steps > 0)
+        trainer.log_every_n_steps = min(trainer.log_every_n_steps, *steps)  # type: ignore[attr-defined]
+
+
 class PeakMemory(Callback):
     """The most memory that training takes, in bytes.
 
