@@ -22,12 +22,24 @@ from localfeat.paths import conf_dir
 def register_resolvers() -> None:
     """Make the functions known that conf/ calls as ``${localfeat.…}``."""
     OmegaConf.register_new_resolver("localfeat.run_dir", _run_dir, replace=True)
+    OmegaConf.register_new_resolver("localfeat.hydra_subdir", _hydra_subdir, replace=True)
     OmegaConf.register_new_resolver("localfeat.linear_lr", _linear_lr, replace=True)
 
 
 def _run_dir(resume: str | None, new: str) -> str:
     """The run's folder: that of the run to resume, else a new one."""
     return resume or new
+
+
+def _hydra_subdir(resume: str | None) -> str | None:
+    """Where Hydra notes what was typed; a run that goes on keeps the note of what began it."""
+    return None if resume else ".hydra"
+
+
+def typed_overrides(folder: Path) -> list[str]:
+    """What was typed to begin the run in ``folder``, as Hydra noted it (for a job of a sweep: that job's choices)."""
+    file = folder / ".hydra" / "overrides.yaml"
+    return [str(override) for override in OmegaConf.load(file)] if file.is_file() else []
 
 
 def _linear_lr(lr: float, images: int, batch_size: int, accumulate: int) -> float:

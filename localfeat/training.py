@@ -35,6 +35,7 @@ from localfeat.build import (
     build_trainer,
     check,
 )
+from localfeat.config import typed_overrides
 from localfeat.data import ImageDataModule
 from localfeat.errors import UserError
 from localfeat.learner import Learner
@@ -79,7 +80,7 @@ def train(config: Config, folder: Path, *, resume: bool) -> dict[str, Any]:
             raise KeyboardInterrupt
         best = _load_best(learner, folder, trainer)
         measured = trainer.test(learner, datamodule=datamodule, verbose=False)[0]
-        summary = _summarise(config, trainer, learner, best)
+        summary = _summarise(config, folder, trainer, learner, best)
         summary.test_accuracy = measured["test/accuracy"]
         summary.classes = datamodule.class_names
         return _write(config, folder, summary, trainer, learner, datamodule)
@@ -176,7 +177,9 @@ def _callback(trainer: lightning.Trainer, kind: type[_C]) -> _C:
     return next(c for c in trainer.callbacks if isinstance(c, kind))  # type: ignore[attr-defined]
 
 
-def _summarise(config: Config, trainer: lightning.Trainer, learner: Learner, best: BestCheckpoint | None) -> RunSummary:
+def _summarise(
+    config: Config, folder: Path, trainer: lightning.Trainer, learner: Learner, best: BestCheckpoint | None
+) -> RunSummary:
     speed, memory = _callback(trainer, Throughput), _callback(trainer, PeakMemory)
     backbone = config["backbone"]
     losses = {name: value for name, value in learner.epoch_means.items() if name.startswith("train/module_")}
@@ -198,6 +201,7 @@ def _summarise(config: Config, trainer: lightning.Trainer, learner: Learner, bes
         seconds=speed.seconds,
         parameters=learner.parameter_counts(),
         module_losses={name.removeprefix("train/"): value for name, value in losses.items()},
+        overrides=typed_overrides(folder),
         **environment(),
     )
 

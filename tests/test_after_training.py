@@ -61,6 +61,11 @@ def test_evaluate_repeats_the_runs_own_figures(
     assert evaluate(run, "val")["accuracy"] == pytest.approx(summary["val_accuracy"], abs=1e-6)
 
 
+def test_the_summary_says_what_was_typed(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["overrides"] == ["epochs=2", "trainer.limit_train_batches=6", "callbacks=ema", "callbacks.ema=0.5"]
+
+
 def test_evaluate_reads_the_checkpoint_it_is_told_to(run: Path) -> None:
     assert {evaluate(run, "train", name)["images"] for name in ("best", "last")} == {1294}
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
