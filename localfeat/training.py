@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import random
 import sys
 import warnings
@@ -115,11 +116,15 @@ def _clean_process(seed: int) -> Iterator[None]:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+    environment = dict(os.environ)
     try:
         yield
     finally:
         if "wandb" in sys.modules:
             wandb_logger.finish()
+        for name in os.environ.keys() - environment.keys():  # Lightning sets one for deterministic runs
+            del os.environ[name]
+        os.environ.update(environment)
         torch.use_deterministic_algorithms(False)
         gc.collect()
         if torch.cuda.is_available():
