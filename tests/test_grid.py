@@ -19,7 +19,7 @@ from localfeat.objectives import METHODS
 from localfeat.run import run
 from tests.data.formats import write_source
 from tests.small import AtStep, trainer
-from tests.whole_runs import composed, exported, small_run
+from tests.whole_runs import composed, draw_nothing, exported, small_run
 
 SPLITS = {"k2": [4, 8], "k4": [2, 2, 6, 2]}  # blocks per module of Swin-T
 DECODERS = ["interp", "one_layer", "deconv"]
@@ -83,6 +83,7 @@ def test_one_batch_of_every_data_set_in_its_true_form(
     method: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the published files' format to exported weights, with a classifier of the right size."""
+    draw_nothing(monkeypatch)
     write_source(monkeypatch, dataset, tmp_path / "data")
     summary = small_run(
         tmp_path / "run",

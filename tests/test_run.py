@@ -29,6 +29,7 @@ from tests.whole_runs import (
     TIMED,
     checkpoint,
     composed,
+    draw_nothing,
     exported,
     files_below,
     killed_run,
@@ -75,6 +76,14 @@ KILLS: dict[str, dict[str, Any]] = {
 EVERYWHERE = ["feature_recon", "feature_recon bf16 averaged and accumulated"]
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_nothing(monkeypatch)
+
+
+quickly = pytest.mark.usefixtures("no_pictures")
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Folder and summary of a variant's uninterrupted run, made once."""
@@ -83,7 +92,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def get(variant: str) -> tuple[Path, dict[str, Any]]:
         if variant not in made:
             folder = tmp_path_factory.mktemp("whole") / "run"
-            made[variant] = folder, small_run(folder, *VARIANTS[variant])
+            with pytest.MonkeyPatch.context() as patch:
+                draw_nothing(patch)
+                made[variant] = folder, small_run(folder, *VARIANTS[variant])
         return made[variant]
 
     return get
@@ -114,6 +125,7 @@ def test_law_6_one_folder_with_a_known_set_of_files(method: str, more: set[str],
     assert OmegaConf.load(folder / "config.yaml") == plain(composed(*SMALL, f"method={method}"))
 
 
+@quickly
 @pytest.mark.parametrize(
     ("variant", "moment"),
     [(v, k) for v in VARIANTS for k in KILLS if v in EVERYWHERE or k in ("in an epoch", "at an epoch's end")],
@@ -124,6 +136,7 @@ def test_law_6_a_killed_run_resumed_ends_the_same(variant: str, moment: str, who
     assert_same_run(folder, run(composed(f"resume={folder}"), "not used"), whole(variant))
 
 
+@quickly
 def test_law_6_killed_again_and_again_and_moved(whole: Any, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     killed_run(first, *VARIANTS["feature_recon"], hook="on_train_batch_start", epoch=1, batch=2)
@@ -133,6 +146,7 @@ def test_law_6_killed_again_and_again_and_moved(whole: Any, tmp_path: Path) -> N
     assert not first.exists()
 
 
+@quickly
 def test_law_6_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
     whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +165,7 @@ def test_law_6_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
     assert_same_run(folder, run(composed(f"resume={folder}"), "not used"), whole("feature_recon"))
 
 
+@quickly
 @pytest.mark.parametrize(("every", "accumulate"), [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (3, 2), (1, 3)])
 def test_law_6_when_checkpoints_are_written(
     every: int, accumulate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -195,6 +210,7 @@ def test_law_6_a_used_folder_keeps_nothing_of_the_run_before(tmp_path: Path) -> 
     assert summary["best_epoch"] is None and summary["val_accuracy"] is None
 
 
+@quickly
 def test_law_6_a_run_that_cannot_be_touches_no_file(tmp_path: Path) -> None:
     small_run(tmp_path, "epochs=1")
     before = {name: (tmp_path / name).read_bytes() for name in files_below(tmp_path)}

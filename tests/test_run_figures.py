@@ -32,7 +32,7 @@ from localfeat.data.labelled import TensorImages
 from localfeat.data.sources import Digits
 from localfeat.learner import Learner
 from localfeat.objectives import METHODS
-from tests.whole_runs import BATCHES, checkpoint, exported, files_below, metrics, small_run
+from tests.whole_runs import BATCHES, checkpoint, draw_nothing, exported, files_below, metrics, small_run
 
 TERMS = {
     "e2e": [],
@@ -102,6 +102,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Folder, summary, witness and printed text of one run, evaluated on every image."""
     folder, witness = tmp_path_factory.mktemp("figures") / "run", Witness()
     with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
         with_callback(patch, witness)
         summary = small_run(folder, f"method={METHOD}", *WHOLE_EVALUATION)
     return SimpleNamespace(folder=folder, summary=summary, steps=witness.steps, rows=metrics(folder))
@@ -126,7 +127,8 @@ def plain_accuracy(folder: Path, split: str, weights: dict[str, Tensor]) -> tupl
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_law_7_no_unknown_figure_is_logged(method: str, tmp_path: Path) -> None:
+def test_law_7_no_unknown_figure_is_logged(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_nothing(monkeypatch)
     modules = 1 if method == "e2e" else 4
     terms = [["loss", *TERMS[method]]] * (modules - 1) + [["loss", "cross_entropy"]]
     expected = KNOWN | {f"train/module_{n}/{term}" for n, names in enumerate(terms, start=1) for term in names}
@@ -217,6 +219,7 @@ def test_law_7_what_was_asked_for_is_what_is_reported(finished: Any) -> None:
 
 
 def test_law_7_peak_memory_is_what_torchs_own_tracker_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_nothing(monkeypatch)
     witness = MemoryWitness()
     summary = small_run(tmp_path / "plain", "epochs=1")
     with monkeypatch.context() as patch:
@@ -235,6 +238,7 @@ def test_law_7_peak_memory_is_what_torchs_own_tracker_finds(tmp_path: Path, monk
 def test_law_7_speed_and_time_against_a_clock_that_only_batches_move(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    draw_nothing(monkeypatch)
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     seconds = {"training_step": 0.25, "validation_step": 1.0, "test_step": 50.0}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -57,6 +58,12 @@ def composed(*overrides: str) -> DictConfig:
 def small_run(folder: Path, *overrides: str) -> dict[str, Any]:
     """What summary.json holds after a small run in ``folder``."""
     return run(composed(*SMALL, *overrides), folder)
+
+
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Leave the two pictures empty: drawing them takes most of a small run's time."""
+    for name in ("learning_curves", "reconstruction_grid"):
+        patch.setattr(training, name, lambda *arguments: arguments[-1].write_bytes(b""))
 
 
 def files_below(folder: Path) -> set[str]:
