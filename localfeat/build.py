@@ -9,15 +9,16 @@ from typing import Any, Literal
 import lightning
 import timm
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
-from localfeat.artifacts.callbacks import LogShortRuns, PeakMemory, SeedEachBatch, Throughput
-from localfeat.artifacts.checkpoints import BestCheckpoint, LastCheckpoint
+from localfeat.artifacts.callbacks import LogShortRuns, SeedEachBatch, Throughput
+from localfeat.artifacts.checkpoints import AveragedWeights, BestCheckpoint, LastCheckpoint
 from localfeat.artifacts.console import RunProgress
 from localfeat.artifacts.export import load_backbone_weights
 from localfeat.artifacts.metrics_csv import MetricsCsv
+from localfeat.artifacts.peak_memory import PeakMemory
 from localfeat.config import check_types, construct
 from localfeat.data import ImageDataModule
 from localfeat.errors import UserError
@@ -131,7 +132,7 @@ def build_callbacks(
     if progress_bar:
         found.append(RunProgress())
     if ema is not None:
-        found.append(EMAWeightAveraging(decay=ema))
+        found.append(AveragedWeights(decay=ema))
     if early_stopping is not None:
         found.append(EarlyStopping("val/accuracy", patience=early_stopping, mode="max"))
     checkpoints = folder / "checkpoints"

@@ -21,11 +21,12 @@ from lightning.pytorch.loggers import WandbLogger
 from omegaconf import OmegaConf
 
 from localfeat.artifacts import wandb_logger
-from localfeat.artifacts.callbacks import PeakMemory, Throughput
+from localfeat.artifacts.callbacks import Throughput
 from localfeat.artifacts.checkpoints import BestCheckpoint
 from localfeat.artifacts.console import final_table
 from localfeat.artifacts.export import export_backbone
 from localfeat.artifacts.figures import learning_curves, reconstruction_grid
+from localfeat.artifacts.peak_memory import PeakMemory
 from localfeat.artifacts.summary import RunSummary, environment, write_summary
 from localfeat.build import (
     Config,

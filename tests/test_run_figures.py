@@ -22,9 +22,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from localfeat import training
 from localfeat.artifacts import callbacks
-from localfeat.artifacts.callbacks import GIB
 from localfeat.artifacts.export import read_backbone_file
 from localfeat.artifacts.metrics_csv import read_rows
+from localfeat.artifacts.peak_memory import GIB, PeakMemory
 from localfeat.build import build_callbacks, build_datamodule
 from localfeat.config import saved_config
 from localfeat.data import ImageDataModule
@@ -224,7 +224,7 @@ def test_law_7_peak_memory_is_what_torchs_own_tracker_finds(tmp_path: Path, monk
     summary = small_run(tmp_path / "plain", "epochs=1")
     with monkeypatch.context() as patch:
         with_callback(patch, witness)
-        patch.setattr(callbacks.PeakMemory, "on_train_batch_start", lambda *_: None)
+        patch.setattr(PeakMemory, "on_train_batch_start", lambda *_: None)
         small_run(tmp_path / "witness", "epochs=1")
     assert summary["peak_memory_bytes"] == pytest.approx(witness.peak, rel=0.02)
     assert summary["peak_memory_source"] == "allocator accounting of one training batch"

@@ -1,4 +1,4 @@
-"""Which states of a run are kept."""
+"""Which states of a run are kept: the best, the last, the average."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging
 
 
 class BestCheckpoint(Checkpoint):
@@ -63,8 +63,7 @@ class LastCheckpoint(Checkpoint):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._due = self._due or (self.batches is not None and trainer.global_step % self.batches == 0)
-        accumulating = any(parameter.grad is not None for parameter in pl_module.parameters())
-        if self._due and not accumulating and not trainer.is_last_batch:
+        if self._due and not holds_gradients(pl_module) and not trainer.is_last_batch:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -74,6 +73,24 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: lightning.Trainer) -> None:
         self._due = False
         save_whole(trainer, self.file)
+
+
+class AveragedWeights(EMAWeightAveraging):
+    """An exponential moving average of the weights, by steps of the optimizers: batches that only accumulate are none.
+
+    Lightning goes by ``global_step``, which counts all batches here.
+    """
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not holds_gradients(pl_module):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
+def holds_gradients(pl_module: lightning.LightningModule) -> bool:
+    """Whether gradients are waiting for more batches: after a step of the optimizers there are none."""
+    return any(parameter.grad is not None for parameter in pl_module.parameters())
 
 
 def is_last_epoch(trainer: lightning.Trainer) -> bool:

@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 from rich.table import Table
 
-from localfeat.artifacts.callbacks import GIB, Throughput
+from localfeat.artifacts.callbacks import Throughput
+from localfeat.artifacts.peak_memory import GIB
 from localfeat.artifacts.summary import RunSummary
 
 SECONDS_BETWEEN_READINGS = 0.5

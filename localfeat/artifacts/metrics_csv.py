@@ -75,7 +75,7 @@ class MetricsCsv(Logger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         if self._table is not None:
-            self._table.flush_to_disk()
+            self._table.close()
 
     def _open(self) -> _Table:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -114,13 +114,18 @@ class _Table:
     def _put(self, row: Row, offset: int) -> None:
         """Writes ``row`` at ``offset``, as the end of the file: over the last row or behind it."""
         line = encode([row], self.columns)
+        if self._file.closed:
+            self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115  (it stays open)
         self._file.seek(offset)
         self._file.write(line)  # unbuffered: one write to the operating system, so that a kill loses no row
         self._file.truncate()
         self._last, self._last_offset, self._end = row, offset, offset + len(line)
 
-    def flush_to_disk(self) -> None:
-        os.fsync(self._file.fileno())
+    def close(self) -> None:
+        """Flush to disk and let go of the file; the next row opens it again (testing after fitting)."""
+        if not self._file.closed:
+            os.fsync(self._file.fileno())
+            self._file.close()
 
     def _rewrite(self, rows: list[Row]) -> io.FileIO:
         head = encode_header(self.columns) + encode(rows[:-1], self.columns)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from localfeat.artifacts.callbacks import GIB, PeakMemory, SeedEachBatch, Throughput, batch_seed
+from localfeat.artifacts.callbacks import SeedEachBatch, Throughput, batch_seed
+from localfeat.artifacts.peak_memory import GIB, PeakMemory
 from localfeat.memory.tracker import rounded
 from tests.artifacts.tiny import BATCH_SIZE, TinyLearner, loader, trainer
 
