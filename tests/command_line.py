@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 
 import pytest
@@ -19,4 +20,12 @@ def call(monkeypatch: pytest.MonkeyPatch, module: str, *arguments: str) -> int:
         return 0 if left.code is None else int(left.code)
     finally:
         GlobalHydra.instance().clear()
+        _forget_captured_output()
     return 0
+
+
+def _forget_captured_output() -> None:
+    """Take away the log handlers that Hydra made: they write to this test's stdout, which is closed after it."""
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if type(handler) is logging.StreamHandler]:
+        root.removeHandler(handler)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.command_line import call
 from tests.data import formats
+from tests.whole_runs import draw_nothing
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -69,6 +70,8 @@ def test_command(
     if "cifar" in command:
         formats.accept_cifar(monkeypatch, place / "data")
         formats.accept_cifar(monkeypatch, place / "data", hundred=True)
+    if " -m " in command.replace("python -m", "", 1):
+        draw_nothing(monkeypatch)  # 24 times
     if "resume=" in command:
         cut_short(place / "outputs" / "my_run")
     _, _, module, *arguments = shlex.split(command)
