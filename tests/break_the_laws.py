@@ -4,8 +4,7 @@ Every mutant replaces one or two pieces of source in a copy of the package and r
 this breaks. A mutant that survives means that a test proves less than it says. Exit status 1 if one does.
 
 To add one: append to ``MUTANTS``. The text to replace must occur exactly once in the file. ``tests`` are pytest
-arguments; the default are the tests named after the law. Laws 6 and 7 are tested in ``tests/test_run.py``, e.g.
-``Mutant("6", "the resumed run forgets …", "localfeat/run.py", {"old": "new"}, ["tests/test_run.py", "-k", "resume"])``.
+arguments; the default are the tests named after the law. Those of laws 6 and 7 are in ``tests/broken_runs.py``.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tests.broken_runs import RUNS
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 2
@@ -234,6 +235,7 @@ MUTANTS = [
         {"[small] * (modules - larger) + [small + 1] * larger": "[small + 1] * larger + [small] * (modules - larger)"},
         ["tests/network/test_split.py"],
     ),
+    *(Mutant(*broken) for broken in RUNS),
 ]
 
 

@@ -129,8 +129,9 @@ def test_settings_of_a_run_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_compiled_modules_run(tmp_path: Path) -> None:
-    small_run(tmp_path, *first_command("efficiency/compile"), "epochs=1", "split=k2")
+    small_run(tmp_path, *first_command("efficiency/compile"), "epochs=1", "method=e2e")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -141,7 +141,7 @@ def test_law_6_killed_again_and_again_and_moved(whole: Any, tmp_path: Path) -> N
     first, second = tmp_path / "first", tmp_path / "second"
     killed_run(first, *VARIANTS["feature_recon"], hook="on_train_batch_start", epoch=1, batch=2)
     shutil.move(first, second)
-    killed_run(second, resume=True, hook="on_train_batch_start", epoch=2, batch=1)
+    killed_run(second, resume=True, hook="on_train_batch_start", epoch=2, batch=3)  # within the last epoch
     assert_same_run(second, run(composed(f"resume={second}"), "not used"), whole("feature_recon"))
     assert not first.exists()
 
