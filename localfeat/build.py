@@ -19,11 +19,12 @@ from localfeat.artifacts.console import RunProgress
 from localfeat.artifacts.export import load_backbone_weights
 from localfeat.artifacts.metrics_csv import MetricsCsv
 from localfeat.artifacts.peak_memory import PeakMemory
-from localfeat.config import check_types, construct
+from localfeat.config import check_types, construct, target_and_values
 from localfeat.data import ImageDataModule
 from localfeat.errors import UserError
 from localfeat.learner import Learner
 from localfeat.network import build_backbone, model_name
+from localfeat.objectives import Method
 
 Config = dict[str, Any]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -41,15 +42,25 @@ def build_datamodule(config: Config) -> ImageDataModule:
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
     """The backbone, with its initial weights from wherever the configuration says."""
-    values = dict(config["backbone"])
-    weights = values.pop("weights")
-    if weights and values["pretrained"]:
-        raise UserError("backbone.pretrained and backbone.weights: initial weights come from one of them")
-    checked = check_types(build_backbone, values, "backbone")
-    model = build_backbone(num_classes=num_classes, image_size=config["image_size"], **checked)
+    values, weights = _backbone_values(config["backbone"])
+    model = build_backbone(num_classes=num_classes, image_size=config["image_size"], **values)
     if weights:
         load_backbone_weights(model, weights, reset_classifier=True)
     return model
+
+
+def _backbone_values(group: Config) -> tuple[Config, str | None]:
+    """Checked arguments of the backbone, and the file that its initial weights come from."""
+    values = dict(group)
+    weights: str | None = check_types(_weights, {"weights": values.pop("weights", None)}, "backbone")["weights"]
+    values = check_types(build_backbone, values, "backbone", ("num_classes", "image_size"))
+    if weights and values.get("pretrained"):
+        raise UserError("backbone.pretrained and backbone.weights: initial weights come from one of them")
+    return values, weights
+
+
+def _weights(weights: str | None) -> None:
+    """The type of ``backbone.weights``, which is no argument of the backbone."""
 
 
 def build_learner(config: Config, num_classes: int) -> Learner:
@@ -69,35 +80,72 @@ def build_learner(config: Config, num_classes: int) -> Learner:
     )
 
 
-def check(config: Config) -> None:
-    """Refuse what cannot be, before anything is built.
+def check(config: Config) -> Config:
+    """The same configuration with every value of its declared type; refuses what cannot be.
+
+    What depends on the data or the backbone is refused when those are built.
 
     Raises:
-        UserError: values of the wrong type or out of range, combinations that exclude each other.
+        UserError: unknown keys, values of the wrong type or out of range, combinations that exclude each other.
     """
-    check_types(_top_level, {key: config[key] for key in ("seed", "image_size", "batch_size", "epochs")}, "")
+    checked = check_types(_top_level, config, "")
     for key in ("image_size", "batch_size", "epochs"):
-        if config[key] < 1:
-            raise UserError(f"{key}={config[key]}: it must be at least 1")
-    if config["seed"] < 0:
-        raise UserError(f"seed={config['seed']}: it must be at least 0")
-    check_types(build_trainer, config["trainer"], "trainer")
-    check_types(build_callbacks, config["callbacks"], "callbacks")
-    check_types(_efficiency, config["efficiency"], "efficiency")
-    dataset, method = config["dataset"], construct(config["method"], "method")
-    if method.contrasts and (dataset["mixup"] or dataset["cutmix"]):
-        raise UserError(
-            f"method={method.name} contrasts images by their class, which mixup and cutmix blur: "
-            "set dataset.mixup=0 dataset.cutmix=0, or method.supervision=cross_entropy"
-        )
+        if checked[key] < 1:
+            raise UserError(f"{key}={checked[key]}: it must be at least 1")
+    if not 0 <= checked["seed"] < 2**32:
+        raise UserError(f"seed={checked['seed']}: it must lie between 0 and {2**32 - 1}")
+    checked["trainer"] = check_types(build_trainer, config["trainer"], "trainer")
+    checked["callbacks"] = check_types(
+        build_callbacks, config["callbacks"], "callbacks", ("seed", "folder", "validates")
+    )
+    checked["efficiency"] = check_types(_efficiency, config["efficiency"], "efficiency")
+    _backbone_values(config["backbone"])
+    for part in ("split", "decoder", "optimizer"):
+        construct(config[part], part)
+    _check_dataset(checked, construct(config["method"], "method"))
+    return checked
 
 
-def _top_level(seed: int, image_size: int, batch_size: int, epochs: int) -> None:
+def _top_level(
+    seed: int,
+    image_size: int,
+    batch_size: int,
+    epochs: int,
+    output_dir: str,
+    backbone: Config,
+    optimizer: Config,
+    dataset: Config,
+    split: Config,
+    decoder: Config,
+    method: Config,
+    efficiency: Config,
+    trainer: Config,
+    logger: Config,
+    callbacks: Config,
+    resume: str | None = None,
+) -> None:
     """The types of the top-level values."""
 
 
 def _efficiency(compile: bool) -> None:
     """The types of the group ``efficiency``."""
+
+
+def _check_dataset(config: Config, method: Method) -> None:
+    """Values of the data set that have to go together with others."""
+    _, dataset = target_and_values(config["dataset"], "dataset", ("mean", "std"))
+    for key in ("image_size", "batch_size", "seed"):
+        if dataset.get(key, config[key]) != config[key]:
+            raise UserError(f"dataset.{key}={dataset[key]} is not {key}={config[key]}, which it follows: set {key}")
+    if not method.contrasts:
+        return
+    if dataset.get("mixup") or dataset.get("cutmix"):
+        raise UserError(
+            f"method={method.name} contrasts images by their class, which mixup and cutmix blur: "
+            "set dataset.mixup=0 dataset.cutmix=0, or method.supervision=cross_entropy"
+        )
+    if config["batch_size"] < 2:
+        raise UserError(f"batch_size={config['batch_size']}: method={method.name} contrasts images, at least 2 of them")
 
 
 def build_callbacks(
@@ -121,13 +169,13 @@ def build_callbacks(
         progress_bar: ``False`` for none.
         early_stopping: epochs without a better validation accuracy before the run ends.
         ema: decay of the weights' moving average.
+
+    Raises:
+        UserError: values out of range, early stopping without validation.
     """
-    if checkpoint_every_n_epochs < 1 or (checkpoint_every_n_batches or 1) < 1:
-        raise UserError("callbacks.checkpoint_every_n_epochs and checkpoint_every_n_batches are at least 1")
-    if ema is not None and not 0 < ema < 1:
-        raise UserError(f"callbacks.ema={ema}: a decay lies between 0 and 1")
-    if early_stopping is not None and (early_stopping < 1 or not validates):
-        raise UserError(f"callbacks.early_stopping={early_stopping}: it needs 1 epoch or more, and a validation split")
+    _check_callbacks(checkpoint_every_n_epochs, checkpoint_every_n_batches, early_stopping, ema)
+    if early_stopping is not None and not validates:
+        raise UserError(f"callbacks.early_stopping={early_stopping}: it needs validation, dataset.val_fraction above 0")
     found: list[Callback] = [SeedEachBatch(seed), LogShortRuns(), Throughput(), PeakMemory()]
     if progress_bar:
         found.append(RunProgress())
@@ -142,6 +190,18 @@ def build_callbacks(
         LastCheckpoint(checkpoints, epochs=checkpoint_every_n_epochs, batches=checkpoint_every_n_batches)
     )  # the last of all: it saves what the others know
     return found
+
+
+def _check_callbacks(epochs: int, batches: int | None, early_stopping: int | None, ema: float | None) -> None:
+    for name, value in (
+        ("checkpoint_every_n_epochs", epochs),
+        ("checkpoint_every_n_batches", batches),
+        ("early_stopping", early_stopping),
+    ):
+        if value is not None and value < 1:
+            raise UserError(f"callbacks.{name}={value}: it must be at least 1")
+    if ema is not None and not 0 < ema < 1:
+        raise UserError(f"callbacks.ema={ema}: a decay lies between 0 and 1")
 
 
 def build_loggers(config: Config, folder: Path, resume_from: int | None, names: Mapping[str, Any]) -> list[Logger]:
@@ -170,7 +230,7 @@ def build_trainer(
     """A trainer for one device; ``parts`` are the epochs, folder, loggers and callbacks.
 
     Raises:
-        UserError: more than one device, a GPU that is not there, fp16 without a GPU.
+        UserError: more than one device, a GPU that is not there, fp16 without a GPU, numbers out of range.
     """
     if devices != 1:
         raise UserError(f"trainer.devices={devices}: localfeat trains on one device for now, trainer.devices=1")
@@ -181,6 +241,12 @@ def build_trainer(
         raise UserError("trainer.precision=16-mixed needs a GPU: use bf16-mixed")
     if log_every_n_steps < 1:
         raise UserError(f"trainer.log_every_n_steps={log_every_n_steps}: it must be at least 1")
+    if max_steps < 1 and max_steps != -1:
+        raise UserError(f"trainer.max_steps={max_steps}: it must be at least 1, or -1 for no limit")
+    if num_sanity_val_steps < -1:
+        raise UserError(f"trainer.num_sanity_val_steps={num_sanity_val_steps}: it must be at least -1 (all batches)")
+    for split, limit in (("train", limit_train_batches), ("val", limit_val_batches), ("test", limit_test_batches)):
+        _check_limit(f"trainer.limit_{split}_batches", limit)
     return lightning.Trainer(
         accelerator="gpu" if cuda else "cpu",
         devices=1,
@@ -195,3 +261,8 @@ def build_trainer(
         enable_model_summary=False,
         **parts,
     )
+
+
+def _check_limit(key: str, limit: int | float | None) -> None:
+    if limit is not None and (limit <= 0 or (isinstance(limit, float) and limit > 1)):
+        raise UserError(f"{key}={limit}: it must be a number of batches from 1 on, a share like 0.1, or null for all")

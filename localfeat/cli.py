@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from localfeat.errors import UserError
 
@@ -18,7 +19,8 @@ def one_line_errors() -> Iterator[None]:
 
     With the environment variable HYDRA_FULL_ERROR=1 nothing is caught.
     """
-    if os.environ.get("HYDRA_FULL_ERROR"):
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    if before == "1":
         yield
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and leaving with 1
@@ -28,11 +30,12 @@ def one_line_errors() -> Iterator[None]:
         line = explain(error)
         if line is None:
             raise
-        if not getattr(error, "reported", False):
-            report(line)
+        report(line)
         sys.exit(2)
     finally:
         os.environ.pop("HYDRA_FULL_ERROR", None)
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def report(line: str) -> None:
@@ -45,35 +48,109 @@ def explain(error: Exception) -> str | None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    if isinstance(error, UserError):
-        return str(error)
+    own = next((e for e in _with_contexts(error) if isinstance(e, UserError)), None)
+    if own is error or (own and isinstance(error, OmegaConfBaseException)):  # or of a function that conf/ calls
+        return _own_line(str(own))
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _hydra_line(error)
+    if isinstance(error, OSError) and _while_hydra_prepares(error):
+        return f"output_dir: {error.filename} cannot be written to ({error.strerror})"
     return None
 
 
-def _hydra_line(error: Exception) -> str:
-    from omegaconf.errors import ConfigKeyError, MissingMandatoryValue
+def _with_contexts(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__context__
 
+
+def _while_hydra_prepares(error: Exception) -> bool:
+    """Whether Hydra raised it and not the job: it makes the run's folder and writes its notes there."""
+    functions = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return ("run_job" in functions or "sweep" in functions) and "_attempt" not in functions
+
+
+def _own_line(text: str) -> str:
+    """A message as one line; of a worker process's, which torch wraps in the stack trace there, the last line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if any(line.startswith("Original Traceback") for line in lines):
+        return lines[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+    return " ".join(lines)
+
+
+def _hydra_line(error: Exception) -> str:
+    """Hydra's and OmegaConf's messages name classes, and are several lines long."""
+    from hydra.errors import MissingConfigException, OverrideParseException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue
+
+    text, cause = str(error), error.__cause__
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} has to be given: {error.full_key}=<value>"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not key=value (a list is [1,2]; text with special characters stands in quotes)"
+    if "Could not override" in text and isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        return _unknown_override(str(cause.full_key))
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={choice}: it is one of {', '.join(error.options)}"
+    if found := re.search(r"Ambiguous value for argument '(.*)'", text):
+        return f"{found[1]}: several values make a sweep, which needs -m; a list is [1,2]"
+    if found := re.search(r"An item is already at '(.*)'\.", text):
+        return f"+{found[1]}: there is such a key already; leave out the +"
+    if full_key := getattr(error, "full_key", None):
+        return f"{full_key}: {text.splitlines()[0]}"
+    text = re.split(r"Config search path:|See https:", text)[0]
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _unknown_override(key: str) -> str:
     from localfeat.config import known_keys, unknown_key
 
-    text = str(error)
-    cause = error.__cause__
-    if isinstance(cause, ConfigKeyError) and "Could not override" in text:
-        choices = [a for a in sys.argv[1:] if re.fullmatch(r"[a-z_]+=[a-z0-9_]+", a)]
-        try:
-            known = known_keys([c for c in choices if not c.startswith(f"{cause.full_key}=")])
-        except Exception:
-            known = known_keys([])
-        return unknown_key(str(cause.full_key), known)
-    if isinstance(error, MissingMandatoryValue):
-        key = re.sub(r"^Missing mandatory value: ", "", text.splitlines()[0])
-        return f"{key} has to be given: {key}=<value>"
-    found = re.search(r"Could not find '([\w/]+)/([^'/]+)'\s+Available options in '[^']+':\s+(.*)", text, re.S)
-    if found:
-        group, choice, options = found.groups()
-        return f"{group}={choice}: it is one of {', '.join(options.split())}"
-    return " ".join(line.strip() for line in text.splitlines() if line.strip() and "full_key" not in line)
+    if re.match(r"backbone\.(arguments|variants)\.", key):
+        return f"{key}: there is no such key yet; add it with +{key}=<value>"
+    choices = [a for a in sys.argv[1:] if re.fullmatch(r"[a-z_]+=[a-z0-9_]+", a) and not a.startswith(f"{key}=")]
+    try:
+        known = known_keys(choices)
+    except Exception:  # another of them is wrong too
+        known = known_keys([])
+    return unknown_key(key, known)
+
+
+def check_arguments(arguments: list[str]) -> None:
+    """Refuse what Hydra would answer with its usage text, with a stack trace, or not at all.
+
+    Raises:
+        UserError: an unknown option, a group without a choice, a key to be removed.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]  # it prints the usage and leaves
+    given = parser.parse_args(arguments)
+    commands = [name for name in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(given, name)]
+    if given.resolve and not (given.cfg or given.help):
+        raise UserError("--resolve goes with --cfg job or --help")
+    if len(commands) > 1:
+        raise UserError(f"--{' and --'.join(commands)}: only one of them at a time")
+    for override in given.overrides:
+        _check_override(override)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(f"{message} (see --help)")
+
+
+def _check_override(override: str) -> None:
+    from localfeat.paths import conf_dir
+
+    key, _, choice = override.partition("=")
+    if override.startswith("~"):
+        raise UserError(f"{override}: keys cannot be removed; give them another value")
+    if not key:
+        raise UserError(f"{override}: not key=value")
+    options = sorted(file.stem for file in (conf_dir() / key).glob("*.yaml")) if key.isidentifier() else []
+    if options and (not re.match(r"['\"A-Za-z]", choice) or choice.lower() in ("null", "true", "false")):
+        raise UserError(f"{override}: it is one of {', '.join(options)}")
 
 
 def parse_arguments(usage: str, defaults: dict[str, Any], arguments: list[str] | None = None) -> dict[str, Any]:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
 import inspect
+import re
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,18 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("localfeat.linear_lr", _linear_lr, replace=True)
 
 
-def _run_dir(resume: str | None, new: str) -> str:
-    """The run's folder: that of the run to resume, else a new one."""
-    return resume or new
+def _run_dir(resume: object, output_dir: object, name: object) -> str:
+    """The folder that Hydra makes for a run; none for a run to resume, which has one (or is refused)."""
+    if resume is not None:
+        return "."
+    if output_dir is None or str(output_dir).strip() == "":
+        raise UserError("output_dir is empty: give the folder that gets a folder for every run, e.g. outputs")
+    return f"{output_dir}/{name}"
 
 
-def _hydra_subdir(resume: str | None) -> str | None:
+def _hydra_subdir(resume: object) -> str | None:
     """Where Hydra notes what was typed; a run that goes on keeps the note of what began it."""
-    return None if resume else ".hydra"
+    return ".hydra" if resume is None else None
 
 
 def typed_overrides(folder: Path) -> list[str]:
@@ -63,33 +69,103 @@ def construct(node: dict[str, Any], key: str, **extra: Any) -> Any:
     arguments bound.
 
     Raises:
-        UserError: an argument that the target does not take, or a value of another type.
+        UserError: see :func:`target_and_values`.
     """
-    from hydra.utils import get_object
-
-    values = dict(node)
-    target: Callable[..., Any] = get_object(values.pop("_target_"))
-    partial = values.pop("_partial_", False)
-    values = check_types(target, values, key)
+    target, values = target_and_values(node, key, extra)
+    partial = node.get("_partial_", False)
     return functools.partial(target, **values, **extra) if partial else target(**values, **extra)
 
 
-def check_types(target: Callable[..., Any], values: dict[str, Any], key: str) -> dict[str, Any]:
-    """``values`` as the annotations of ``target``'s parameters have them (a list for a tuple, 1 for 1.0 …)."""
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
+def target_and_values(
+    node: dict[str, Any], key: str, extra: Collection[str] = ()
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """What ``construct`` calls and the checked arguments for it, of which ``extra`` come from elsewhere.
 
+    Raises:
+        UserError: no such target, an argument that it does not take or that is missing, a value of another type.
+    """
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise UserError(f"{key}={shown(node)}: it is a group of values, one of them _target_ (see --cfg job)")
+    target = _imported(node["_target_"], key)
+    values = {name: value for name, value in node.items() if name not in ("_target_", "_partial_")}
+    return target, check_types(target, values, key, extra, partial=node.get("_partial_", False))
+
+
+def _imported(path: object, key: str) -> Callable[..., Any]:
+    module, _, name = str(path).rpartition(".")
+    try:
+        target: Callable[..., Any] = getattr(importlib.import_module(module or "builtins"), name)
+    except (ModuleNotFoundError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{error.name}."):
+            raise  # it is there, and something that it imports is not
+        raise UserError(f"{key}._target_={path}: there is nothing of that name to import") from error
+    return target
+
+
+def check_types(
+    target: Callable[..., Any], values: dict[str, Any], key: str, extra: Collection[str] = (), *, partial: bool = False
+) -> dict[str, Any]:
+    """``values`` as the annotations of ``target``'s parameters have them (a list for a tuple, 1 for 1.0 …).
+
+    Args:
+        target: a function, or a class for its constructor.
+        values: arguments by name.
+        key: where they stand in the configuration, for messages; "" for the top level.
+        extra: names of arguments that do not come from the configuration.
+        partial: whether arguments may be missing.
+
+    Raises:
+        UserError: an argument that ``target`` does not take or that is missing, a value of another type.
+    """
     function = target.__init__ if inspect.isclass(target) else target
     hints = typing.get_type_hints(function)
-    checked = {}
-    for name, value in values.items():
-        if name not in hints:
-            raise UserError(unknown_key(f"{key}.{name}", [f"{key}.{known}" for known in hints if known != "return"]))
-        try:
-            adapter = TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True))
-            checked[name] = adapter.validate_python(value)
-        except ValidationError as error:
-            raise UserError(f"{key}.{name}={value}: {error.errors()[0]['msg'].lower()}") from error
-    return checked
+    named = [
+        p for p in inspect.signature(target).parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    full = {p.name: f"{key}.{p.name}".lstrip(".") for p in named if p.name not in extra}
+    if unknown := [name for name in values if name not in full]:
+        raise UserError(unknown_key(f"{key}.{unknown[0]}".lstrip("."), list(full.values())))
+    missing = [full[p.name] for p in named if p.name in full and p.default is p.empty and p.name not in values]
+    if missing and not partial:
+        raise UserError(f"{missing[0]} has to be given: {missing[0]}=<value>")
+    return {name: _converted(value, hints.get(name, Any), full[name]) for name, value in values.items()}
+
+
+def _converted(value: Any, hint: Any, key: str) -> Any:
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    rules = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False, coerce_numbers_to_str=True)
+    try:
+        found = TypeAdapter(hint, config=rules).validate_python(value)
+    except ValidationError as error:
+        wanted = re.split(", (?:unable|got)", error.errors()[0]["msg"].removeprefix("Input should be "))[0]
+        raise UserError(f"{key}={shown(value)}: it must be {_WANTED.get(wanted, wanted)}") from error
+    if isinstance(value, bool) and isinstance(found, int | float) and not isinstance(found, bool):
+        raise UserError(f"{key}={shown(value)}: it must be a number")  # Python counts true as 1
+    return found
+
+
+# What pydantic says in words of its own.
+_WANTED = {
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid boolean": "true or false",
+    "a valid string": "a text",
+    "a finite number": "a finite number",
+    "an instance of Sequence": "a list",
+    "a valid tuple": "a list",
+    "a valid dictionary": "a group of values",
+    "Field required": "a list with more values",
+}
+
+
+def shown(value: object) -> str:
+    """A value as one types it on the command line."""
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(shown, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{shown(v)}" for key, v in value.items()) + "}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def known_keys(overrides: list[str]) -> list[str]:
@@ -110,11 +186,14 @@ def _flat(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def unknown_key(key: str, known: list[str]) -> str:
-    """One line that says so, with the nearest key that does exist."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if not near:  # a right name at the wrong place: lr instead of optimizer.lr
-        near = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    return f"{key}: there is no such key" + (f"; did you mean {near[0]}?" if near else " (see --cfg job)")
+    """One line that says so, with the keys that may have been meant."""
+    last = key.rsplit(".", 1)[-1]
+    near = [name for name in known if name.rsplit(".", 1)[-1] == last]  # right, but elsewhere: lr for optimizer.lr
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    near = near or [
+        name for name in known if difflib.SequenceMatcher(None, name.rsplit(".", 1)[-1], last).ratio() > 0.8
+    ]
+    return f"{key}: there is no such key" + (f"; did you mean {' or '.join(near[:3])}?" if near else " (see --cfg job)")
 
 
 def saved_config(folder: str | Path) -> dict[str, Any]:
@@ -127,6 +206,10 @@ def saved_config(folder: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{folder} is not the folder of a run: it has no config.yaml")
     try:
-        return plain(typing.cast(DictConfig, OmegaConf.load(file)))
+        config = plain(typing.cast(DictConfig, OmegaConf.load(file)))
     except Exception as error:
         raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
+    missing = [group for group in ("dataset", "backbone", "split", "method") if group not in config]
+    if missing:
+        raise UserError(f"{folder} is not the folder of a run: its config.yaml has no {', '.join(missing)}")
+    return config

@@ -43,6 +43,7 @@ class Optimization:
             "lr": (self.lr > 0, "above 0"),
             "weight_decay": (self.weight_decay >= 0, "at least 0"),
             "betas": (len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)"),
+            "eps": (self.eps > 0, "above 0"),
             "warmup": (0 <= self.warmup <= 1, "a share of the run in [0, 1]"),
             "final_lr": (0 <= self.final_lr <= 1, "a fraction of lr in [0, 1]"),
             "gradient_clip": (self.gradient_clip is None or self.gradient_clip > 0, "above 0, or null"),

@@ -5,7 +5,9 @@ Only light modules are imported here, so that ``--help`` and ``--cfg job`` answe
 
 from __future__ import annotations
 
+import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from localfeat.cli import explain, one_line_errors, report
+from localfeat.cli import check_arguments, explain, one_line_errors, report
 from localfeat.config import plain, register_resolvers, saved_config
 from localfeat.errors import UserError
 from localfeat.paths import conf_dir
@@ -28,29 +30,30 @@ def run(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
     """
     from localfeat.training import train
 
-    if cfg.resume:
-        return train(saved_config(cfg.resume), Path(cfg.resume), resume=True)
+    if cfg.resume is not None:
+        resumed = str(cfg.resume)
+        if not resumed:
+            raise UserError("resume= is empty: give the folder of a run that was cut short")
+        return train(saved_config(resumed), Path(resumed), resume=True)
     return train(plain(cfg), Path(folder), resume=False)
 
 
-@hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
-def _job(cfg: DictConfig) -> None:
-    hydra_config = HydraConfig.get()
-    multirun = hydra_config.mode == RunMode.MULTIRUN
+def _attempt(cfg: DictConfig) -> str | None:
+    """One job. What is wrong with it, if the user can mend it: a sweep goes on with its other jobs."""
+    job = HydraConfig.get()
+    folder, multirun = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
     try:
-        if cfg.resume:
-            _check_resume(list(hydra_config.overrides.task), multirun)
-        run(cfg, hydra_config.runtime.output_dir)
+        if cfg.resume is not None:
+            _check_resume(list(job.overrides.task), multirun)
+        run(cfg, folder)
+        return None
     except Exception as error:
         line = explain(error)
         if line is None:
             raise
-        if not multirun:
-            report(line)
-            sys.exit(2)  # Hydra would print a preface of its own
-        report(f"job {hydra_config.job.num} ({hydra_config.job.override_dirname}): {line}")
-        error.reported = True  # type: ignore[attr-defined]  # the sweep goes on, and ends with exit code 2
-        raise
+        if cfg.resume is None or multirun:
+            _discard(folder)
+        return f"job {job.job.num} ({job.job.override_dirname}): {line}" if multirun else line
 
 
 def _check_resume(overrides: list[str], multirun: bool) -> None:
@@ -59,11 +62,32 @@ def _check_resume(overrides: list[str], multirun: bool) -> None:
         raise UserError(f"resume=<folder> takes the run's own configuration: leave out {' '.join(others) or '-m'}")
 
 
+def _discard(folder: Path) -> None:
+    """Remove the folder of a refused run, and those it lies in, as far as they hold nothing but Hydra's notes."""
+    kept = {Path.cwd(), *Path.cwd().parents}
+    if [path.name for path in folder.iterdir()] == [".hydra"]:
+        shutil.rmtree(folder / ".hydra")
+    with suppress(OSError):  # not empty
+        while folder not in kept:
+            folder.rmdir()
+            folder = folder.parent
+
+
 def main() -> None:
     """The command line."""
-    register_resolvers()
+    refused: list[str] = []
+
+    def job(cfg: DictConfig) -> None:
+        if line := _attempt(cfg):
+            report(line)
+            refused.append(line)
+
     with one_line_errors():
-        _job()
+        check_arguments(sys.argv[1:])
+        register_resolvers()
+        hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
+        if refused:
+            sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -65,13 +65,16 @@ def train(config: Config, folder: Path, *, resume: bool) -> dict[str, Any]:
         UserError: before anything is trained or overwritten, if the configuration cannot be.
     """
     _quiet()
-    check(config)
+    config = check(config)
     checkpoint = _last_checkpoint(folder) if resume else None
     with _clean_process(config["seed"]):
         datamodule = build_datamodule(config)
-        datamodule.prepare_data()
-        learner = build_learner(config, datamodule.num_classes)
         trainer = _trainer(config, folder, datamodule, checkpoint)
+        learner = build_learner(config, datamodule.num_classes)
+        datamodule.prepare_data()  # last: what is to be refused should not wait for a download
+        datamodule.setup("fit")
+        _check_shares(config, datamodule)
+        folder.mkdir(parents=True, exist_ok=True)
         if not resume:
             _clear(folder)
         OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
@@ -88,6 +91,19 @@ def train(config: Config, folder: Path, *, resume: bool) -> dict[str, Any]:
         return _write(config, folder, summary, trainer, learner, datamodule)
 
 
+def _check_shares(config: Config, datamodule: ImageDataModule) -> None:
+    """Refuse a share of the batches that is less than one; of the test batches Lightning says so after training."""
+    loaders = {
+        "train": datamodule.train_dataloader,
+        "val": datamodule.val_dataloader,
+        "test": datamodule.test_dataloader,
+    }
+    for split, loader in loaders.items():
+        share = config["trainer"].get(f"limit_{split}_batches")
+        if isinstance(share, float) and share < 1 and int(share * len(loader())) < 1 <= len(loader()):
+            raise UserError(f"trainer.limit_{split}_batches={share}: less than one of {len(loader())} batches")
+
+
 def _clear(folder: Path) -> None:
     """Remove what an earlier run left here: half of it would pass for this one's. ``metrics.csv`` is kept aside."""
     for name in RESULTS:
@@ -96,7 +112,8 @@ def _clear(folder: Path) -> None:
 
 def _quiet() -> None:
     """Leave out what libraries say that a user of localfeat can do nothing about."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "timm"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         "You're resuming from a checkpoint that ended before the epoch ended",
         ".*does not have many workers",
@@ -141,10 +158,16 @@ def _last_checkpoint(folder: Path) -> Path:
     return checkpoint
 
 
+def _batches_done(checkpoint: Path) -> int:
+    try:
+        return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
+    except Exception as error:
+        raise UserError(f"{checkpoint} cannot be read ({type(error).__name__}): it is damaged, begin anew") from error
+
+
 def _trainer(config: Config, folder: Path, datamodule: ImageDataModule, checkpoint: Path | None) -> lightning.Trainer:
     validates = datamodule.source.has_validation() or datamodule.val_fraction > 0
-    folder.mkdir(parents=True, exist_ok=True)
-    done = None if checkpoint is None else torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"]
+    done = None if checkpoint is None else _batches_done(checkpoint)
     callbacks = build_callbacks(config["seed"], folder, validates, **config["callbacks"])
     return build_trainer(
         **config["trainer"],

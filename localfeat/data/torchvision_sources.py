@@ -7,7 +7,7 @@ import http.client
 import socket
 import tarfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,7 @@ class TorchvisionSource:
     def _download(self, missing: list[str]) -> None:
         from torchvision.datasets.utils import check_integrity, download_and_extract_archive, download_url
 
+        existed = self.root.exists()
         for url, filename, md5 in self.files().archives:
             unpack = filename.endswith(".tar.gz")
             if not unpack and filename not in missing:
@@ -109,7 +110,11 @@ class TorchvisionSource:
                     fetch(url, str(self.root), filename=filename, md5=md5)
             except _DOWNLOAD_ERRORS as error:
                 if not check_integrity(self.root / filename, md5):
-                    (self.root / filename).unlink(missing_ok=True)  # a half file is of no use to the next run
+                    with suppress(OSError):  # root may be no folder
+                        (self.root / filename).unlink(missing_ok=True)  # a half file is of no use to the next run
+                if not existed:
+                    with suppress(OSError):  # not empty
+                        self.root.rmdir()
                 reason = f"downloading {url} failed ({_one_line(error)})"
                 raise UserError(f"{self._complaint(missing)}, and {reason}; {self._remedy()}") from error
 

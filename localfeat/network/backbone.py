@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import huggingface_hub as hub
 import timm
@@ -42,6 +44,8 @@ def build_backbone(
             model's patches or windows cannot take.
     """
     name = model_name(name, image_size, variants)
+    if drop_path_rate is not None and not 0 <= drop_path_rate < 1:
+        raise UserError(f"backbone.drop_path_rate={drop_path_rate}: it lies in [0, 1)")
     options: dict[str, Any] = {**(arguments or {}), "num_classes": num_classes}
     if drop_path_rate is not None:
         options["drop_path_rate"] = drop_path_rate
@@ -51,7 +55,10 @@ def build_backbone(
         with _hub_offline_without_network() if pretrained else nullcontext():
             model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:
-        raise _explained(error, name, pretrained) from error
+        explained = _explained(error, name, pretrained, bool(arguments))
+        if explained is None:
+            raise
+        raise explained from error
     if isinstance(model, SwinTransformer | SwinTransformerV2):
         _check_windows(model)
     return model
@@ -79,7 +86,8 @@ def _hub_offline_without_network() -> Iterator[None]:
     """Let the hub client use its cache alone when its host has no address, instead of retrying for a minute."""
     before = hub.constants.HF_HUB_OFFLINE
     try:
-        socket.getaddrinfo(urlsplit(hub.constants.ENDPOINT).hostname, 443)
+        if not getproxies():  # behind a proxy names need not resolve here
+            socket.getaddrinfo(urlsplit(hub.constants.ENDPOINT).hostname, 443)
     except OSError:
         hub.constants.HF_HUB_OFFLINE = True
     try:
@@ -88,16 +96,19 @@ def _hub_offline_without_network() -> Iterator[None]:
         hub.constants.HF_HUB_OFFLINE = before
 
 
-def _explained(error: Exception, name: str, pretrained: bool) -> UserError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if isinstance(error, TypeError | AssertionError | ValueError) and not pretrained:
-        return UserError(f"backbone {name} cannot be built so: {reason}")
+def _explained(error: Exception, name: str, pretrained: bool, arguments: bool) -> UserError | None:
+    """What the user can mend; ``None`` for a fault of timm's or ours."""
+    if found := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+        return UserError(f"backbone: timm's {name} takes no argument {found[1]}")
+    if (arguments or isinstance(error, TypeError | AssertionError | ValueError)) and not pretrained:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        return UserError(f"backbone: timm's {name} cannot be built so: {type(error).__name__} {reason}".rstrip())
     if pretrained:
         return UserError(
             f"backbone.pretrained=true: the weights of {name} cannot be downloaded ({type(error).__name__}); "
             "put them in a file and use backbone.weights=<file.safetensors>"
         )
-    raise error
+    return None
 
 
 def _check_windows(model: SwinTransformer | SwinTransformerV2) -> None:
@@ -105,6 +116,10 @@ def _check_windows(model: SwinTransformer | SwinTransformerV2) -> None:
     embed: Any = model.patch_embed
     (size, _), (patch, _) = embed.img_size, embed.patch_size
     stages: list[Any] = list(model.layers)
+    if not all(len(stage.blocks) for stage in stages):
+        raise UserError(
+            f"backbone.arguments.depths={[len(s.blocks) for s in stages]}: every stage has a block at least"
+        )
     window = max(stage.blocks[0].window_size[0] for stage in stages)  # a stage smaller than the window is one window
 
     def fits(candidate: int) -> bool:

@@ -39,13 +39,16 @@ class Split:
             return _from_cuts(self.cuts, total)
         assert self.modules is not None
         if self.modules > total:
-            raise UserError(f"{self.modules} local modules need {self.modules} blocks: this backbone has {total}")
+            raise UserError(
+                f"split.modules={self.modules}: {self.modules} local modules need {self.modules} blocks: "
+                f"this backbone has {total}"
+            )
         if self.by == "blocks":
             return _evenly(total, self.modules)
         if len(stage_depths) % self.modules:
             raise UserError(
-                f"{len(stage_depths)} stages cannot be shared equally by {self.modules} local modules: "
-                f"use split=even split.modules={self.modules}"
+                f"split.modules={self.modules}: {len(stage_depths)} stages cannot be shared equally by "
+                f"{self.modules} local modules: use split=even split.modules={self.modules}"
             )
         size = len(stage_depths) // self.modules
         return [sum(stage_depths[i : i + size]) for i in range(0, len(stage_depths), size)]

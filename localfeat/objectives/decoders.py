@@ -26,6 +26,8 @@ class InterpDecoder(nn.Sequential):
     """
 
     def __init__(self, in_channels: int, out_channels: int, upscale: int, hidden_channels: int | None = None) -> None:
+        if hidden_channels is not None and hidden_channels < 1:
+            raise UserError(f"decoder.hidden_channels={hidden_channels}: it must be at least 1, or null")
         hidden = hidden_channels or min(in_channels, 4 * out_channels)
         resize = nn.Upsample(scale_factor=upscale, mode="bilinear") if upscale > 1 else nn.Identity()
         super().__init__(
