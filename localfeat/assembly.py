@@ -17,7 +17,10 @@ def build_local_modules(
     method: Method,
     split: Split | int | Sequence[int],
     decoder: DecoderFactory,
+    *,
     image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> nn.ModuleList:
     """Cut ``backbone`` and give every piece its objective.
 
@@ -32,7 +35,7 @@ def build_local_modules(
     lengths = as_split(split, pieces.stage_depths).blocks_per_module(pieces.stage_depths)
     if not method.local:
         lengths = [sum(lengths)]
-    mean, std = normalisation_of(backbone)
+    expected = normalisation_of(backbone)
     modules = nn.ModuleList()
     start = 0
     for index, length in enumerate(lengths):
@@ -48,8 +51,8 @@ def build_local_modules(
                 outputs=pieces.shapes[stop],
                 image_size=size,
                 num_classes=cast(int, backbone.num_classes),
-                mean=mean,
-                std=std,
+                mean=expected[0] if mean is None else mean,
+                std=expected[1] if std is None else std,
             )
             objective = method.build(site, decoder)
         modules.append(LocalModule(pieces.stem if index == 0 else None, pieces.blocks[start:stop], objective))

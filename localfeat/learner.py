@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, cast
@@ -16,7 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from localfeat.assembly import build_local_modules
 from localfeat.errors import UserError
-from localfeat.network import LocalModule, LocalOutput, Split
+from localfeat.network import LocalModule, LocalOutput, Split, evaluating
 from localfeat.objectives import (
     ClassifierObjective,
     DecoderFactory,
@@ -45,6 +46,8 @@ class Learner(lightning.LightningModule):
         optimization: the optimizer that every module gets one of.
         image_size: side of the square images in pixels, where the backbone does not fix it (convolutional networks);
             ``None`` takes that of its pretrained weights.
+        mean, std: of the normalisation that the images went through, per channel, for pixels in [0, 1]; ``None``
+            takes what the backbone's pretrained weights expect. Only ``image_recon`` needs them, for its target.
         compile: ``torch.compile`` every local module.
 
     Raises:
@@ -60,6 +63,8 @@ class Learner(lightning.LightningModule):
         *,
         optimization: Optimization | None = None,
         image_size: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         compile: bool = False,
     ) -> None:
         super().__init__()
@@ -67,8 +72,12 @@ class Learner(lightning.LightningModule):
         self.method = as_method(method)
         self.optimization = optimization or Optimization()
         self._backbone = (backbone,)  # not registered: its parameters live in the local modules
-        self.local_modules = build_local_modules(backbone, self.method, split, as_decoder(decoder), image_size)
         self.num_classes = cast(int, backbone.num_classes)
+        if self.num_classes < 2:
+            raise UserError(f"a backbone with num_classes={self.num_classes} has no classifier to train")
+        self.local_modules = build_local_modules(
+            backbone, self.method, split, as_decoder(decoder), image_size=image_size, mean=mean, std=std
+        )
         self.val_accuracy = MulticlassAccuracy(self.num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(self.num_classes, average="micro")
         self.epoch_means: dict[str, float] = {}  # of the last finished training epoch
@@ -110,11 +119,11 @@ class Learner(lightning.LightningModule):
         optimizers = self._optimizers_counting_batches()
         features, labels = self._prepare(batch, training=True)
         images: Tensor | None = features
-        accumulate = self.optimization.accumulate
-        steps = (batch_index + 1) % accumulate == 0 or self.trainer.is_last_batch
+        window = self._window(batch_index)
+        steps = batch_index % self.optimization.accumulate + 1 == window or self.trainer.is_last_batch
         for index, (module, optimizer) in enumerate(zip(self._modules_in_order, optimizers, strict=True)):
             output: LocalOutput = module(features, images, labels)
-            self.manual_backward(output.loss / accumulate)
+            self.manual_backward(output.loss / window)
             features = output.features
             if index == self._last_image_user:
                 images = None
@@ -166,10 +175,17 @@ class Learner(lightning.LightningModule):
             warnings.filterwarnings("ignore", message=message)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None:
+            if self.optimization.accumulate > 1:  # the scale may change between two backwards of one step
+                raise UserError("16-mixed and optimizer.accumulate above 1 exclude each other: use bf16-mixed")
             scaler.set_growth_interval(2000 * len(self.local_modules))
 
     def on_train_start(self) -> None:
         """The length of the run is known only now: set the first learning rate again."""
+        if not math.isfinite(self._total_batches()):
+            raise UserError(
+                "the learning-rate schedule needs an end: give the Trainer max_steps, or max_epochs and loaders that "
+                "have a length"
+            )
         for scheduler in self._schedulers():
             for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
                 group["lr"] = base * self._lr_factor(scheduler.last_epoch)
@@ -204,9 +220,10 @@ class Learner(lightning.LightningModule):
         """What each decoder makes of normalised images (B, 3, H, W); empty for methods that do not reconstruct."""
         found = []
         x = images
-        for index, module in enumerate(self._modules_in_order, start=1):
-            inputs, x = module.body(x)
-            found.append(cast(Objective, module.objective).reconstruct(inputs, x, images, index))
+        with evaluating(self.backbone), evaluating(self):
+            for index, module in enumerate(self._modules_in_order, start=1):
+                inputs, x = module.body(x)
+                found.append(cast(Objective, module.objective).reconstruct(inputs, x, images, index))
         return [reconstruction for reconstruction in found if reconstruction is not None]
 
     def parameter_counts(self) -> dict[str, int]:
@@ -258,15 +275,20 @@ class Learner(lightning.LightningModule):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def _lr_factor(self, batch: int) -> float:
-        per_epoch = float(self.trainer.num_training_batches)
-        if per_epoch == float("inf"):
-            return 0.0  # before the loaders are there; on_train_start sets it again
+    def _window(self, batch_index: int) -> int:
+        """How many batches share this batch's optimizer step."""
+        left = self.trainer.max_steps - self.trainer.global_step if self.trainer.max_steps > 0 else math.inf
+        return self.optimization.window(batch_index, float(self.trainer.num_training_batches), left)
+
+    def _total_batches(self) -> float:
+        """Batches of the whole run; infinite where nothing says so (or not yet: the loaders come last)."""
         epochs, steps = self.trainer.max_epochs or -1, self.trainer.max_steps
-        totals = [epochs * per_epoch] * (epochs > 0) + [float(steps)] * (steps > 0)
-        if not totals:
-            raise UserError("the learning-rate schedule needs an end: give the Trainer max_epochs or max_steps")
-        return self.optimization.lr_factor(batch, int(min(totals)))
+        by_epochs = epochs * float(self.trainer.num_training_batches) if epochs > 0 else math.inf
+        return min(by_epochs, steps if steps > 0 else math.inf)
+
+    def _lr_factor(self, batch: int) -> float:
+        total = self._total_batches()
+        return self.optimization.lr_factor(batch, int(total)) if math.isfinite(total) else 0.0
 
     def _record(self, index: int, output: LocalOutput, labels: Tensor) -> None:
         """Add one module's figures to the epoch's sums, without waiting for the device."""

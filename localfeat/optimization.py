@@ -25,8 +25,9 @@ class Optimization:
         warmup: share of all batches, from 0 to 1, in which the learning rate rises linearly.
         final_lr: learning rate at the end of the cosine, as a fraction of ``lr``.
         gradient_clip: largest gradient norm of one module, ``None`` for no clipping.
-        accumulate: batches per optimizer step. Gradients are averaged; contrastive losses still compare the
-            images of one batch only, and every module's gradients stay allocated between batches.
+        accumulate: batches per optimizer step (fewer in the last step of an epoch or run, if they do not divide).
+            Gradients are averaged; contrastive losses still compare the images of one batch only, and every
+            module's gradients stay allocated between batches.
     """
 
     lr: float = 5e-4
@@ -64,6 +65,8 @@ class Optimization:
         for parameter in module.parameters():
             if parameter.requires_grad:
                 (plain if parameter.ndim <= 1 or id(parameter) in never_decayed else decayed).append(parameter)
+        if not decayed and not plain:
+            raise UserError("a local module has no parameter that can be trained: every one is frozen")
         groups: list[dict[str, Any]] = [
             {"params": decayed, "weight_decay": self.weight_decay},
             {"params": plain, "weight_decay": 0.0},
@@ -71,6 +74,17 @@ class Optimization:
         return torch.optim.AdamW(
             [g for g in groups if g["params"]], lr=self.lr, betas=self.betas, eps=self.eps, fused=fused
         )
+
+    def window(self, batch: int, per_epoch: float, left: float) -> int:
+        """How many batches share the optimizer step that a batch belongs to.
+
+        Args:
+            batch: number within the epoch, from 0.
+            per_epoch: batches of the epoch; infinite where the loader has no length.
+            left: batches until the run ends, this one included.
+        """
+        position = batch % self.accumulate
+        return int(min(self.accumulate, per_epoch - (batch - position), left + position))
 
     def lr_factor(self, batch: int, total: int) -> float:
         """Fraction of ``lr`` at a batch (from 0) of ``total``: linear warm-up, then a cosine to ``final_lr``."""

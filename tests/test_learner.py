@@ -76,7 +76,7 @@ def test_learning_rates_are_a_linear_warm_up_and_a_cosine(limits: dict[str, int]
 
 
 def test_schedule_without_an_end_is_refused() -> None:
-    with pytest.raises(UserError, match="give the Trainer max_epochs or max_steps"):
+    with pytest.raises(UserError, match="give the Trainer max_steps, or max_epochs"):
         trainer(max_epochs=-1, max_time={"minutes": 1}).fit(learner("greedy_ce", 2), loader(1))
 
 

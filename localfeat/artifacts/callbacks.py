@@ -46,8 +46,8 @@ class LogShortRuns(Callback):
     """
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        steps = [int(trainer.num_training_batches)] + [trainer.max_steps] * (trainer.max_steps > 0)
-        trainer.log_every_n_steps = min(trainer.log_every_n_steps, *steps)  # type: ignore[attr-defined]
+        steps = [trainer.num_training_batches] + [trainer.max_steps] * (trainer.max_steps > 0)
+        trainer.log_every_n_steps = int(min(trainer.log_every_n_steps, *steps))  # type: ignore[attr-defined]
 
 
 class Throughput(Callback):
@@ -141,7 +141,8 @@ class Throughput(Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         left_out = self._batches in self._left_out
-        if trainer.is_last_batch or (left_out and self._batches + 1 not in self._left_out):
+        ends = trainer.is_last_batch or trainer.global_step == trainer.max_steps
+        if ends or (left_out and self._batches + 1 not in self._left_out):
             synchronize(pl_module.device)
         now = time.perf_counter()
         if not left_out and self._mark is not None:

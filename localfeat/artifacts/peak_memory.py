@@ -28,7 +28,8 @@ class PeakMemory(Callback):
     On CUDA: ``torch.cuda.max_memory_allocated`` over all of training, validation left out (its batches may be larger
     and have no graph). On every other device: the allocations of one training batch, counted by ``StorageTracker``
     on top of weights, buffers, optimizer state, gradients and the batch itself. That batch is the third of the run,
-    when optimizer states exist, or the last one of a shorter run. A resumed run keeps the figure of its earlier part,
+    when optimizer states exist, or the last one of a shorter run; with accumulation the one of the second optimizer
+    step, when every module's gradients are alive too. A resumed run keeps the figure of its earlier part,
     unless it has moved between CPU and GPU.
 
     Attributes:
@@ -59,7 +60,7 @@ class PeakMemory(Callback):
         if cuda:
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         elif self.peak_bytes is None:
-            ahead = max(0, WARM_UP_BATCHES - trainer.global_step)
+            ahead = max(0, batch_to_measure(trainer, pl_module) - trainer.global_step)
             self.slow_batch = max(0, min(ahead, remaining_batches(trainer) - 1))
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,6 +124,15 @@ class PeakMemory(Callback):
             self.peak_bytes = max(self.peak_bytes or 0, torch.cuda.max_memory_allocated(device))
             self.reserved_bytes = max(self.reserved_bytes or 0, torch.cuda.max_memory_reserved(device))
             self.source = CUDA_SOURCE
+
+
+def batch_to_measure(trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> int:
+    """0-based number, within the run, of a batch as heavy as any: it updates, and optimizer states exist."""
+    accumulate = getattr(getattr(pl_module, "optimization", None), "accumulate", 1)
+    per_epoch = trainer.num_training_batches
+    window = int(min(accumulate, per_epoch))
+    second_step = 2 * window - 1 if per_epoch >= 2 * window else int(per_epoch) + window - 1
+    return max(WARM_UP_BATCHES, second_step) if window > 1 else WARM_UP_BATCHES
 
 
 def remaining_batches(trainer: lightning.Trainer) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from localfeat.errors import UserError
 from localfeat.network.layout import FeatureShape, Layout
+from localfeat.network.modes import evaluating
 
 _Run = Callable[[nn.Module, Tensor], Tensor]
 
@@ -92,6 +93,8 @@ def _convnext(model: nn.Module) -> Decomposition:
 
 
 def _vit(model: nn.Module) -> Decomposition:
+    if not isinstance(model.patch_drop, nn.Identity):
+        raise UserError("patch_drop_rate above 0 leaves no grid of patches to reconstruct: build this ViT without it")
     stem = Part(
         model,
         ["patch_embed", "cls_token", "reg_token", "pos_embed", "pos_drop", "patch_drop", "norm_pre"],
@@ -141,6 +144,11 @@ def decompose(model: nn.Module, image_size: int) -> Decomposition:
     if adapter is None:
         known = ", ".join(family.__name__ for family in _ADAPTERS)
         raise UserError(f"cannot split a {type(model).__name__}: the families known are {known}")
+    if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
+        raise UserError(
+            "this backbone has grad_checkpointing set, which has no effect on blocks that are run one by one: "
+            "call set_grad_checkpointing(False) first"
+        )
     pieces = adapter(model)
     _check_parameters(model, pieces)
     _check_output(model, pieces, image_size)
@@ -157,12 +165,10 @@ def _check_parameters(model: nn.Module, pieces: Decomposition) -> None:
 
 @torch.no_grad()
 def _check_output(model: nn.Module, pieces: Decomposition, image_size: int) -> None:
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, 3, image_size, image_size, generator=generator).to(device)
-    try:
+    with evaluating(model):
         try:
             expected = model(image)
         except (AssertionError, RuntimeError) as error:
@@ -174,8 +180,6 @@ def _check_output(model: nn.Module, pieces: Decomposition, image_size: int) -> N
             pieces.shapes.append(_shape(pieces, x))
         if not torch.equal(pieces.tail(x), expected):
             raise UserError(f"cannot split this {type(model).__name__}: its parts give other logits than the whole")
-    finally:
-        model.train(was_training)
 
 
 def _shape(pieces: Decomposition, x: Tensor) -> FeatureShape:
