@@ -66,7 +66,7 @@ MUTANTS = [
         "every module's graph is kept to the end of the step",
         LEARNER,
         {
-            "self.manual_backward(output.loss / accumulate)": "self.manual_backward(output.loss, retain_graph=True)",
+            "self.manual_backward(output.loss / window)": "self.manual_backward(output.loss, retain_graph=True)",
             "            del output  # and": "            graphs = [*(graphs if index else []), output]  # and",
         },
     ),
@@ -83,7 +83,7 @@ MUTANTS = [
         LEARNER,
         {
             'figures[f"{prefix}/loss"] = output.loss.detach()': 'figures[f"{prefix}/loss"] = output.loss',
-            "self.manual_backward(output.loss / accumulate)": "self.manual_backward(output.loss, retain_graph=True)",
+            "self.manual_backward(output.loss / window)": "self.manual_backward(output.loss, retain_graph=True)",
         },
     ),
     Mutant(
@@ -122,7 +122,9 @@ MUTANTS = [
         "4",
         "a copy of the backbone is trained",
         LEARNER,
-        {"build_local_modules(backbone, ": "build_local_modules(__import__('copy').deepcopy(backbone), "},
+        {
+            "            backbone, self.method, split,": "            __import__('copy').deepcopy(backbone), self.method, split,"
+        },
     ),
     Mutant(
         "4",
@@ -225,7 +227,7 @@ MUTANTS = [
         "contrast",
         "an image is its own negative",
         "localfeat/objectives/losses.py",
-        {"similarity.masked_fill(itself, lowest)": "similarity"},
+        {'similarity.masked_fill(itself, float("-inf"))': "similarity"},
         ["tests/objectives/test_losses.py"],
     ),
     Mutant(
