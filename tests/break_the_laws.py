@@ -123,7 +123,7 @@ MUTANTS = [
         "a copy of the backbone is trained",
         LEARNER,
         {
-            "            backbone, self.method, split,": "            __import__('copy').deepcopy(backbone), self.method, split,"
+            " backbone, self.method, split,": " __import__('copy').deepcopy(backbone), self.method, split,",
         },
     ),
     Mutant(
