@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -14,18 +14,19 @@ from localfeat.errors import UserError
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors() -> Iterator[Callable[[Exception], str | None]]:
     """Turn mistakes in what was asked for into one line and exit code 2.
 
-    With the environment variable HYDRA_FULL_ERROR=1 nothing is caught.
+    Yields what explains them, for those who have to go on after one. With the environment variable HYDRA_FULL_ERROR=1
+    nothing is explained or caught.
     """
     before = os.environ.get("HYDRA_FULL_ERROR")
     if before == "1":
-        yield
+        yield lambda error: None
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and leaving with 1
     try:
-        yield
+        yield explain
     except Exception as error:
         line = explain(error)
         if line is None:

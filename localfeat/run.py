@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from localfeat.cli import check_arguments, explain, one_line_errors, report
+from localfeat.cli import check_arguments, one_line_errors, report
 from localfeat.config import plain, register_resolvers, saved_config
 from localfeat.errors import UserError
 from localfeat.paths import conf_dir
@@ -38,7 +39,7 @@ def run(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
     return train(plain(cfg), Path(folder), resume=False)
 
 
-def _attempt(cfg: DictConfig) -> str | None:
+def _attempt(cfg: DictConfig, explain: Callable[[Exception], str | None]) -> str | None:
     """One job. What is wrong with it, if the user can mend it: a sweep goes on with its other jobs."""
     job = HydraConfig.get()
     folder, multirun = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
@@ -78,11 +79,11 @@ def main() -> None:
     refused: list[str] = []
 
     def job(cfg: DictConfig) -> None:
-        if line := _attempt(cfg):
+        if line := _attempt(cfg, explain):
             report(line)
             refused.append(line)
 
-    with one_line_errors():
+    with one_line_errors() as explain:
         check_arguments(sys.argv[1:])
         register_resolvers()
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
