@@ -5,6 +5,7 @@ Nothing heavy is imported here: ``--help`` and ``--cfg job`` answer from this mo
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import importlib
@@ -102,6 +103,17 @@ def _imported(path: object, key: str) -> Callable[..., Any]:
     return target
 
 
+def _annotations(target: Callable[..., Any]) -> dict[str, Any]:
+    """Types of the arguments of a function or constructor, evaluated where they were written.
+
+    The constructor of a dataclass repeats its bases' annotations as text, which may name what only the module of
+    the base has imported.
+    """
+    if dataclasses.is_dataclass(target):
+        return typing.get_type_hints(target)
+    return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+
+
 def check_types(
     target: Callable[..., Any], values: dict[str, Any], key: str, extra: Collection[str] = (), *, partial: bool = False
 ) -> dict[str, Any]:
@@ -117,8 +129,7 @@ def check_types(
     Raises:
         UserError: an argument that ``target`` does not take or that is missing, a value of another type.
     """
-    function = target.__init__ if inspect.isclass(target) else target
-    hints = typing.get_type_hints(function)
+    hints = _annotations(target)
     named = [
         p for p in inspect.signature(target).parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
     ]

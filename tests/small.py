@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from localfeat.learner import Learner
 from localfeat.network import build_backbone
-from localfeat.objectives import METHODS
+from localfeat.objectives import METHODS, as_method
 from localfeat.optimization import Optimization
 
 IMAGE_SIZE = 32
@@ -65,6 +65,8 @@ def learner(
 ) -> Learner:
     """A learner with a constant seed; ``changes`` go to the backbone, further keywords to :class:`Optimization`."""
     network = backbone(family, drop_path_rate=drop_path_rate, **(changes or {}))
+    if isinstance(method, str):
+        method = as_method(method, label_smoothing=0.0)  # so that references are plain cross entropy
     return Learner(
         network, method, split, decoder, optimization=Optimization(**{"warmup": 0.0, **optimization}), compile=compile
     )

@@ -13,8 +13,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from localfeat.build import build_datamodule, build_learner, build_model, check
-from localfeat.config import plain
+from localfeat.config import construct, plain
 from localfeat.errors import UserError
+from localfeat.objectives import METHODS
 from localfeat.paths import conf_dir
 from localfeat.run import run
 from tests.data.formats import write_image_folder, write_source
@@ -203,3 +204,26 @@ def test_a_small_run_is_the_digits(tmp_path: Path) -> None:
         name: theirs[name] for name in same if name != "dataset"
     }
     assert ours["dataset"] == {**theirs["dataset"], "batch_size": 16}
+
+
+def test_a_method_of_the_readers_own_with_a_field_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its module need not import what the annotations of ``Method`` name."""
+    (tmp_path / "readers_method.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nimport localfeat\n\n"
+        "@dataclass(frozen=True)\nclass Mine(localfeat.Method):\n    margin: float = 1.0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    made = construct({"_target_": "readers_method.Mine", "name": "mine", "margin": 2, "width": 64}, "method")
+    assert (made.margin, made.width, made.reconstruction_weight) == (2.0, 64, (3.0, 1.0))
+    with pytest.raises(UserError, match=r"method\.margin=x: it must be a number"):
+        construct({"_target_": "readers_method.Mine", "name": "mine", "margin": "x"}, "method")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_the_same_in_the_library_as_on_the_command_line(name: str) -> None:
+    made = construct(plain(composed(f"method={name}"))["method"], "method")
+    assert {**vars(made), **as_lists(made)} == {**vars(METHODS[name]), **as_lists(METHODS[name])}
+
+
+def as_lists(method: Any) -> dict[str, list[float]]:
+    return {key: list(getattr(method, key)) for key in ("reconstruction_weight", "supervision_weight")}

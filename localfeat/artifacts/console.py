@@ -81,10 +81,13 @@ def final_table(summary: RunSummary, folder: str | Path, console: Console | None
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim" if console.is_terminal else None)
     table.add_column(overflow="fold")
-    for label, text in summary_lines(summary):
+    lines = summary_lines(summary)
+    for label, text in lines:
         table.add_row(label, text)
-    table.add_row("folder", str(folder))
     console.print(table, highlight=False, markup=False)
+    # The folder is printed as it is, so that it can be copied: a table would break it.
+    label = "folder".ljust(max(len(label) for label, _ in [*lines, ("folder", "")]) + 2)
+    console.print(f"{label}{folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 def summary_lines(summary: RunSummary) -> list[tuple[str, str]]:

@@ -72,7 +72,7 @@ class Method:
     temperature: float = 0.1
     width: int = 128
     projection_dim: int = 128
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.1
 
     def __post_init__(self) -> None:
         _one_of("method.supervision", self.supervision, ("contrast", "cross_entropy"))

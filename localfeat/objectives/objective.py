@@ -28,10 +28,11 @@ class Reconstruction(NamedTuple):
 class Objective(nn.Module):
     """``(inputs, outputs, images, labels) -> (terms, logits)``.
 
-    ``inputs`` are the module's input features (detached), ``outputs`` its output features, both in the
-    backbone's layout; ``images`` the normalised images (B, 3, H, W), ``None`` once no objective needs them;
-    ``labels`` (B,) class indices, or (B, num_classes) probabilities under mixup. ``terms`` are unweighted
-    scalars; ``weights`` has a factor for each. ``logits`` come from the final classifier only.
+    ``inputs`` are the module's input features (detached), ``outputs`` its output features, both in the backbone's
+    layout (``site.inputs.to_nchw`` and ``site.outputs.to_nchw`` make (B, C, H, W) of them); ``images`` the normalised
+    images (B, 3, H, W), ``None`` once no objective needs them; ``labels`` (B,) class indices, or (B, num_classes)
+    probabilities under mixup. ``terms`` are unweighted scalars; ``weights`` has a factor for each. ``logits`` come
+    from the final classifier only.
     """
 
     weights: dict[str, float]
