@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+from timm.data.constants import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
+from timm.data.constants import IMAGENET_DEFAULT_STD as IMAGENET_STD
 from torch import nn
 
 from localfeat.errors import UserError
@@ -84,7 +86,7 @@ def image_size_of(backbone: nn.Module, wanted: int | None = None) -> int:
 def normalisation_of(backbone: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel (pixels in [0, 1]) that a timm model expects of its images."""
     config = _config(backbone)
-    return tuple(config.get("mean", (0.485, 0.456, 0.406))), tuple(config.get("std", (0.229, 0.224, 0.225)))
+    return tuple(config.get("mean", IMAGENET_MEAN)), tuple(config.get("std", IMAGENET_STD))
 
 
 def _config(backbone: nn.Module) -> dict[str, Any]:

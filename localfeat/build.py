@@ -34,8 +34,8 @@ def build_datamodule(config: Config) -> ImageDataModule:
     """The datamodule, normalising as the backbone expects it."""
     backbone = config["backbone"]
     known = timm.get_pretrained_cfg(model_name(backbone["name"], config["image_size"], backbone["variants"]))
-    mean, std = (known.mean, known.std) if known else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    datamodule = construct(config["dataset"], "dataset", mean=mean, std=std)
+    expected = {"mean": known.mean, "std": known.std} if known else {}
+    datamodule = construct(config["dataset"], "dataset", **expected)
     assert isinstance(datamodule, ImageDataModule)
     return datamodule
 

@@ -118,12 +118,10 @@ def _quiet() -> None:
         "You're resuming from a checkpoint that ended before the epoch ended",
         ".*does not have many workers",
         "Checkpoint directory .* exists and is not empty",
-        ".*pre-optimization state.*",
         ".*smaller than the logging interval",
         "Found .* module.* in eval mode",
         ".*isinstance.treespec, LeafSpec..*",
         "Total length of .list. across ranks is zero",  # no validation
-        "Detected call of .lr_scheduler.step",
     ):
         warnings.filterwarnings("ignore", message=message)
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.command_line import call
 from tests.data import formats
+from tests.wandb_account import without_login
 from tests.whole_runs import draw_nothing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +73,8 @@ def test_command(
         formats.accept_cifar(monkeypatch, place / "data", hundred=True)
     if " -m " in command.replace("python -m", "", 1):
         draw_nothing(monkeypatch)  # 24 times
+    if "logger=wandb" in command:
+        without_login(place / "home", monkeypatch)
     if "resume=" in command:
         cut_short(place / "outputs" / "my_run")
     _, _, module, *arguments = shlex.split(command)

@@ -16,6 +16,7 @@ from localfeat.config import saved_config
 from tests.artifacts.test_wandb_logger import records
 from tests.command_line import call
 from tests.data.formats import write_source
+from tests.wandb_account import without_login
 from tests.whole_runs import TINY_SWIN, files_below, metrics
 
 LESS = [
@@ -34,12 +35,7 @@ DECODERS = {"interp": "InterpDecoder", "one_layer": "OneLayerDecoder", "deconv":
 
 @pytest.fixture(autouse=True)
 def no_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "home"))
-    monkeypatch.delenv("NETRC", raising=False)
-    (tmp_path / "home").mkdir()
+    without_login(tmp_path / "home", monkeypatch)
     monkeypatch.chdir(tmp_path)
 
 

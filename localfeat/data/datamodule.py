@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+from timm.data.constants import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
+from timm.data.constants import IMAGENET_DEFAULT_STD as IMAGENET_STD
 from torch import Tensor
 
 from localfeat.data.labelled import Batch, BatchLoader, LabelledImages, batch_loader
@@ -12,9 +14,6 @@ from localfeat.data.preparation import Preparation, check_options
 from localfeat.data.registry import make_source
 from localfeat.data.sampling import EpochBatches, stratified_split
 from localfeat.errors import UserError
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _ORDER = ("seed", "batch_size", "val_fraction")  # what the order of training batches depends on
 

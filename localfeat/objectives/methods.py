@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from timm.data.constants import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
+from timm.data.constants import IMAGENET_DEFAULT_STD as IMAGENET_STD
+
 from localfeat.errors import UserError
 from localfeat.network.layout import FeatureShape
 from localfeat.objectives.auxiliary import AuxiliaryBlock, PooledHead
@@ -13,9 +16,6 @@ from localfeat.objectives.decoders import DecoderFactory, upscale_factor
 from localfeat.objectives.losses import RECONSTRUCTION_LOSSES
 from localfeat.objectives.objective import LocalObjective, Objective
 from localfeat.objectives.targets import FeatureTarget, ImageTarget
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def _one_of(key: str, value: object, known: tuple[object, ...]) -> None:

@@ -15,16 +15,12 @@ from matplotlib.image import imsave
 from localfeat.artifacts.wandb_logger import finish, has_login, log_images, resolve_mode, wandb_logger
 from localfeat.errors import UserError
 from tests.artifacts.tiny import TinyLearner, loader, trainer
+from tests.wandb_account import without_login
 
 
 @pytest.fixture(autouse=True)
 def no_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "home"))
-    monkeypatch.delenv("NETRC", raising=False)
-    (tmp_path / "home").mkdir()
+    without_login(tmp_path / "home", monkeypatch)
 
 
 def test_login_is_found_where_wandb_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
