@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from localfeat.data import ImageDataModule
+    from localfeat.efficiency import Efficiency
     from localfeat.errors import UserError
     from localfeat.learner import Learner
     from localfeat.network import Split
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Efficiency": "localfeat.efficiency",
     "ImageDataModule": "localfeat.data",
     "Learner": "localfeat.learner",
     "METHODS": "localfeat.objectives",
@@ -34,6 +36,7 @@ _HOMES = {
 }
 __all__ = [
     "METHODS",
+    "Efficiency",
     "ImageDataModule",
     "Learner",
     "Method",

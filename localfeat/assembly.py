@@ -9,8 +9,9 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
 from timm.data.constants import IMAGENET_DEFAULT_STD as IMAGENET_STD
 from torch import nn
 
+from localfeat.efficiency import Efficiency
 from localfeat.errors import UserError
-from localfeat.network import LocalModule, Split, as_split, decompose
+from localfeat.network import LocalModule, Split, as_split, block_runners, decompose, fuse_window_attention
 from localfeat.objectives import ClassifierObjective, DecoderFactory, Method, Objective, Site
 
 
@@ -23,6 +24,7 @@ def build_local_modules(
     image_size: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    efficiency: Efficiency | None = None,
 ) -> nn.ModuleList:
     """Cut ``backbone`` and give every piece its objective.
 
@@ -38,6 +40,10 @@ def build_local_modules(
     if not method.local:
         lengths = [sum(lengths)]
     expected = normalisation_of(backbone)
+    efficiency = efficiency or Efficiency()
+    if efficiency.fused_attention:
+        fuse_window_attention(backbone)
+    runners = block_runners(pieces.blocks, efficiency)
     modules = nn.ModuleList()
     start = 0
     for index, length in enumerate(lengths):
@@ -55,9 +61,11 @@ def build_local_modules(
                 num_classes=cast(int, backbone.num_classes),
                 mean=expected[0] if mean is None else mean,
                 std=expected[1] if std is None else std,
+                loss_slices=efficiency.loss_slices,
             )
             objective = method.build(site, decoder)
-        modules.append(LocalModule(pieces.stem if index == 0 else None, pieces.blocks[start:stop], objective))
+        stem = pieces.stem if index == 0 else None
+        modules.append(LocalModule(stem, pieces.blocks[start:stop], objective, runners[start:stop]))
         start = stop
     return modules
 

@@ -76,7 +76,7 @@ def build_learner(config: Config, num_classes: int) -> Learner:
         decoder,
         optimization=optimization,
         image_size=config["image_size"],
-        compile=config["efficiency"]["compile"],
+        efficiency=construct(config["efficiency"], "efficiency"),
     )
 
 
@@ -98,9 +98,8 @@ def check(config: Config) -> Config:
     checked["callbacks"] = check_types(
         build_callbacks, config["callbacks"], "callbacks", ("seed", "folder", "validates")
     )
-    checked["efficiency"] = check_types(_efficiency, config["efficiency"], "efficiency")
     _backbone_values(config["backbone"])
-    for part in ("split", "decoder", "optimizer"):
+    for part in ("split", "decoder", "optimizer", "efficiency"):
         construct(config[part], part)
     _check_dataset(checked, construct(config["method"], "method"))
     return checked
@@ -125,10 +124,6 @@ def _top_level(
     resume: str | None = None,
 ) -> None:
     """The types of the top-level values."""
-
-
-def _efficiency(compile: bool) -> None:
-    """The types of the group ``efficiency``."""
 
 
 def _check_dataset(config: Config, method: Method) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import lightning
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from localfeat.assembly import build_local_modules
+from localfeat.efficiency import Efficiency
 from localfeat.errors import UserError
 from localfeat.network import LocalModule, LocalOutput, Split, evaluating
 from localfeat.objectives import (
@@ -48,7 +49,7 @@ class Learner(lightning.LightningModule):
             ``None`` takes that of its pretrained weights.
         mean, std: of the normalisation that the images went through, per channel, for pixels in [0, 1]; ``None``
             takes what the backbone's pretrained weights expect. Only ``image_recon`` needs them, for its target.
-        compile: ``torch.compile`` every local module.
+        efficiency: settings that change time and memory only.
 
     Raises:
         UserError: combinations that cannot be built.
@@ -65,18 +66,26 @@ class Learner(lightning.LightningModule):
         image_size: int | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-        compile: bool = False,
+        efficiency: Efficiency | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.method = as_method(method)
         self.optimization = optimization or Optimization()
+        self.efficiency = efficiency or Efficiency()
         self._backbone = (backbone,)  # not registered: its parameters live in the local modules
         self.num_classes = cast(int, backbone.num_classes)
         if self.num_classes < 2:
             raise UserError(f"a backbone with num_classes={self.num_classes} has no classifier to train")
         self.local_modules = build_local_modules(
-            backbone, self.method, split, as_decoder(decoder), image_size=image_size, mean=mean, std=std
+            backbone,
+            self.method,
+            split,
+            as_decoder(decoder),
+            image_size=image_size,
+            mean=mean,
+            std=std,
+            efficiency=self.efficiency,
         )
         self.val_accuracy = MulticlassAccuracy(self.num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(self.num_classes, average="micro")
@@ -86,7 +95,7 @@ class Learner(lightning.LightningModule):
         self._batches = 0
         users = [i for i, m in enumerate(self._modules_in_order) if m.objective.uses_images]
         self._last_image_user = max(users, default=0)
-        if compile:
+        if self.efficiency.compile:
             for module in self.local_modules:
                 module.compile()
 
@@ -117,26 +126,45 @@ class Learner(lightning.LightningModule):
         """One batch through every module in turn. At most one module's graph is alive at a time."""
         self.backbone.training = self.training  # after validation Lightning restores registered modules only
         optimizers = self._optimizers_counting_batches()
-        features, labels = self._prepare(batch, training=True)
-        images: Tensor | None = features
         window = self._window(batch_index)
         steps = batch_index % self.optimization.accumulate + 1 == window or self.trainer.is_last_batch
-        for index, (module, optimizer) in enumerate(zip(self._modules_in_order, optimizers, strict=True)):
-            output: LocalOutput = module(features, images, labels)
-            self.manual_backward(output.loss / window)
-            features = output.features
-            if index == self._last_image_user:
-                images = None
-            self._record(index, output, labels)
-            del output  # and with it the module's graph
-            if steps:
-                self._step(optimizer)
+        self.train_modules(
+            lambda: self._prepare(batch, training=True),
+            lambda loss: self.manual_backward(loss / window),
+            lambda module: self._step(optimizers[module]) if steps else None,
+        )
         if not steps:  # the trainer counts batches, also those that only accumulate
             self.trainer.fit_loop.epoch_loop.manual_optimization._on_before_step()
             self.trainer.fit_loop.epoch_loop.manual_optimization._on_after_step()
         self._log_training()
         for scheduler in self._schedulers():
             scheduler.step()
+
+    def train_modules(
+        self,
+        batch: Callable[[], tuple[Tensor, Tensor]],
+        backward: Callable[[Tensor], None],
+        update: Callable[[int], None],
+    ) -> None:
+        """The loop itself: every module forward, backward and update, in turn.
+
+        Args:
+            batch: makes the normalised images (B, 3, H, W) and their labels. They belong to this loop alone, which frees
+                the images after the last module that needs them.
+            backward: runs backward from one module's loss.
+            update: steps the optimizer of a module (counted from 0) and frees its gradients, if it is time to.
+        """
+        features, labels = batch()
+        images: Tensor | None = features
+        for index, module in enumerate(self._modules_in_order):
+            output: LocalOutput = module(features, images, labels)
+            backward(output.loss)
+            features = output.features
+            if index == self._last_image_user:
+                images = None
+            self._record(index, output, labels)
+            del output  # and with it the module's graph
+            update(index)
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Backward outside autocast, as automatic optimization does it (Lightning leaves it on in manual mode)."""

@@ -27,7 +27,8 @@ def open_learner(folder: Path, config: Config, num_classes: int, checkpoint: str
     """
     file = _checkpoint_file(folder, checkpoint)
     initial = {**config["backbone"], "weights": None, "pretrained": False}
-    learner = build_learner({**config, "backbone": initial, "efficiency": {"compile": False}}, num_classes)
+    plain = {"_target_": "localfeat.Efficiency"}
+    learner = build_learner({**config, "backbone": initial, "efficiency": plain}, num_classes)
     try:
         learner.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["state_dict"])
     except Exception as error:

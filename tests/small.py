@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from localfeat.efficiency import Efficiency
 from localfeat.learner import Learner
 from localfeat.network import build_backbone
 from localfeat.objectives import METHODS, as_method
@@ -60,16 +61,15 @@ def learner(
     decoder: Any = "one_layer",
     drop_path_rate: float = 0.0,
     changes: dict[str, Any] | None = None,
-    compile: bool = False,
+    efficiency: Efficiency | None = None,
     **optimization: Any,
 ) -> Learner:
     """A learner with a constant seed; ``changes`` go to the backbone, further keywords to :class:`Optimization`."""
     network = backbone(family, drop_path_rate=drop_path_rate, **(changes or {}))
     if isinstance(method, str):
         method = as_method(method, label_smoothing=0.0)  # so that references are plain cross entropy
-    return Learner(
-        network, method, split, decoder, optimization=Optimization(**{"warmup": 0.0, **optimization}), compile=compile
-    )
+    settings = Optimization(**{"warmup": 0.0, **optimization})
+    return Learner(network, method, split, decoder, optimization=settings, efficiency=efficiency)
 
 
 def batch(size: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 
+from localfeat.efficiency import Efficiency
 from localfeat.objectives import METHODS
 from tests.small import AtStep, Metrics, batch, gradients, learner, loader, trainer
 
@@ -104,7 +105,7 @@ def test_compiled_modules_give_the_same_losses(method: str) -> None:
     for compile in (False, True):
         metrics = Metrics()
         torch._dynamo.reset()
-        model = learner(method, 2, "vit", changes={"depth": 2}, compile=compile)
+        model = learner(method, 2, "vit", changes={"depth": 2}, efficiency=Efficiency(compile=compile))
         trainer(metrics).fit(model, loader(2), loader(1))
         results.append(metrics.steps)
         assert not [name for name in model.state_dict() if "_orig_mod" in name]

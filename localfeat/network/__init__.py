@@ -5,7 +5,9 @@ from localfeat.network.blocks import Decomposition, decompose
 from localfeat.network.layout import FeatureShape
 from localfeat.network.local_module import LocalModule, LocalOutput
 from localfeat.network.modes import evaluating
+from localfeat.network.recompute import block_runners
 from localfeat.network.split import Split, as_split
+from localfeat.network.window_attention import fuse_window_attention
 
 __all__ = [
     "Decomposition",
@@ -14,8 +16,10 @@ __all__ = [
     "LocalOutput",
     "Split",
     "as_split",
+    "block_runners",
     "build_backbone",
     "decompose",
     "evaluating",
+    "fuse_window_attention",
     "model_name",
 ]

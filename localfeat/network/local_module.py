@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
+
+BlockRunner = Callable[[nn.Module, Tensor], Tensor]
+"""``(block, features) -> features``: how one block is computed."""
+
+
+def plainly(block: nn.Module, x: Tensor) -> Tensor:
+    """Run a block as it is."""
+    return cast(Tensor, block(x))
 
 
 class LocalOutput(NamedTuple):
@@ -25,10 +33,18 @@ class LocalModule(nn.Module):
         blocks: consecutive backbone blocks, run in order.
         objective: ``(inputs, outputs, images, labels) -> (terms, logits)`` with a ``weights`` mapping that has
             one factor per term.
+        runners: how each block is computed, e.g. recomputed in the backward pass; ``None``: plainly.
     """
 
-    def __init__(self, stem: nn.Module | None, blocks: Sequence[nn.Module], objective: nn.Module) -> None:
+    def __init__(
+        self,
+        stem: nn.Module | None,
+        blocks: Sequence[nn.Module],
+        objective: nn.Module,
+        runners: Sequence[BlockRunner] | None = None,
+    ) -> None:
         super().__init__()
+        self.runners = list(runners or [plainly] * len(blocks))
         self.stem = stem
         self.blocks = nn.Sequential(*blocks)
         self.objective = objective
@@ -36,7 +52,10 @@ class LocalModule(nn.Module):
     def body(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Input features of the first block (patch embeddings in module 1) and output features of the last."""
         inputs = x if self.stem is None else self.stem(x)
-        return inputs, self.blocks(inputs)
+        outputs = inputs
+        for block, run in zip(self.blocks, self.runners, strict=True):
+            outputs = run(block, outputs)
+        return inputs, outputs
 
     def forward(self, x: Tensor, images: Tensor | None, labels: Tensor) -> LocalOutput:
         """Run the body and the objective; ``x`` is the module before's detached output, or the images."""

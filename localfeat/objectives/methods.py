@@ -35,6 +35,7 @@ class Site:
     num_classes: int
     mean: Sequence[float] = IMAGENET_MEAN  # of the normalisation that the images went through
     std: Sequence[float] = IMAGENET_STD
+    loss_slices: int = 1  # slices of the batch in which the reconstruction loss is computed
 
     def interpolate(self, first: float, last: float) -> float:
         """A weight that goes linearly from the first local module to the last: i / (K - 2), and K=2 is the first."""
@@ -109,6 +110,7 @@ class Method:
             weights=weights,
             temperature=self.temperature,
             label_smoothing=self.label_smoothing,
+            loss_slices=site.loss_slices,
         )
 
     def _decoded(self, site: Site) -> tuple[int, int]:

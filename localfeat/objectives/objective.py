@@ -83,8 +83,10 @@ class LocalObjective(Objective):
         weights: dict[str, float],
         temperature: float,
         label_smoothing: float,
+        loss_slices: int = 1,
     ) -> None:
         super().__init__()
+        self.loss_slices = loss_slices
         self.auxiliary = auxiliary
         self.head = head
         self.supervision = supervision
