@@ -149,8 +149,8 @@ class Learner(lightning.LightningModule):
         """The loop itself: every module forward, backward and update, in turn.
 
         Args:
-            batch: makes the normalised images (B, 3, H, W) and their labels. They belong to this loop alone, which frees
-                the images after the last module that needs them.
+            batch: makes the normalised images (B, 3, H, W) and their labels. They belong to this loop alone, which
+                frees the images after the last module that needs them.
             backward: runs backward from one module's loss.
             update: steps the optimizer of a module (counted from 0) and frees its gradients, if it is time to.
         """
