@@ -11,7 +11,16 @@ from torch import nn
 
 from localfeat.efficiency import Efficiency
 from localfeat.errors import UserError
-from localfeat.network import LocalModule, Split, as_split, block_runners, decompose, fuse_window_attention
+from localfeat.network import (
+    BlockRunner,
+    Decomposition,
+    LocalModule,
+    Split,
+    as_split,
+    block_runners,
+    decompose,
+    fuse_window_attention,
+)
 from localfeat.objectives import ClassifierObjective, DecoderFactory, Method, Objective, Site
 
 
@@ -39,35 +48,43 @@ def build_local_modules(
     lengths = as_split(split, pieces.stage_depths).blocks_per_module(pieces.stage_depths)
     if not method.local:
         lengths = [sum(lengths)]
-    expected = normalisation_of(backbone)
     efficiency = efficiency or Efficiency()
-    if efficiency.fused_attention:
-        fuse_window_attention(backbone)
-    runners = block_runners(pieces.blocks, efficiency)
+    runners = prepare_blocks(backbone, pieces, efficiency)
+    expected = normalisation_of(backbone)
     modules = nn.ModuleList()
     start = 0
     for index, length in enumerate(lengths):
         stop = start + length
-        objective: Objective
-        if index == len(lengths) - 1:
-            objective = ClassifierObjective(pieces.tail, method.label_smoothing)
-        else:
-            site = Site(
-                index=index,
-                modules=len(lengths),
-                inputs=pieces.shapes[start],
-                outputs=pieces.shapes[stop],
-                image_size=size,
-                num_classes=cast(int, backbone.num_classes),
-                mean=expected[0] if mean is None else mean,
-                std=expected[1] if std is None else std,
-                loss_slices=efficiency.loss_slices,
-            )
-            objective = method.build(site, decoder)
+        site = Site(
+            index=index,
+            modules=len(lengths),
+            inputs=pieces.shapes[start],
+            outputs=pieces.shapes[stop],
+            image_size=size,
+            num_classes=cast(int, backbone.num_classes),
+            mean=expected[0] if mean is None else mean,
+            std=expected[1] if std is None else std,
+            loss_slices=efficiency.loss_slices,
+        )
         stem = pieces.stem if index == 0 else None
+        objective = build_objective(pieces, method, site, decoder)
         modules.append(LocalModule(stem, pieces.blocks[start:stop], objective, runners[start:stop]))
         start = stop
     return modules
+
+
+def prepare_blocks(backbone: nn.Module, pieces: Decomposition, efficiency: Efficiency) -> list[BlockRunner]:
+    """How each block is to be computed; fused attention is switched on in the backbone itself."""
+    if efficiency.fused_attention:
+        fuse_window_attention(backbone)
+    return block_runners(pieces.blocks, efficiency)
+
+
+def build_objective(pieces: Decomposition, method: Method, site: Site, decoder: DecoderFactory) -> Objective:
+    """What the module at ``site`` is trained for: the last one by the backbone's own classifier."""
+    if site.index == site.modules - 1:
+        return ClassifierObjective(pieces.tail, method.label_smoothing)
+    return method.build(site, decoder)
 
 
 def image_size_of(backbone: nn.Module, wanted: int | None = None) -> int:

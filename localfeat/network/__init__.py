@@ -3,13 +3,14 @@
 from localfeat.network.backbone import build_backbone, model_name
 from localfeat.network.blocks import Decomposition, decompose
 from localfeat.network.layout import FeatureShape
-from localfeat.network.local_module import LocalModule, LocalOutput
+from localfeat.network.local_module import BlockRunner, LocalModule, LocalOutput, weighted_sum
 from localfeat.network.modes import evaluating
 from localfeat.network.recompute import block_runners
 from localfeat.network.split import Split, as_split
 from localfeat.network.window_attention import fuse_window_attention
 
 __all__ = [
+    "BlockRunner",
     "Decomposition",
     "FeatureShape",
     "LocalModule",
@@ -22,4 +23,5 @@ __all__ = [
     "evaluating",
     "fuse_window_attention",
     "model_name",
+    "weighted_sum",
 ]

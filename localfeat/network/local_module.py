@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, cast
 
 from torch import Tensor, nn
@@ -14,6 +14,13 @@ BlockRunner = Callable[[nn.Module, Tensor], Tensor]
 def plainly(block: nn.Module, x: Tensor) -> Tensor:
     """Run a block as it is."""
     return cast(Tensor, block(x))
+
+
+def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """A module's loss: the sum of its terms, each times its weight."""
+    # No product with 1: Inductor drops it, takes the loss for the detached term, and its gradient is gone.
+    weighted = [value if weights[name] == 1 else weights[name] * value for name, value in terms.items()]
+    return sum(weighted[1:], start=weighted[0])
 
 
 class LocalOutput(NamedTuple):
@@ -61,12 +68,9 @@ class LocalModule(nn.Module):
         """Run the body and the objective; ``x`` is the module before's detached output, or the images."""
         inputs, outputs = self.body(x)
         terms, logits = self.objective(inputs.detach(), outputs, images, labels)
-        weights: dict[str, float] = self.objective.weights  # type: ignore[assignment]
-        # No product with 1: Inductor drops it, takes the loss for the detached term, and its gradient is gone.
-        weighted = [value if weights[name] == 1 else weights[name] * value for name, value in terms.items()]
         return LocalOutput(
             outputs.detach(),
-            sum(weighted[1:], start=weighted[0]),
+            weighted_sum(terms, self.objective.weights),  # type: ignore[arg-type]
             {name: value.detach() for name, value in terms.items()},
             None if logits is None else logits.detach(),
         )
