@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
+EMULATED_BY = "cpu"
+"""The meta device has no autocast: an emulation uses the CPU's switch for it, which meta tensors do not obey."""
 
-@dataclass
-class EmulatedAutocast:
-    """Autocast of the meta device, which has none: the state that an emulation reads at every operation."""
-
-    enabled: bool
-    dtype: torch.dtype
-
-
-_emulated: list[EmulatedAutocast] = []
-"""State of the emulations that are active, the innermost last (``localfeat.memory.emulation`` pushes it)."""
+_emulations: list[object] = []
+"""The emulations that are active (``localfeat.memory.emulation`` enters itself here)."""
 
 
 @dataclass(frozen=True)
@@ -27,36 +20,27 @@ class AutocastState:
 
     A backward pass runs with autocast off, so what computes a forward pass again there has to restore the state:
     ``state = AutocastState.of(x.device)`` on the way forward, ``with state.restored(): ...`` at the recomputation.
+    ``device_type`` is None on the meta device outside an emulation: it has no autocast then.
     """
 
-    device_type: str
+    device_type: str | None
     enabled: bool
     dtype: torch.dtype
     cache_enabled: bool
 
     @classmethod
     def of(cls, device: torch.device | str) -> AutocastState:
-        """The state now, for the type of ``device``. The meta device has that of an emulation, else none."""
+        """The state now, for the type of ``device``. The meta device has that of an active emulation, else none."""
         kind = torch.device(device).type
         if kind == "meta":
-            state = _emulated[-1] if _emulated else EmulatedAutocast(False, torch.float32)
-            return cls(kind, state.enabled, state.dtype, cache_enabled=False)
+            if not _emulations:
+                return cls(None, False, torch.float32, False)
+            kind = EMULATED_BY
         enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         return cls(kind, enabled, dtype, torch.is_autocast_cache_enabled())
 
-    @contextmanager
-    def restored(self) -> Iterator[None]:
+    def restored(self) -> AbstractContextManager[object]:
         """Sets exactly this state for the duration."""
-        if self.device_type != "meta":
-            with torch.autocast(self.device_type, self.dtype, self.enabled, self.cache_enabled):
-                yield
-        elif not _emulated:
-            yield  # outside an emulation the meta device computes in the dtype that it is given
-        else:
-            state = _emulated[-1]
-            before = state.enabled, state.dtype
-            state.enabled, state.dtype = self.enabled, self.dtype
-            try:
-                yield
-            finally:
-                state.enabled, state.dtype = before
+        if self.device_type is None:
+            return nullcontext()
+        return torch.autocast(self.device_type, self.dtype, self.enabled, self.cache_enabled)
