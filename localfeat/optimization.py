@@ -58,7 +58,8 @@ class Optimization:
         """AdamW over ``module``'s parameters; ``never_decayed`` holds ids of parameters without weight decay.
 
         The ``fused`` kernel is faster and allocates nothing, but under a GradScaler it unscales inside its own
-        step, after gradients should have been clipped.
+        step, after gradients should have been clipped. Without it parameters are updated one by one: torch's default
+        on CUDA, ``foreach``, makes temporaries as large as all of the module's parameters together.
         """
         decayed: list[nn.Parameter] = []
         plain: list[nn.Parameter] = []
@@ -71,9 +72,8 @@ class Optimization:
             {"params": decayed, "weight_decay": self.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=self.lr, betas=self.betas, eps=self.eps, fused=fused
-        )
+        trained = [group for group in groups if group["params"]]
+        return torch.optim.AdamW(trained, lr=self.lr, betas=self.betas, eps=self.eps, fused=fused, foreach=False)
 
     def window(self, batch: int, per_epoch: float, left: float) -> int:
         """How many batches share the optimizer step that a batch belongs to.

@@ -225,6 +225,8 @@ def _summarise(
         images_per_second=speed.images_per_second,
         peak_memory_bytes=memory.peak_bytes,
         peak_memory_source=memory.source,
+        peak_reserved_bytes=memory.reserved_bytes,
+        module_peak_memory_bytes=memory.module_peak_bytes,
         seconds=speed.seconds,
         parameters=learner.parameter_counts(),
         module_losses={name.removeprefix("train/"): value for name, value in losses.items()},

@@ -48,7 +48,7 @@ ASKED = {"method", "dataset", "backbone", "split", "decoder", "seed", "epochs", 
 TESTED_ELSEWHERE = {"versions", "hardware", "commit", "command", "overrides"}  # tests/artifacts/test_summary.py
 MEASURED = {
     *("test_accuracy", "val_accuracy", "best_epoch", "images_per_second", "peak_memory_bytes", "peak_memory_source"),
-    *("seconds", "parameters", "module_losses", "classes"),
+    *("peak_reserved_bytes", "module_peak_memory_bytes", "seconds", "parameters", "module_losses", "classes"),
 }
 METHOD, EPOCHS, BATCH = "feature_recon", 4, 16
 WHOLE_EVALUATION = ["trainer.limit_val_batches=null", "trainer.limit_test_batches=null", f"epochs={EPOCHS}"]
@@ -77,20 +77,40 @@ class Witness(Callback):
 
 
 class MemoryWitness(Callback):
-    """torch's own memory tracker around the third batch."""
+    """torch's own memory tracker around the third batch, looked at after every operation."""
 
-    peak = 0
+    def __init__(self) -> None:
+        self.peaks: dict[str, int] = {}
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == 2:
-            self.tracker = MemTracker()
-            self.tracker.track_external(pl_module, *(o.optimizer for o in pl_module.optimizers()), *batch)
-            self.tracker.__enter__()
+        if trainer.global_step != 2:
+            return
+        self.module = "module_1"
+        for number, module in enumerate(pl_module.local_modules, start=1):
+            module.register_forward_pre_hook(lambda *_, number=number: setattr(self, "module", f"module_{number}"))
+        self.tracker = WatchedMemTracker(self)
+        self.tracker.track_external(pl_module, *(o.optimizer for o in pl_module.optimizers()), *batch)
+        self.tracker.__enter__()
+
+    def see(self) -> None:
+        now = self.tracker.get_tracker_snapshot("current")[torch.device("cpu")]["Total"]
+        self.peaks[self.module] = max(now, self.peaks.get(self.module, 0))
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == 3:
             self.tracker.__exit__(None, None, None)
             self.peak = self.tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+
+class WatchedMemTracker(MemTracker):
+    def __init__(self, witness: MemoryWitness) -> None:
+        super().__init__()
+        self.witness = witness
+
+    def __torch_dispatch__(self, *arguments: Any, **keywords: Any) -> Any:
+        result = super().__torch_dispatch__(*arguments, **keywords)
+        self.witness.see()
+        return result
 
 
 def with_callback(monkeypatch: pytest.MonkeyPatch, callback: Callback) -> None:
@@ -132,13 +152,16 @@ def test_law_7_no_unknown_figure_is_logged(method: str, tmp_path: Path, monkeypa
     modules = 1 if method == "e2e" else 4
     terms = [["loss", *TERMS[method]]] * (modules - 1) + [["loss", "cross_entropy"]]
     expected = KNOWN | {f"train/module_{n}/{term}" for n, names in enumerate(terms, start=1) for term in names}
+    expected |= {f"memory/module_{n}_peak_gib" for n in range(1, modules + 1)}
     summary = small_run(tmp_path, f"method={method}", "epochs=1")
     rows = read_rows(tmp_path / "metrics.csv")
     assert set(rows[0]) == expected
     assert all(any(row[name] for row in rows) for name in expected)
     assert set(summary) == ASKED | MEASURED | TESTED_ELSEWHERE
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
-    assert {f"train/{name}" for name in summary["module_losses"]} == {n for n in expected if "/module_" in n}
+    assert {f"train/{name}" for name in summary["module_losses"]} == {
+        n for n in expected if n.startswith("train/module_")
+    }
 
 
 def test_law_7_training_figures_are_what_the_modules_returned(finished: Any) -> None:
@@ -220,16 +243,24 @@ def test_law_7_what_was_asked_for_is_what_is_reported(finished: Any) -> None:
 
 def test_law_7_peak_memory_is_what_torchs_own_tracker_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw_nothing(monkeypatch)
+    monkeypatch.setattr("localfeat.memory.tracker.BLOCK_BYTES", 1)  # torch's tracker rounds only on CUDA
     witness = MemoryWitness()
     summary = small_run(tmp_path / "plain", "epochs=1")
     with monkeypatch.context() as patch:
         with_callback(patch, witness)
         patch.setattr(PeakMemory, "on_train_batch_start", lambda *_: None)
         small_run(tmp_path / "witness", "epochs=1")
-    assert summary["peak_memory_bytes"] == pytest.approx(witness.peak, rel=0.02)
+    assert summary["peak_memory_bytes"] == pytest.approx(witness.peak, rel=0.001)
     assert summary["peak_memory_source"] == "allocator accounting of one training batch"
-    logged = column(read_rows(tmp_path / "plain" / "metrics.csv"), "memory/peak_gib")
-    assert logged == [pytest.approx(summary["peak_memory_bytes"] / GIB)]
+    assert summary["peak_reserved_bytes"] is None
+    by_module = summary["module_peak_memory_bytes"]
+    assert list(by_module) == ["module_1", "module_2", "module_3", "module_4"]
+    assert by_module == pytest.approx(witness.peaks, rel=0.001)
+    assert max(by_module.values()) == summary["peak_memory_bytes"] > 1.05 * min(by_module.values())
+    rows = read_rows(tmp_path / "plain" / "metrics.csv")
+    assert column(rows, "memory/peak_gib") == [pytest.approx(summary["peak_memory_bytes"] / GIB)]
+    for name, peak in by_module.items():
+        assert column(rows, f"memory/{name}_peak_gib") == [pytest.approx(peak / GIB)]
     at_least = 3 * 4 * summary["parameters"]["total"]  # weights and two moments of every parameter
     largest = max(count for name, count in summary["parameters"].items() if name.startswith("module_"))
     assert summary["peak_memory_bytes"] > at_least + 4 * largest  # and the gradients of one module
@@ -276,12 +307,14 @@ def test_law_7_the_printed_figures_are_the_logged_ones(tmp_path: Path, capsys: p
             f"val accuracy {100 * float(row['val/accuracy']):.2f} % "
             f"images/s {float(row['speed/images_per_second']):,.0f}"
         )
-    parts = summary["parameters"]
+    parts, by_module = summary["parameters"], summary["module_peak_memory_bytes"]
+    heaviest = max(by_module, key=by_module.get)
+    source = "allocator accounting of one training batch"
     expected += [
         f"test accuracy {100 * summary['test_accuracy']:.2f} %",
         f"val accuracy {100 * summary['val_accuracy']:.2f} %",
         f"images/s {summary['images_per_second']:,.0f}",
-        f"peak memory {summary['peak_memory_bytes'] / 2**30:.3f} GiB (allocator accounting of one training batch)",
+        f"peak memory {summary['peak_memory_bytes'] / 2**30:.3f} GiB, {heaviest} ({source})",
         f"parameters {parts['total']:,} (backbone {parts['backbone']:,}, auxiliary {parts['auxiliary']:,})",
     ]
     assert lines[: len(expected)] == expected

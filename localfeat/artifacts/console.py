@@ -92,15 +92,25 @@ def final_table(summary: RunSummary, folder: str | Path, console: Console | None
 
 def summary_lines(summary: RunSummary) -> list[tuple[str, str]]:
     """(label, text) of the figures that exist. GiB are 1024³ bytes."""
-    memory, parts = summary.peak_memory_bytes, summary.parameters
+    parts = summary.parameters
     lines = [
         ("test accuracy", None if summary.test_accuracy is None else percent(summary.test_accuracy)),
         ("val accuracy", None if summary.val_accuracy is None else percent(summary.val_accuracy)),
         ("images/s", None if summary.images_per_second is None else f"{summary.images_per_second:,.0f}"),
-        ("peak memory", None if memory is None else f"{memory / GIB:.3f} GiB ({summary.peak_memory_source})"),
+        ("peak memory", None if summary.peak_memory_bytes is None else memory_text(summary)),
         ("parameters", parameter_text(parts) if parts else None),
     ]
     return [(label, text) for label, text in lines if text is not None]
+
+
+def memory_text(summary: RunSummary) -> str:
+    """The peak, the module that takes the most if there are several, and where the figures come from.
+
+    Short enough for a log file's 80 columns.
+    """
+    peaks = summary.module_peak_memory_bytes
+    heaviest = f", {max(peaks, key=lambda name: peaks[name])}" if len(peaks) > 1 else ""
+    return f"{(summary.peak_memory_bytes or 0) / GIB:.3f} GiB{heaviest} ({summary.peak_memory_source})"
 
 
 def parameter_text(parts: dict[str, int]) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from localfeat.memory.tracker import StorageTracker
+from localfeat.memory.windows import ModuleWindows
 
 GIB = 1024**3
 WARM_UP_BATCHES = 2
@@ -23,21 +25,28 @@ ACCOUNTING_SOURCE = "allocator accounting of one training batch"
 
 
 class PeakMemory(Callback):
-    """The most memory that training takes, in bytes.
+    """The most memory that training takes, in bytes: over all, and of every one of ``local_modules``.
 
     On CUDA: ``torch.cuda.max_memory_allocated`` over all of training, validation left out (its batches may be larger
     and have no graph). On every other device: the allocations of one training batch, counted by ``StorageTracker``
-    on top of weights, buffers, optimizer state, gradients and the batch itself. That batch is the third of the run,
-    when optimizer states exist, or the last one of a shorter run; with accumulation the one of the second optimizer
-    step, when every module's gradients are alive too. A resumed run keeps the figure of its earlier part,
-    unless it has moved between CPU and GPU.
+    on top of weights (their moving average, too), buffers, optimizer state, gradients and the batch itself. That
+    batch is the third of the run, when optimizer states exist, or the last one of a shorter run; with accumulation
+    the one of the second optimizer step, when every module's gradients are alive too. Compiled modules run
+    uncompiled while they are counted. A resumed run keeps the figures of its earlier part, unless it has moved
+    between CPU and GPU.
+
+    The modules' peaks are those of ``ModuleWindows`` in the same batch on every device. They contain what is
+    allocated all the time, so the largest of them is the overall peak (on CUDA at most that).
 
     Attributes:
         peak_bytes: the figure; None until taken, and for ever if no batch could be measured.
         reserved_bytes: ``torch.cuda.max_memory_reserved``; None off CUDA.
+        module_peak_bytes: ``{"module_1": bytes, …}``; empty until taken, and for a model without ``local_modules``.
         source: where ``peak_bytes`` comes from; None as long as there is none.
         slow_batch: 0-based number, within this fit, of the batch that the accounting slows down; None on CUDA.
     """
+
+    SAVED = ("peak_bytes", "reserved_bytes", "module_peak_bytes", "source")
 
     def __init__(self) -> None:
         self._restored = False
@@ -46,47 +55,61 @@ class PeakMemory(Callback):
     def _start_over(self) -> None:
         self.peak_bytes: int | None = None
         self.reserved_bytes: int | None = None
+        self.module_peak_bytes: dict[str, int] = {}
         self.source: str | None = None
         self.slow_batch: int | None = None
+        self._measured_batch: int | None = None
         self._batches = 0
         self._tracker: StorageTracker | None = None
+        self._windows: ModuleWindows | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        cuda = pl_module.device.type == "cuda"
+        cuda = on_cuda(pl_module)
         kept = self._restored and (self.source == CUDA_SOURCE) == cuda
         if not kept:
             self._start_over()
         self._restored = False
+        if not (self.module_peak_bytes if cuda else self.peak_bytes):
+            ahead = max(0, batch_to_measure(trainer, pl_module) - trainer.global_step)
+            self._measured_batch = max(0, min(ahead, remaining_batches(trainer) - 1))
         if cuda:
             torch.cuda.reset_peak_memory_stats(pl_module.device)
-        elif self.peak_bytes is None:
-            ahead = max(0, batch_to_measure(trainer, pl_module) - trainer.global_step)
-            self.slow_batch = max(0, min(ahead, remaining_batches(trainer) - 1))
+        else:
+            self.slow_batch = self._measured_batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("peak_bytes", "reserved_bytes", "source")}
+        return {name: getattr(self, name) for name in self.SAVED}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._start_over()
         self._restored = True
-        self.peak_bytes, self.reserved_bytes = state_dict["peak_bytes"], state_dict["reserved_bytes"]
-        self.source = state_dict["source"]
+        for name in self.SAVED:
+            setattr(self, name, state_dict[name])
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._batches == self.slow_batch:
+        if self._batches != self._measured_batch:
+            return
+        if on_cuda(pl_module):
+            take_peak = partial(self._take_cuda, pl_module.device)
+        else:
             self._tracker = StorageTracker(existing_tensors(trainer, pl_module, batch))
             self._tracker.__enter__()
+            take_peak = partial(take_counted, self._tracker)
+        self._windows = ModuleWindows(local_modules(pl_module), take_peak)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._batches += 1
-        tracker = self._leave()
-        if tracker is not None:
-            self.peak_bytes = tracker.peak_bytes
-            self.source = ACCOUNTING_SOURCE
+        windows = self._windows
+        if windows is not None:
+            windows.close()
+            self._leave()
+            self.module_peak_bytes = windows.peaks
+            if not on_cuda(pl_module):
+                self.peak_bytes, self.source = windows.overall, ACCOUNTING_SOURCE
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -98,8 +121,10 @@ class PeakMemory(Callback):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._read_cuda(trainer, pl_module)
+        peaks = {f"{name}_peak": value for name, value in self.module_peak_bytes.items()}
         if self.peak_bytes is not None:
-            pl_module.log("memory/peak_gib", self.peak_bytes / GIB, rank_zero_only=True)
+            peaks["peak"] = self.peak_bytes
+        pl_module.log_dict({f"memory/{name}_gib": value / GIB for name, value in peaks.items()}, rank_zero_only=True)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._read_cuda(trainer, pl_module)
@@ -109,21 +134,53 @@ class PeakMemory(Callback):
     ) -> None:
         self._leave()
 
-    def _leave(self) -> StorageTracker | None:
-        tracker, self._tracker = self._tracker, None
+    def _leave(self) -> None:
+        """No hook and no accounting after this; figures not taken by now are lost."""
+        tracker, windows = self._tracker, self._windows
+        self._tracker = self._windows = None
+        if windows is not None:
+            windows.remove()
         if tracker is not None:
             tracker.__exit__(None, None, None)
-        return tracker
 
     def _measures_cuda(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> bool:
-        return pl_module.device.type == "cuda" and trainer.state.fn == "fit"
+        return on_cuda(pl_module) and trainer.state.fn == "fit"
 
     def _read_cuda(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self._measures_cuda(trainer, pl_module) and self._batches:
-            device = pl_module.device
-            self.peak_bytes = max(self.peak_bytes or 0, torch.cuda.max_memory_allocated(device))
-            self.reserved_bytes = max(self.reserved_bytes or 0, torch.cuda.max_memory_reserved(device))
-            self.source = CUDA_SOURCE
+            self._keep_cuda(pl_module.device)
+
+    def _keep_cuda(self, device: torch.device) -> int:
+        """Raise the figures to CUDA's peaks since the last reset; returns the allocated one."""
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        self.peak_bytes = max(self.peak_bytes or 0, allocated)
+        self.reserved_bytes = max(self.reserved_bytes or 0, reserved)
+        self.source = CUDA_SOURCE
+        return allocated
+
+    def _take_cuda(self, device: torch.device) -> int:
+        # The allocator counts on the host, as tensors are made: nothing to wait for.
+        allocated = self._keep_cuda(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return allocated
+
+
+def take_counted(tracker: StorageTracker) -> int:
+    """The tracker's peak, which begins anew."""
+    peak = tracker.peak_bytes
+    tracker.reset_peak()
+    return peak
+
+
+def on_cuda(pl_module: lightning.LightningModule) -> bool:
+    """Whether the model's device has an allocator that keeps statistics."""
+    return pl_module.device.type == "cuda"
+
+
+def local_modules(pl_module: lightning.LightningModule) -> Iterable[nn.Module]:
+    """What a learner trains one after the other; nothing for any other model."""
+    modules = getattr(pl_module, "local_modules", None)
+    return modules if isinstance(modules, nn.ModuleList) else ()
 
 
 def batch_to_measure(trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> int:
@@ -149,11 +206,29 @@ def remaining_batches(trainer: lightning.Trainer) -> int:
 
 
 def existing_tensors(trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any) -> Iterator[Tensor]:
-    """All that is allocated when a step begins: weights, buffers, gradients, optimizer state, the batch."""
+    """All that is allocated when a step begins: weights, buffers, gradients, optimizer state, averages, the batch.
+
+    Left out are some scalars, a few KiB in all: states of metrics, sums of losses, a GradScaler's scale. Schedules
+    hold no tensors.
+    """
     for parameter in pl_module.parameters():
         yield parameter
         if parameter.grad is not None:
             yield parameter.grad
     yield from pl_module.buffers()
+    yield from averaged_tensors(trainer, pl_module.device)
     state = [optimizer.state_dict()["state"] for optimizer in trainer.optimizers]
     yield from (leaf for leaf in tree_leaves([state, batch]) if isinstance(leaf, Tensor))
+
+
+def averaged_tensors(trainer: lightning.Trainer, device: torch.device) -> Iterator[Tensor]:
+    """The copies of weights and buffers that weight averaging keeps on ``device``.
+
+    Lightning copies the model before it moves it: unless the callback is given a device, a run on a GPU keeps its
+    average in main memory.
+    """
+    for callback in getattr(trainer, "callbacks", []):
+        average = callback._average_model if isinstance(callback, WeightAveraging) else None
+        if average is not None:
+            kept = [*average.parameters(), *average.buffers()]
+            yield from (tensor for tensor in kept if tensor.device == device)

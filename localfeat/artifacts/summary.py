@@ -43,6 +43,10 @@ class RunSummary:
     images_per_second: float | None = None
     peak_memory_bytes: int | None = None
     peak_memory_source: str | None = None
+    peak_reserved_bytes: int | None = None
+    """What CUDA's caching allocator held for it; None off CUDA."""
+    module_peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+    """Most bytes during each local module's forward, backward and update, with all that is allocated meanwhile."""
     seconds: float | None = None
     """Wall time of training, validation included; of a resumed run without what a killed part had to do again."""
     parameters: dict[str, int] = field(default_factory=dict)

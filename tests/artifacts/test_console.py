@@ -86,6 +86,21 @@ def test_final_table_shows_the_figures_and_the_folder() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("by_module", "expected"),
+    [
+        ({}, "1.500 GiB (counted)"),
+        ({"module_1": 3 * 2**29}, "1.500 GiB (counted)"),  # the only one is no news
+        ({f"module_{n}": (2 + (n == 7)) * 2**29 for n in range(1, 13)}, "1.500 GiB, module_7 (counted)"),
+    ],
+)
+def test_of_the_modules_memory_the_table_names_the_heaviest(by_module: dict[str, int], expected: str) -> None:
+    figures = {"peak_memory_bytes": 3 * 2**29, "peak_memory_source": "counted"}
+    text = io.StringIO()
+    final_table(a_summary(**figures, module_peak_memory_bytes=by_module), "run", Console(file=text, width=100))
+    assert text.getvalue().splitlines()[0].rstrip() == f"peak memory  {expected}"
+
+
 def test_figures_that_were_not_taken_are_left_out() -> None:
     text = io.StringIO()
     final_table(a_summary(), "run", Console(file=text, width=100))
