@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from localfeat.efficiency import Efficiency
 from localfeat.errors import UserError
 from localfeat.network.local_module import BlockRunner, plainly
+from localfeat.network.sliced import refuse_slices, run_sliced
 from localfeat.precision import AutocastState
 
 
@@ -26,11 +28,13 @@ def block_runners(blocks: Sequence[nn.Module], efficiency: Efficiency) -> list[B
     beyond = [number for number in efficiency.blocks or () if number > len(blocks)]
     if beyond:
         raise UserError(f"efficiency.blocks names block {beyond[0]}: this backbone has blocks 1 to {len(blocks)}")
-    return [_runner(efficiency) if efficiency.recomputes(i) else plainly for i in range(len(blocks))]
-
-
-def _runner(efficiency: Efficiency) -> BlockRunner:
-    return checkpointed
+    runner: BlockRunner = checkpointed
+    if efficiency.slices > 1:
+        runner = partial(in_slices, slices=efficiency.slices)
+        for index, block in enumerate(blocks):
+            if efficiency.recomputes(index):
+                refuse_slices(block, efficiency.slices)
+    return [runner if efficiency.recomputes(i) else plainly for i in range(len(blocks))]
 
 
 def builds_graph(block: nn.Module, x: Tensor) -> bool:
@@ -47,6 +51,11 @@ def checkpointed(block: nn.Module, x: Tensor) -> Tensor:
         return nullcontext(), Again(block, AutocastState.of(x.device))
 
     return cast(Tensor, checkpoint(block, x, use_reentrant=False, context_fn=contexts))
+
+
+def in_slices(block: nn.Module, x: Tensor, *, slices: int) -> Tensor:
+    """Run a block in slices of the batch, as :func:`localfeat.network.sliced.run_sliced`, if there is a graph."""
+    return run_sliced(block, x, slices) if builds_graph(block, x) else plainly(block, x)
 
 
 class Again(AbstractContextManager[None]):
