@@ -127,8 +127,9 @@ def _is_eligible(value: Any) -> bool:
 
 
 def _to(value: Any, dtype: torch.dtype) -> Any:
+    """Casts from the last argument to the first, the order in which torch's compiled wrappers do it."""
     if isinstance(value, (tuple, list)):
-        return type(value)(_to(item, dtype) for item in value)
+        return type(value)([_to(item, dtype) for item in reversed(value)][::-1])
     if isinstance(value, dict):
         return {key: _to(item, dtype) for key, item in value.items()}
     return value.to(dtype) if _is_eligible(value) else value
