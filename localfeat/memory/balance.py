@@ -1,0 +1,78 @@
+"""Cuts that minimise the peak memory of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from localfeat.errors import UserError
+from localfeat.memory.segments import Segment
+
+
+def balanced_cuts(segment: Callable[[int, int], Segment], blocks: int, modules: int) -> list[int]:
+    """The cuts into ``modules`` local modules with the lowest peak of a whole step, exactly.
+
+    A step's peak is that of its largest module plus what stands all the time, and that includes the auxiliary parts of
+    all modules, which depend on the cuts. So for every value that the largest module's peak can take, the cheapest
+    auxiliary parts are found by dynamic programming; the best sum wins. Among equal ones the modules are as
+    equal as they can be (least sum of squares).
+
+    Args:
+        segment: costs of the module of blocks ``start`` to ``stop`` (exclusive).
+        blocks: of the backbone.
+        modules: K.
+
+    Returns:
+        K - 1 rising numbers of blocks.
+
+    Raises:
+        UserError: more modules than blocks.
+    """
+    if modules > blocks:
+        raise UserError(f"{modules} local modules need {modules} blocks: this backbone has {blocks}")
+    table = {
+        (start, stop): segment(start, stop)
+        for start in range(blocks)
+        for stop in range(start + 1, blocks + 1)
+        if _possible(start, stop, blocks, modules)
+    }
+    best: tuple[float, float, tuple[int, ...]] | None = None
+    lowest_standing = 0.0
+    for limit in sorted({found.peak for found in table.values()}):
+        if best is not None and limit + lowest_standing > best[0]:
+            break  # no higher limit can win
+        division = _cheapest(table, blocks, modules, limit)
+        if division is None:
+            continue
+        standing, squares, cuts = division
+        lowest_standing = min(found.standing for found in table.values()) * (modules - 1)
+        candidate = (limit + standing, squares, cuts)
+        best = candidate if best is None else min(best, candidate)
+    assert best is not None  # the highest limit allows everything
+    return list(best[2])
+
+
+def _possible(start: int, stop: int, blocks: int, modules: int) -> bool:
+    """Whether some division into that many modules has this one."""
+    before, after = int(start > 0), int(stop < blocks)
+    return before + 1 + after <= modules <= start + 1 + blocks - stop
+
+
+def _cheapest(
+    table: dict[tuple[int, int], Segment], blocks: int, modules: int, limit: float
+) -> tuple[float, float, tuple[int, ...]] | None:
+    """(auxiliary bytes, sum of squared peaks, cuts) of the best division without a module above ``limit``."""
+    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
+    for module in range(1, modules + 1):
+        following: dict[int, tuple[float, float, tuple[int, ...]]] = {}
+        for start, (standing, squares, cuts) in best.items():
+            stops = [blocks] if module == modules else range(start + 1, blocks)
+            for stop in stops:
+                found = table.get((start, stop))
+                if found is None or found.peak > limit:
+                    continue
+                cut = (*cuts, stop) if stop < blocks else cuts
+                candidate = (standing + found.standing, squares + found.peak**2, cut)
+                if stop not in following or candidate < following[stop]:
+                    following[stop] = candidate
+        best = following
+    return best.get(blocks)

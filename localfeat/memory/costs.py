@@ -1,0 +1,235 @@
+"""What every block and every objective costs on its own, measured on the meta device.
+
+A local module is a chain of pieces (stem, blocks, objective) whose allocations do not depend on each other. So it is
+enough to run each piece once, forward and backward, to know the peak of every module that could be cut out of a
+backbone: :mod:`localfeat.memory.segments` adds the pieces up.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localfeat.memory.tracker import StorageTracker, rounded
+from localfeat.memory.work import WorkCounter
+
+
+@dataclass(frozen=True)
+class PieceCost:
+    """Bytes and work of one piece of a local module, apart from its weights. Batch-size dependent.
+
+    Peaks are above what was alive when the piece's forward pass began; the gradient that arrives from what follows
+    counts as the piece's own.
+    """
+
+    kept: float  # alive after the forward pass: what it saves for backward, and its output
+    forward_peak: float
+    backward_peak: float  # including what was kept, but the output only if it was saved
+    output: float  # bytes of its output
+    output_saved: bool  # whether its own backward pass needs its output
+    input_saved: bool  # whether its backward pass needs its input; otherwise the input is free after the forward pass
+    gradients: float  # of its parameters
+    flops: float  # of matrix products, convolutions and attention; forward, recomputation and backward
+    traffic: float  # bytes read and written by all operations
+
+
+class _Entrance(torch.autograd.Function):
+    """The input of a piece, as if something before it had made it; its backward tells that the gradient is there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, arrived: Callable[[], None]) -> Tensor:
+        ctx.arrived = arrived
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        ctx.arrived()
+        return None, None, None
+
+
+def _anchor() -> Tensor:
+    """Makes the output of ``_Entrance`` need a gradient; a leaf of the input's size would be kept by autograd."""
+    return torch.empty((), device="meta", requires_grad=True)
+
+
+class _Exit(torch.autograd.Function):
+    """A scalar whose backward brings a fresh gradient of a piece's output, as a following piece would."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, started: Callable[[], None]) -> Tensor:
+        ctx.started, ctx.shape, ctx.dtype = started, output.shape, output.dtype
+        return output.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        gradient = torch.empty(ctx.shape, dtype=ctx.dtype, device="meta")
+        ctx.started()
+        return gradient, None
+
+
+class _Gauge:
+    """Levels and peaks of a tracker relative to a starting point."""
+
+    def __init__(self, tracker: StorageTracker) -> None:
+        self.tracker, self.start = tracker, tracker.live_bytes
+        self.highest = 0
+        tracker.reset_peak()
+
+    @property
+    def level(self) -> int:
+        return self.tracker.live_bytes - self.start
+
+    def begin(self) -> None:
+        self.tracker.reset_peak()
+
+    def end(self) -> None:
+        self.highest = max(self.highest, self.tracker.peak_bytes - self.start)
+
+
+@contextmanager
+def _counting(
+    target: AbstractContextManager[Any], existing: Iterable[Tensor]
+) -> Iterator[tuple[StorageTracker, WorkCounter]]:
+    with ExitStack() as stack:
+        tracker = stack.enter_context(StorageTracker(existing))
+        del existing  # or nothing of it would ever be free
+        counter = stack.enter_context(WorkCounter())
+        stack.enter_context(target)
+        yield tracker, counter
+
+
+def measure_piece(
+    run: Callable[[Tensor], Tensor],
+    entry: Callable[[], Tensor],
+    module: nn.Module,
+    target: AbstractContextManager[Any],
+    *,
+    first: bool,
+) -> PieceCost:
+    """Forward and backward of a stem or a block, on meta.
+
+    Args:
+        run: the piece.
+        entry: makes its input, on meta.
+        module: the stem or block, for its parameters and buffers; gradients are removed.
+        target: the emulation of the device.
+        first: whether the piece is the first of its local module, so that its input needs no gradient.
+    """
+    parameters, x = list(module.parameters()), entry()
+    entered = rounded(x.untyped_storage().nbytes())
+    begun = weakref.ref(x.untyped_storage())
+    with _counting(target, [x, *parameters, *module.buffers()]) as (tracker, counter):
+        gauge = _Gauge(tracker)
+        x = x if first else _Entrance.apply(x, _anchor(), gauge.end)
+        output = run(x)
+        gauge.end()
+        forward_peak, gauge.highest = gauge.highest, 0
+        kept, size = gauge.level, rounded(output.untyped_storage().nbytes())
+        alive = weakref.ref(output.untyped_storage())
+        root = _Exit.apply(output, gauge.begin)
+        scalar = rounded(root.untyped_storage().nbytes())
+        del output, x
+        output_saved, input_saved = alive() is not None, begun() is not None
+        if not first or any(p.requires_grad for p in parameters):
+            with torch.autocast("meta", enabled=False):
+                root.backward()
+            gauge.end()
+        backward_peak = gauge.highest - scalar + (0 if input_saved else entered)
+        gradients = _take_gradients(parameters)
+    return PieceCost(
+        kept,
+        forward_peak,
+        backward_peak,
+        size,
+        output_saved,
+        input_saved,
+        gradients,
+        counter.flops,
+        counter.traffic,
+    )
+
+
+def measure_objective(
+    loss: Callable[[Tensor], Tensor],
+    outputs: Tensor,
+    objective: nn.Module,
+    others: Iterable[Tensor],
+    target: AbstractContextManager[Any],
+) -> PieceCost:
+    """Forward and backward of an objective until the gradient of its module's output is there.
+
+    Args:
+        loss: the module's output features -> the weighted loss.
+        outputs: the output features, on meta.
+        objective: for its parameters and buffers; gradients are removed.
+        others: tensors that exist already (the module's input, images, labels).
+        target: the emulation of the device.
+    """
+    parameters = list(objective.parameters())
+    with _counting(target, [outputs, *others, *parameters, *objective.buffers()]) as (tracker, counter):
+        gauge = _Gauge(tracker)
+        value = loss(_Entrance.apply(outputs, _anchor(), gauge.end))
+        kept = gauge.level
+        gauge.end()
+        forward_peak = gauge.highest
+        with torch.autocast("meta", enabled=False):
+            value.backward()
+        gauge.end()
+        del value
+        gradients = _take_gradients(parameters)
+    return PieceCost(kept, forward_peak, gauge.highest, 0, False, False, gradients, counter.flops, counter.traffic)
+
+
+def _take_gradients(parameters: list[nn.Parameter]) -> int:
+    size = 0
+    for parameter in parameters:
+        if parameter.grad is not None:
+            size += rounded(parameter.grad.untyped_storage().nbytes())
+            parameter.grad = None
+    return size
+
+
+def signature(module: nn.Module) -> object:
+    """Equal for two modules that cost the same at the same input: what they are made of, whatever their values."""
+    probabilities = re.compile(r"drop_prob=0*\.?0*[1-9][0-9.e-]*")
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return (
+        probabilities.sub("drop_prob=p", repr(module)),
+        tuple((name, tuple(t.shape), t.requires_grad) for name, t in tensors),
+    )
+
+
+def polynomial(samples: dict[int, PieceCost]) -> Callable[[int], PieceCost]:
+    """A piece's cost at any batch size, through measurements at two or three of them.
+
+    All bytes are affine in the batch size up to the allocator's rounding, except for contrastive losses, which
+    compare all images with each other: quadratic.
+    """
+    points = sorted(samples)
+
+    def at(batch: int) -> PieceCost:
+        weights = [_lagrange(points, point, batch) for point in points]
+        values: dict[str, Any] = {}
+        for item in fields(PieceCost):
+            found = [getattr(samples[point], item.name) for point in points]
+            values[item.name] = (
+                found[0] if isinstance(found[0], bool) else sum(w * v for w, v in zip(weights, found, strict=True))
+            )
+        return PieceCost(**values)
+
+    return at
+
+
+def _lagrange(points: list[int], point: int, batch: int) -> float:
+    product = 1.0
+    for other in points:
+        if other != point:
+            product *= (batch - other) / (point - other)
+    return product

@@ -1,0 +1,236 @@
+"""The peak of every module that could be cut out of a backbone, from the costs of its pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from localfeat.assembly import build_objective, image_size_of, prepare_blocks
+from localfeat.efficiency import Efficiency
+from localfeat.memory.costs import PieceCost, measure_objective, measure_piece, signature
+from localfeat.memory.tracker import rounded
+from localfeat.network import decompose, weighted_sum
+from localfeat.objectives import DecoderFactory, Method, Site
+
+STATES = 2
+"""Tensors of a parameter's size that AdamW keeps, beside one scalar."""
+
+
+class Standing(NamedTuple):
+    """Bytes that are there all the time."""
+
+    weights: int
+    optimizer_state: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.optimizer_state
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Standing:
+        """Of a module's parameters and buffers."""
+        tensors = {id(t): t for t in [*module.parameters(), *module.buffers()]}
+        weights = sum(rounded(t.untyped_storage().nbytes()) for t in tensors.values())
+        trained = [p for p in module.parameters() if p.requires_grad]
+        state = sum(STATES * rounded(p.untyped_storage().nbytes()) + rounded(4) for p in trained)
+        return cls(weights, state)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A local module of blocks ``start`` to ``stop`` (exclusive).
+
+    Attributes:
+        peak: bytes above what stands, the batch and, where it needs them, the images included.
+        standing: of its auxiliary parts; 0 for the last module.
+        flops, traffic: of one step, see :class:`PieceCost`.
+    """
+
+    start: int
+    stop: int
+    peak: float
+    standing: float
+    flops: float
+    traffic: float
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the costs depend on, apart from the backbone and the cuts.
+
+    Args:
+        method, decoder: what modules learn from.
+        batch_size: images per step.
+        target: makes the context in which meta tensors behave as the device's do (autocast, attention kernels).
+        efficiency: how blocks and losses are computed.
+        image_size: where the backbone does not fix it.
+        source_bytes: bytes of one image as it arrives from the loader and stays all step; 0 if the images arrive as
+            the network takes them.
+        soft_labels: whether labels are probabilities (mixup, cutmix).
+    """
+
+    method: Method
+    decoder: DecoderFactory
+    batch_size: int
+    target: Callable[[], AbstractContextManager[Any]]
+    efficiency: Efficiency = field(default_factory=Efficiency)
+    image_size: int | None = None
+    source_bytes: int = 0
+    soft_labels: bool = False
+
+
+class SegmentCosts:
+    """Measures the pieces of a backbone and adds them up to modules.
+
+    It assumes that what an objective costs depends on its site's shapes only, not on its depth.
+
+    Args:
+        backbone: a timm model on the meta device; it is changed if attention is to be fused.
+        setting: the rest.
+    """
+
+    def __init__(self, backbone: nn.Module, setting: Setting) -> None:
+        self.setting = setting
+        self.backbone = backbone.train()
+        self.size = image_size_of(backbone, setting.image_size)
+        self.pieces = decompose(backbone, self.size)
+        self.runners = prepare_blocks(backbone, self.pieces, setting.efficiency)
+        self._known: dict[object, Any] = {}
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return len(self.pieces.blocks)
+
+    @cached_property
+    def standing(self) -> Standing:
+        """Of the backbone."""
+        return Standing.of(self.backbone)
+
+    @cached_property
+    def batch_bytes(self) -> int:
+        """Source images and labels, which the Trainer holds all step."""
+        width = 4 * cast(int, self.backbone.num_classes) if self.setting.soft_labels else 8
+        source = self.setting.source_bytes * self.setting.batch_size
+        return rounded(source) + rounded(width * self.setting.batch_size)
+
+    @cached_property
+    def features(self) -> list[Tensor]:
+        """``features[i]``: input of block i; the last one: of the classifier. On meta."""
+        with torch.no_grad(), self.setting.target():
+            x = self.pieces.stem(self._images())
+            found = [x]
+            for block in self.pieces.blocks:
+                x = block(x)
+                found.append(x)
+        return [torch.empty(x.shape, dtype=x.dtype, device="meta") for x in found]
+
+    def segment(self, start: int, stop: int) -> Segment:
+        """The module of blocks ``start`` to ``stop`` (exclusive)."""
+        return self._cached(("segment", start, stop), lambda: self._segment(start, stop))
+
+    def _segment(self, start: int, stop: int) -> Segment:
+        chain = [self._piece(index, first=index == start) for index in range(start, stop)]
+        if start == 0:
+            chain = [self._stem(), self._piece(0, first=False), *chain[1:]]
+        objective, standing, uses_images = self._objective(start, stop)
+        images, inputs = rounded(self._images().nbytes), rounded(self.features[start].nbytes)
+        held = images if start == 0 else inputs + images * uses_images
+        peak = self.batch_bytes + held + chain_peak(chain, objective, rounded(self.features[stop].nbytes))
+        flops = sum(piece.flops for piece in [*chain, objective])
+        return Segment(start, stop, peak, standing, flops, sum(piece.traffic for piece in [*chain, objective]))
+
+    def _images(self) -> Tensor:
+        return torch.empty(self.setting.batch_size, 3, self.size, self.size, device="meta")
+
+    def _stem(self) -> PieceCost:
+        stem = self.pieces.stem
+        return self._cached("stem", lambda: measure_piece(stem, self._images, stem, self.setting.target(), first=True))
+
+    def _piece(self, index: int, *, first: bool) -> PieceCost:
+        block, run, x = self.pieces.blocks[index], self.runners[index], self.features[index]
+        recomputed = self.setting.efficiency.recomputes(index)
+        key = ("block", signature(block), tuple(x.shape), x.dtype, recomputed, first)
+
+        def measure() -> PieceCost:
+            return measure_piece(
+                lambda features: run(block, features),
+                lambda: torch.empty_like(x),
+                block,
+                self.setting.target(),
+                first=first,
+            )
+
+        return self._cached(key, measure)
+
+    def _objective(self, start: int, stop: int) -> tuple[PieceCost, int, bool]:
+        """Cost, standing bytes of what is not the backbone's, and whether it needs the images."""
+        last = stop == self.blocks
+        inputs, outputs = self.features[start], self.features[stop]
+        key: object = "classifier" if last else ("objective", inputs.shape, inputs.dtype, outputs.shape, outputs.dtype)
+        return self._cached(key, lambda: self._measure_objective(start, stop))
+
+    def _measure_objective(self, start: int, stop: int) -> tuple[PieceCost, int, bool]:
+        last = stop == self.blocks
+        shapes = self.pieces.shapes
+        site = Site(
+            index=1 if last else 0,
+            modules=2,
+            inputs=shapes[start],
+            outputs=shapes[stop],
+            image_size=self.size,
+            num_classes=cast(int, self.backbone.num_classes),
+            loss_slices=self.setting.efficiency.loss_slices,
+        )
+        objective = build_objective(self.pieces, self.setting.method, site, self.setting.decoder).to("meta").train()
+        inputs, images = torch.empty_like(self.features[start]), self._images()
+        labels = self._labels()
+
+        def loss(outputs: Tensor) -> Tensor:
+            terms, _ = objective(inputs, outputs, images, labels)
+            return weighted_sum(terms, objective.weights)
+
+        outputs = torch.empty_like(self.features[stop])
+        cost = measure_objective(loss, outputs, objective, [inputs, images, labels], self.setting.target())
+        return cost, 0 if last else Standing.of(objective).total, objective.uses_images
+
+    def _labels(self) -> Tensor:
+        if self.setting.soft_labels:
+            return torch.empty(self.setting.batch_size, cast(int, self.backbone.num_classes), device="meta")
+        return torch.empty(self.setting.batch_size, dtype=torch.int64, device="meta")
+
+    def _cached(self, key: object, make: Callable[[], Any]) -> Any:
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
+
+
+def chain_peak(chain: list[PieceCost], objective: PieceCost, outputs: float) -> float:
+    """Peak of a module above its input: its pieces forward, its objective there and back, its pieces backward.
+
+    Args:
+        chain: the pieces in order.
+        objective: measured with backward pass.
+        outputs: bytes of the module's output features, which the loop keeps for the next module.
+    """
+    level, peak = 0.0, 0.0
+    levels = []
+    for number, piece in enumerate(chain):
+        peak = max(peak, level + piece.forward_peak)
+        if number and not (piece.input_saved or chain[number - 1].output_saved):
+            level -= chain[number - 1].output  # free when the piece has run
+        levels.append(level)
+        level += piece.kept
+    peak = max(peak, level + objective.forward_peak, level + objective.backward_peak)
+    gradients = objective.gradients
+    for number, (piece, before) in reversed(list(enumerate(zip(chain, levels, strict=True)))):
+        twice = piece.output if number == len(chain) - 1 and piece.output_saved else 0.0
+        peak = max(peak, before + outputs + gradients + piece.backward_peak - twice)
+        gradients += piece.gradients
+    return peak
