@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from localfeat.memory.event_log import EventLog, StorageRecord
+
 BLOCK_BYTES = 512
 """The CUDA caching allocator rounds every request up to a multiple of this."""
 
@@ -33,10 +35,12 @@ class StorageTracker(TorchDispatchMode):
     Args:
         baseline: tensors that exist already and belong to the figure (weights, buffers, optimizer state,
             gradients). They are registered at the next entry and not kept alive by the tracker.
+        log: takes down every allocation and release, for questions that two totals cannot answer.
     """
 
-    def __init__(self, baseline: Iterable[Tensor] = ()) -> None:
+    def __init__(self, baseline: Iterable[Tensor] = (), log: EventLog | None = None) -> None:
         super().__init__()
+        self.log = log
         self._baseline = list(baseline)
         self._bytes_of: dict[int, int] = {}
         self._live = 0
@@ -69,9 +73,17 @@ class StorageTracker(TorchDispatchMode):
             self._bytes_of[key] = size
             self._live += size - (known or 0)
             self._peak = max(self._peak, self._live)
+            if self.log is not None:
+                self.log.allocated(key, size)
+
+    def record(self, tensor: Tensor) -> StorageRecord | None:
+        """The log's record of the storage behind ``tensor``; ``None`` for one that was never seen."""
+        return None if self.log is None else self.log.record(tensor.untyped_storage()._cdata)
 
     def _forget(self, key: int) -> None:
         self._live -= self._bytes_of.pop(key)
+        if self.log is not None:
+            self.log.released(key)
 
     def __enter__(self) -> StorageTracker:
         for tensor in self._baseline:

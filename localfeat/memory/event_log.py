@@ -1,0 +1,67 @@
+"""The history of all storages of a step: what was alive when, and at which moment there was most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+
+@dataclass(eq=False)
+class StorageRecord:
+    """One storage, in moments: the number of events (allocations, releases) so far. Alive if born <= moment < died."""
+
+    size: int  # bytes
+    born: int
+    died: int | None = None
+
+
+class EventLog:
+    """Allocations and releases in their order, filled by a ``StorageTracker`` that was given the log.
+
+    Attributes:
+        moment: number of events so far. Note it where a phase begins.
+        records: one per storage, in order of birth; a storage that changes its size gets a new one.
+    """
+
+    def __init__(self) -> None:
+        self.moment = 0
+        self.records: list[StorageRecord] = []
+        self._changes: list[int] = []  # bytes by which event i (from moment i to i + 1) changed what is alive
+        self._open: dict[int, StorageRecord] = {}
+
+    def allocated(self, key: int, size: int) -> None:
+        """A storage was born; or, if ``key`` is alive, changed its size."""
+        if key in self._open:
+            self.released(key)
+        self._next(size)
+        self._open[key] = StorageRecord(size, self.moment)
+        self.records.append(self._open[key])
+
+    def released(self, key: int) -> None:
+        """A storage died."""
+        record = self._open.pop(key)
+        self._next(-record.size)
+        record.died = self.moment
+
+    def _next(self, change: int) -> None:
+        self._changes.append(change)
+        self.moment += 1
+
+    def record(self, key: int) -> StorageRecord | None:
+        """The record of the storage that is alive under ``key`` now."""
+        return self._open.get(key)
+
+    def alive(self, moment: int) -> Iterator[StorageRecord]:
+        """The storages that were alive at a moment."""
+        return (r for r in self.records if r.born <= moment and (r.died is None or moment < r.died))
+
+    def peaks(self, bounds: list[int]) -> list[tuple[int, int]]:
+        """``(moment, bytes)`` of most, the first of equals, in each phase between two moments, ends included."""
+        live = list(accumulate(self._changes, initial=0))
+        moments = (max(range(a, b + 1), key=live.__getitem__) for a, b in zip(bounds, bounds[1:], strict=False))
+        return [(moment, live[moment]) for moment in moments]
+
+    def peak(self) -> tuple[int, int]:
+        """``(moment, bytes)`` of most alive at once."""
+        return self.peaks([0, self.moment])[0]
