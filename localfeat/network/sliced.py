@@ -54,7 +54,7 @@ def run_sliced(block: nn.Module, x: Tensor, slices: int) -> Tensor:
     refuse_slices(block, slices)
     trained = {name: p for name, p in block.named_parameters() if p.requires_grad}
     run = _SlicedRun(block, list(trained), len(x), min(slices, len(x)), AutocastState.of(x.device))
-    return cast(Tensor, _Sliced.apply(x, run, *trained.values()))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _Sliced.apply(x, run, *trained.values()))
 
 
 @dataclass

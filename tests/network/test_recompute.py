@@ -108,7 +108,7 @@ def test_slices_of_a_network_with_batch_normalisation_are_refused() -> None:
     for block in blocks:
         block.eval()
     runner = block_runners(blocks, SLICES)[0]  # frozen statistics are the same for every slice
-    x = torch.randn(8, 8, 8, 8, requires_grad=True)
+    x = torch.randn(8, 64, 8, 8, requires_grad=True)
     torch.testing.assert_close(runner(blocks[0], x), blocks[0](x))
     blocks[0].train()
     with pytest.raises(UserError, match="batch normalisation"):
