@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 
 @dataclass(eq=False)
@@ -59,7 +59,7 @@ class EventLog:
     def peaks(self, bounds: list[int]) -> list[tuple[int, int]]:
         """``(moment, bytes)`` of most, the first of equals, in each phase between two moments, ends included."""
         live = list(accumulate(self._changes, initial=0))
-        moments = (max(range(a, b + 1), key=live.__getitem__) for a, b in zip(bounds, bounds[1:], strict=False))
+        moments = (max(range(a, b + 1), key=live.__getitem__) for a, b in pairwise(bounds))
         return [(moment, live[moment]) for moment in moments]
 
     def peak(self) -> tuple[int, int]:
