@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,3 +44,8 @@ class AutocastState:
         if self.device_type is None:
             return nullcontext()
         return torch.autocast(self.device_type, self.dtype, self.enabled, self.cache_enabled)
+
+
+def without_autocast(device: torch.device | str) -> AbstractContextManager[object]:
+    """Autocast off for the duration, on any device: ``torch.autocast("meta", ...)`` raises outside an emulation."""
+    return replace(AutocastState.of(device), enabled=False).restored()

@@ -83,7 +83,7 @@ class FusedCosineWindowAttention(WindowAttentionV2):
     def _position_bias(self) -> Tensor:
         """Continuous relative position bias (h, N, N): 16 sigmoid(MLP(coordinates)), SwinV2's eq. 3."""
         table = self.cpb_mlp(self.relative_coords_table).flatten(0, -2)
-        index = self.relative_position_index
+        index = self.get_buffer("relative_position_index")
         bias = table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1).contiguous()
         return 16 * bias.sigmoid()
 
