@@ -40,7 +40,8 @@ class PeakMemory(Callback):
 
     Attributes:
         peak_bytes: the figure; None until taken, and for ever if no batch could be measured.
-        reserved_bytes: ``torch.cuda.max_memory_reserved``; None off CUDA.
+        reserved_bytes: ``torch.cuda.max_memory_reserved``; None off CUDA. The allocator keeps what it has reserved:
+            what validation needed counts, too.
         module_peak_bytes: ``{"module_1": bytes, …}``; empty until taken, and for a model without ``local_modules``.
         source: where ``peak_bytes`` comes from; None as long as there is none.
         slow_batch: 0-based number, within this fit, of the batch that the accounting slows down; None on CUDA.

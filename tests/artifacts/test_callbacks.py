@@ -1,4 +1,4 @@
-"""Repeatable batches, honest speed, honest memory."""
+"""Repeatable batches, honest speed."""
 
 from __future__ import annotations
 
@@ -10,14 +10,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from localfeat.artifacts.callbacks import SeedEachBatch, Throughput, batch_seed
-from localfeat.artifacts.peak_memory import GIB, PeakMemory
-from localfeat.memory.tracker import rounded
-from tests.artifacts.tiny import BATCH_SIZE, TinyLearner, loader, trainer
-
-
-def fit(folder: Path, learner: TinyLearner, callbacks: list, train: int = 4, val: int = 0, **arguments) -> None:
-    val_loader = loader(val) if val else None
-    trainer(folder, callbacks=callbacks, **{"max_epochs": 1, **arguments}).fit(learner, loader(train), val_loader)
+from localfeat.artifacts.peak_memory import PeakMemory
+from tests.artifacts.tiny import BATCH_SIZE, TinyLearner, fit, loader, trainer
 
 
 def test_batch_seeds_differ_in_every_argument() -> None:
@@ -46,62 +40,6 @@ def test_a_resumed_run_draws_what_the_whole_run_draws(tmp_path: Path) -> None:
     run.fit(resumed, loader(4), ckpt_path=tmp_path / "at_6.ckpt")
     assert len(whole.seen) == 8
     assert resumed.seen == whole.seen[6:]
-
-
-def test_peak_memory_counts_weights_optimizer_state_batch_and_graph(tmp_path: Path) -> None:
-    learner, memory = TinyLearner(), PeakMemory()
-    fit(tmp_path, learner, [memory], train=5)
-    parameters = sum(rounded(p.nbytes) for p in learner.parameters())
-    moments = 2 * parameters
-    counters = len(list(learner.parameters())) * rounded(4)
-    batch = rounded(BATCH_SIZE * 12 * 4) + rounded(BATCH_SIZE * 8)
-    fixed = parameters + moments + counters + batch
-    assert memory.slow_batch == 2
-    assert memory.source == "allocator accounting of one training batch"
-    assert memory.reserved_bytes is None
-    # Above what is there anyway: at least one module's gradients, at most a few small tensors more.
-    assert memory.peak_bytes is not None
-    assert fixed + parameters // 2 <= memory.peak_bytes <= fixed + parameters + 40 * 512
-
-
-@pytest.mark.parametrize(("batches", "expected"), [(1, 0), (2, 1), (3, 2), (9, 2)])
-def test_short_runs_measure_their_last_batch(tmp_path: Path, batches: int, expected: int) -> None:
-    memory = PeakMemory()
-    fit(tmp_path, TinyLearner(), [memory], train=1, max_epochs=batches)
-    assert memory.slow_batch == expected
-    assert memory.peak_bytes
-
-
-def test_a_run_that_stops_before_the_measured_batch_has_no_figure(tmp_path: Path) -> None:
-    memory = PeakMemory()
-
-    def stop(batch_idx: int) -> None:
-        raise KeyError("stop")
-
-    with pytest.raises(KeyError):
-        fit(tmp_path, TinyLearner(stop), [memory], train=5)
-    assert memory.peak_bytes is None and memory.source is None
-
-
-def test_an_error_in_the_measured_batch_leaves_no_accounting_behind(tmp_path: Path) -> None:
-    memory = PeakMemory()
-
-    def stop(batch_idx: int) -> None:
-        if batch_idx == 2:
-            raise KeyError("stop")
-
-    with pytest.raises(KeyError):
-        fit(tmp_path, TinyLearner(stop), [memory], train=5)
-    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
-    assert memory.peak_bytes is None
-
-
-def test_peak_memory_is_logged_in_gib(tmp_path: Path) -> None:
-    memory = PeakMemory()
-    run = trainer(tmp_path, callbacks=[memory], max_epochs=1)
-    run.fit(TinyLearner(), loader(4))
-    assert memory.peak_bytes is not None
-    assert float(run.callback_metrics["memory/peak_gib"]) == pytest.approx(memory.peak_bytes / GIB)
 
 
 def test_weights_are_the_same_with_and_without_measuring(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 BATCH_SIZE = 8
+MIB = 2**20
+NOISE = 64 * 1024  # bytes: features, losses and gradients of a tiny learner
 
 
 class TinyLearner(lightning.LightningModule):
@@ -71,3 +73,22 @@ def trainer(folder: Path, **arguments: Any) -> lightning.Trainer:
         "num_sanity_val_steps": 0,
     }
     return lightning.Trainer(**{**defaults, **arguments})
+
+
+def fit(
+    folder: Path, learner: Any, callbacks: list[Any], train: int = 4, val: int = 0, **arguments: Any
+) -> lightning.Trainer:
+    """One epoch of ``train`` batches unless told otherwise; returns the trainer."""
+    run = trainer(folder, callbacks=callbacks, **{"max_epochs": 1, **arguments})
+    run.fit(learner, loader(train), loader(val) if val else None)
+    return run
+
+
+def stop_at(batch: int) -> Callable[[int], None]:
+    """For ``on_step``: an error in this batch."""
+
+    def stop(batch_idx: int) -> None:
+        if batch_idx == batch:
+            raise KeyError("stop")
+
+    return stop
