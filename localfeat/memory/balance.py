@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 
 from localfeat.errors import UserError
@@ -35,19 +36,19 @@ def balanced_cuts(segment: Callable[[int, int], Segment], blocks: int, modules: 
         for stop in range(start + 1, blocks + 1)
         if _possible(start, stop, blocks, modules)
     }
+    limits = sorted({found.peak for found in table.values()})
+    lowest = bisect_left(limits, True, key=lambda limit: _cheapest(table, blocks, modules, limit) is not None)
+    least_standing = (modules - 1) * min((found.standing for found in table.values() if found.standing), default=0.0)
     best: tuple[float, float, tuple[int, ...]] | None = None
-    lowest_standing = 0.0
-    for limit in sorted({found.peak for found in table.values()}):
-        if best is not None and limit + lowest_standing > best[0]:
+    for limit in limits[lowest:]:
+        if best is not None and limit + least_standing > best[0]:
             break  # no higher limit can win
         division = _cheapest(table, blocks, modules, limit)
-        if division is None:
-            continue
+        assert division is not None  # the lowest limit was possible
         standing, squares, cuts = division
-        lowest_standing = min(found.standing for found in table.values()) * (modules - 1)
         candidate = (limit + standing, squares, cuts)
         best = candidate if best is None else min(best, candidate)
-    assert best is not None  # the highest limit allows everything
+    assert best is not None
     return list(best[2])
 
 

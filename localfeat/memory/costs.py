@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -206,30 +206,24 @@ def signature(module: nn.Module) -> object:
     )
 
 
-def polynomial(samples: dict[int, PieceCost]) -> Callable[[int], PieceCost]:
-    """A piece's cost at any batch size, through measurements at two or three of them.
+def interpolated(batch_size: int, samples: Mapping[int, PieceCost]) -> PieceCost:
+    """A piece's cost at any batch size, through measurements at two or three of them (batch size -> cost).
 
     All bytes are affine in the batch size up to the allocator's rounding, except for contrastive losses, which
     compare all images with each other: quadratic.
     """
-    points = sorted(samples)
-
-    def at(batch: int) -> PieceCost:
-        weights = [_lagrange(points, point, batch) for point in points]
-        values: dict[str, Any] = {}
-        for item in fields(PieceCost):
-            found = [getattr(samples[point], item.name) for point in points]
-            values[item.name] = (
-                found[0] if isinstance(found[0], bool) else sum(w * v for w, v in zip(weights, found, strict=True))
-            )
-        return PieceCost(**values)
-
-    return at
+    weights = {size: _lagrange(list(samples), size, batch_size) for size in samples}
+    values: dict[str, Any] = {}
+    for item in fields(PieceCost):
+        found = {size: getattr(sample, item.name) for size, sample in samples.items()}
+        some = next(iter(found.values()))
+        values[item.name] = some if isinstance(some, bool) else sum(weights[size] * v for size, v in found.items())
+    return PieceCost(**values)
 
 
-def _lagrange(points: list[int], point: int, batch: int) -> float:
+def _lagrange(points: list[int], point: int, at: int) -> float:
     product = 1.0
     for other in points:
         if other != point:
-            product *= (batch - other) / (point - other)
+            product *= (at - other) / (point - other)
     return product

@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 from localfeat.assembly import build_objective, image_size_of, prepare_blocks
 from localfeat.efficiency import Efficiency
-from localfeat.memory.costs import PieceCost, measure_objective, measure_piece, signature
+from localfeat.memory.costs import PieceCost, interpolated, measure_objective, measure_piece, signature
 from localfeat.memory.tracker import rounded
 from localfeat.network import decompose, weighted_sum
 from localfeat.objectives import DecoderFactory, Method, Site
 
 STATES = 2
 """Tensors of a parameter's size that AdamW keeps, beside one scalar."""
+
+Device = Callable[[], AbstractContextManager[Any]]
+"""Makes the context in which meta tensors behave as a device's do (autocast, attention kernels)."""
 
 
 class Standing(NamedTuple):
@@ -67,7 +70,7 @@ class Setting:
     Args:
         method, decoder: what modules learn from.
         batch_size: images per step.
-        target: makes the context in which meta tensors behave as the device's do (autocast, attention kernels).
+        device: see :data:`Device`.
         efficiency: how blocks and losses are computed.
         image_size: where the backbone does not fix it.
         source_bytes: bytes of one image as it arrives from the loader and stays all step; 0 if the images arrive as
@@ -78,11 +81,52 @@ class Setting:
     method: Method
     decoder: DecoderFactory
     batch_size: int
-    target: Callable[[], AbstractContextManager[Any]]
+    device: Device
     efficiency: Efficiency = field(default_factory=Efficiency)
     image_size: int | None = None
     source_bytes: int = 0
     soft_labels: bool = False
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a module is made of, at one batch size. Sizes in bytes."""
+
+    start: int
+    stop: int
+    chain: list[PieceCost]
+    objective: PieceCost
+    standing: int
+    held: float  # the batch and what else is there before the module begins
+    outputs: float  # output features, which the loop keeps for the next module
+
+    def combined(self) -> Segment:
+        """The module as a whole."""
+        pieces = [*self.chain, self.objective]
+        return Segment(
+            self.start,
+            self.stop,
+            self.held + chain_peak(self.chain, self.objective, self.outputs),
+            self.standing,
+            sum(piece.flops for piece in pieces),
+            sum(piece.traffic for piece in pieces),
+        )
+
+    @staticmethod
+    def at(batch_size: int, samples: dict[int, Parts]) -> Parts:
+        """The parts at any batch size, through measurements at two or three others (batch size -> parts)."""
+        some = next(iter(samples.values()))
+        chain = [
+            interpolated(batch_size, {size: sample.chain[index] for size, sample in samples.items()})
+            for index in range(len(some.chain))
+        ]
+        objective = interpolated(batch_size, {size: sample.objective for size, sample in samples.items()})
+        (first, low), (second, high) = sorted((size, sample) for size, sample in samples.items())[:2]
+        share = (batch_size - first) / (second - first)
+        held, outputs = (
+            getattr(low, name) + share * (getattr(high, name) - getattr(low, name)) for name in ("held", "outputs")
+        )
+        return Parts(some.start, some.stop, chain, objective, some.standing, held, outputs)
 
 
 class SegmentCosts:
@@ -93,15 +137,17 @@ class SegmentCosts:
     Args:
         backbone: a timm model on the meta device; it is changed if attention is to be fused.
         setting: the rest.
+        known: measurements of other instances with the same backbone, image size and device, to share.
     """
 
-    def __init__(self, backbone: nn.Module, setting: Setting) -> None:
+    def __init__(self, backbone: nn.Module, setting: Setting, known: dict[object, Any] | None = None) -> None:
         self.setting = setting
         self.backbone = backbone.train()
         self.size = image_size_of(backbone, setting.image_size)
         self.pieces = decompose(backbone, self.size)
         self.runners = prepare_blocks(backbone, self.pieces, setting.efficiency)
-        self._known: dict[object, Any] = {}
+        self._shared = {} if known is None else known
+        self._segments: dict[tuple[int, int], Segment] = {}
 
     @property
     def blocks(self) -> int:
@@ -114,16 +160,9 @@ class SegmentCosts:
         return Standing.of(self.backbone)
 
     @cached_property
-    def batch_bytes(self) -> int:
-        """Source images and labels, which the Trainer holds all step."""
-        width = 4 * cast(int, self.backbone.num_classes) if self.setting.soft_labels else 8
-        source = self.setting.source_bytes * self.setting.batch_size
-        return rounded(source) + rounded(width * self.setting.batch_size)
-
-    @cached_property
     def features(self) -> list[Tensor]:
         """``features[i]``: input of block i; the last one: of the classifier. On meta."""
-        with torch.no_grad(), self.setting.target():
+        with torch.no_grad(), self.setting.device():
             x = self.pieces.stem(self._images())
             found = [x]
             for block in self.pieces.blocks:
@@ -133,57 +172,79 @@ class SegmentCosts:
 
     def segment(self, start: int, stop: int) -> Segment:
         """The module of blocks ``start`` to ``stop`` (exclusive)."""
-        return self._cached(("segment", start, stop), lambda: self._segment(start, stop))
+        if (start, stop) not in self._segments:
+            self._segments[start, stop] = self.parts(start, stop).combined()
+        return self._segments[start, stop]
 
-    def _segment(self, start: int, stop: int) -> Segment:
-        chain = [self._piece(index, first=index == start) for index in range(start, stop)]
+    def parts(self, start: int, stop: int) -> Parts:
+        """What the module of blocks ``start`` to ``stop`` (exclusive) is made of."""
+        chain = [self._block(index, first=index == start) for index in range(start, stop)]
         if start == 0:
-            chain = [self._stem(), self._piece(0, first=False), *chain[1:]]
+            chain = [self._stem(), self._block(0, first=False), *chain[1:]]
         objective, standing, uses_images = self._objective(start, stop)
         images, inputs = rounded(self._images().nbytes), rounded(self.features[start].nbytes)
         held = images if start == 0 else inputs + images * uses_images
-        peak = self.batch_bytes + held + chain_peak(chain, objective, rounded(self.features[stop].nbytes))
-        flops = sum(piece.flops for piece in [*chain, objective])
-        return Segment(start, stop, peak, standing, flops, sum(piece.traffic for piece in [*chain, objective]))
+        outputs = rounded(self.features[stop].nbytes)
+        return Parts(start, stop, chain, objective, standing, self._batch_bytes + held, outputs)
+
+    @property
+    def _batch_bytes(self) -> int:
+        """Source images and labels, which the Trainer holds all step."""
+        size = self.setting.batch_size
+        return rounded(self.setting.source_bytes * size) + rounded(self._labels().nbytes)
 
     def _images(self) -> Tensor:
         return torch.empty(self.setting.batch_size, 3, self.size, self.size, device="meta")
 
-    def _stem(self) -> PieceCost:
-        stem = self.pieces.stem
-        return self._cached("stem", lambda: measure_piece(stem, self._images, stem, self.setting.target(), first=True))
+    def _labels(self) -> Tensor:
+        if self.setting.soft_labels:
+            return torch.empty(self.setting.batch_size, cast(int, self.backbone.num_classes), device="meta")
+        return torch.empty(self.setting.batch_size, dtype=torch.int64, device="meta")
 
-    def _piece(self, index: int, *, first: bool) -> PieceCost:
-        block, run, x = self.pieces.blocks[index], self.runners[index], self.features[index]
-        recomputed = self.setting.efficiency.recomputes(index)
-        key = ("block", signature(block), tuple(x.shape), x.dtype, recomputed, first)
+    def _stem(self) -> PieceCost:
+        stem, setting = self.pieces.stem, self.setting
+
+        def measure() -> PieceCost:
+            return measure_piece(stem, self._images, stem, setting.device(), first=True)
+
+        return cast(PieceCost, self._once(("stem", setting.batch_size), measure))
+
+    def _block(self, index: int, *, first: bool) -> PieceCost:
+        block, run, x, efficiency = self.pieces.blocks[index], self.runners[index], self.features[index], self._body
+        recomputed = efficiency.recompute if efficiency.recomputes(index) else "none"
+        how = (recomputed, efficiency.slices, efficiency.fused_attention)
 
         def measure() -> PieceCost:
             return measure_piece(
                 lambda features: run(block, features),
                 lambda: torch.empty_like(x),
                 block,
-                self.setting.target(),
+                self.setting.device(),
                 first=first,
             )
 
-        return self._cached(key, measure)
+        return cast(PieceCost, self._once(("block", signature(block), tuple(x.shape), x.dtype, how, first), measure))
+
+    @property
+    def _body(self) -> Efficiency:
+        return self.setting.efficiency
 
     def _objective(self, start: int, stop: int) -> tuple[PieceCost, int, bool]:
         """Cost, standing bytes of what is not the backbone's, and whether it needs the images."""
         last = stop == self.blocks
-        inputs, outputs = self.features[start], self.features[stop]
-        key: object = "classifier" if last else ("objective", inputs.shape, inputs.dtype, outputs.shape, outputs.dtype)
-        return self._cached(key, lambda: self._measure_objective(start, stop))
+        setting, inputs, outputs = self.setting, self.features[start], self.features[stop]
+        key: list[object] = ["objective", setting.method, setting.decoder, setting.efficiency.loss_slices]
+        key += [setting.soft_labels, tuple(outputs.shape), outputs.dtype]
+        key += ["classifier"] if last else [tuple(inputs.shape), inputs.dtype]
+        return cast("tuple[PieceCost, int, bool]", self._once(_hashable(key), lambda: self._measure(start, stop)))
 
-    def _measure_objective(self, start: int, stop: int) -> tuple[PieceCost, int, bool]:
+    def _measure(self, start: int, stop: int) -> tuple[PieceCost, int, bool]:
         last = stop == self.blocks
-        shapes = self.pieces.shapes
         site = Site(
             index=1 if last else 0,
             modules=2,
-            inputs=shapes[start],
-            outputs=shapes[stop],
+            inputs=self.pieces.shapes[start],
+            outputs=self.pieces.shapes[stop],
             image_size=self.size,
             num_classes=cast(int, self.backbone.num_classes),
             loss_slices=self.setting.efficiency.loss_slices,
@@ -197,18 +258,18 @@ class SegmentCosts:
             return weighted_sum(terms, objective.weights)
 
         outputs = torch.empty_like(self.features[stop])
-        cost = measure_objective(loss, outputs, objective, [inputs, images, labels], self.setting.target())
+        cost = measure_objective(loss, outputs, objective, [inputs, images, labels], self.setting.device())
         return cost, 0 if last else Standing.of(objective).total, objective.uses_images
 
-    def _labels(self) -> Tensor:
-        if self.setting.soft_labels:
-            return torch.empty(self.setting.batch_size, cast(int, self.backbone.num_classes), device="meta")
-        return torch.empty(self.setting.batch_size, dtype=torch.int64, device="meta")
+    def _once(self, key: object, make: Callable[[], Any]) -> Any:
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
 
-    def _cached(self, key: object, make: Callable[[], Any]) -> Any:
-        if key not in self._known:
-            self._known[key] = make()
-        return self._known[key]
+
+def _hashable(values: list[object]) -> tuple[object, ...]:
+    """Methods and decoders may hold lists; their text tells equal ones."""
+    return tuple(repr(value) for value in values)
 
 
 def chain_peak(chain: list[PieceCost], objective: PieceCost, outputs: float) -> float:
