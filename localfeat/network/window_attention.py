@@ -1,7 +1,7 @@
 """Windowed attention as one operation that keeps queries, keys and values and no attention matrix.
 
 The backward pass computes the probabilities again from queries and keys, as FlashAttention does (Dao et al., 2022,
-section 3.1 and algorithm 4). Windows are small (49 or 64 tokens), so no tiling within one is needed: both passes go
+section 3.1 and appendix B). Windows are small (49 or 64 tokens), so no tiling within one is needed: both passes go
 through the batch in slices of whole windows, and only one slice's matrices of N x N exist at a time.
 """
 
@@ -81,7 +81,7 @@ class FusedCosineWindowAttention(WindowAttentionV2):
         return qkv
 
     def _position_bias(self) -> Tensor:
-        """Continuous relative position bias (h, N, N): 16 sigmoid(MLP(coordinates)), SwinV2's eq. 3."""
+        """Continuous relative position bias (h, N, N): 16 sigmoid(MLP(log-spaced coordinates))."""
         table = self.cpb_mlp(self.relative_coords_table).flatten(0, -2)
         index = self.get_buffer("relative_position_index")
         bias = table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1).contiguous()
@@ -186,7 +186,7 @@ def _probabilities(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None) -> T
 
 
 def _softmax_backward_(grad: Tensor, probabilities: Tensor) -> Tensor:
-    """P (dP - sum(P dP)), FlashAttention's eq. 4, in place of ``grad``."""
+    """Gradient of the scores, P (dP - sum(P dP)), in place of ``grad`` dP."""
     grad *= probabilities
     return grad.addcmul_(probabilities, grad.sum(-1, keepdim=True), value=-1)
 

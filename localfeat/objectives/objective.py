@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from localfeat.errors import UserError
 from localfeat.objectives.auxiliary import AuxiliaryBlock, PooledHead
 from localfeat.objectives.losses import RECONSTRUCTION_LOSSES, supervised_nt_xent
+from localfeat.objectives.sliced_loss import refuse_batch_statistics, sliced_mean
 from localfeat.objectives.targets import FeatureTarget, ImageTarget
+from localfeat.precision import without_autocast
 
 Terms = dict[str, Tensor]
 
@@ -70,6 +72,13 @@ class LocalObjective(Objective):
         target: what the decoder has to reconstruct.
         reconstruction_loss: ``bce``, ``mse``, ``smooth_l1`` or ``cosine``.
         weights: factors of ``contrast`` or ``cross_entropy``, and of ``reconstruction``.
+        temperature: of the contrastive loss.
+        label_smoothing: of the cross entropy.
+        loss_slices: slices of the batch in which the reconstruction loss and its gradient are computed in training,
+            on the way forward (not under float16, where the gradient would underflow).
+
+    Raises:
+        UserError: slices and a decoder that depends on the whole batch.
     """
 
     def __init__(
@@ -86,6 +95,8 @@ class LocalObjective(Objective):
         loss_slices: int = 1,
     ) -> None:
         super().__init__()
+        if loss_slices > 1 and decoder is not None:
+            refuse_batch_statistics(decoder, loss_slices)
         self.loss_slices = loss_slices
         self.auxiliary = auxiliary
         self.head = head
@@ -104,17 +115,35 @@ class LocalObjective(Objective):
         maps = self.auxiliary(outputs)  # (B, width, h, w)
         terms = {self.supervision: self._supervise(self.head(maps), labels)}
         if self.decoder is not None and self.target is not None:
-            prediction, target = self.decoder(maps), self.target(inputs, images)
-            with torch.autocast(prediction.device.type, enabled=False):
-                terms["reconstruction"] = self.reconstruction_loss(prediction.float(), target)
+            terms["reconstruction"] = self._reconstruct(self.decoder, self.target, maps, inputs, images)
         return terms, None
+
+    def _reconstruct(
+        self,
+        decoder: nn.Module,
+        target: FeatureTarget | ImageTarget,
+        maps: Tensor,
+        inputs: Tensor,
+        images: Tensor | None,
+    ) -> Tensor:
+        def loss_of(maps: Tensor, part: slice) -> Tensor:
+            prediction = decoder(maps).float()  # not kept in the decoder's own dtype beside it
+            wanted = target(inputs[part], None if images is None else images[part])
+            with without_autocast(maps.device):
+                return self.reconstruction_loss(prediction, wanted)
+
+        # In float16 the gradient of a loss that no GradScaler has scaled yet would underflow.
+        early = self.training and torch.is_grad_enabled() and maps.dtype != torch.float16
+        if self.loss_slices == 1 or not early:
+            return loss_of(maps, slice(None))
+        return sliced_mean(loss_of, maps, decoder.parameters(), self.loss_slices)
 
     def _supervise(self, head: Tensor, labels: Tensor) -> Tensor:
         if self.supervision == "cross_entropy":
             return _cross_entropy(head, labels, self.label_smoothing)
         if labels.is_floating_point():
             raise UserError("the contrastive loss needs one class per image: switch mixup and cutmix off")
-        with torch.autocast(head.device.type, enabled=False):
+        with without_autocast(head.device):
             return supervised_nt_xent(head.float(), labels, self.temperature)
 
     def reconstruct(self, inputs: Tensor, outputs: Tensor, images: Tensor, module: int) -> Reconstruction | None:
@@ -129,5 +158,5 @@ class LocalObjective(Objective):
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    with torch.autocast(logits.device.type, enabled=False):
+    with without_autocast(logits.device):
         return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)

@@ -1,0 +1,275 @@
+"""The reconstruction loss in slices of the batch against the plain one: values, gradients, memory."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from localfeat.efficiency import Efficiency
+from localfeat.errors import UserError
+from localfeat.memory.tracker import StorageTracker
+from localfeat.network import FeatureShape
+from localfeat.objectives import DECODERS, METHODS, LocalObjective, Method, Site
+from localfeat.objectives.losses import RECONSTRUCTION_LOSSES, mse
+from localfeat.objectives.sliced_loss import sliced_mean
+from tests.small import batch, gradients, learner, loader, trainer
+
+IMAGES = 6
+WIDTH = 8
+LABELS = torch.arange(IMAGES) % 3
+INPUTS, OUTPUTS = FeatureShape("NHWC", 6, 8, 8), FeatureShape("NHWC", 12, 4, 4)
+
+
+def objective(target: str = "image", loss: str = "bce", decoder: Any = "interp", slices: int = 1) -> LocalObjective:
+    torch.manual_seed(0)
+    site = Site(0, 4, INPUTS, OUTPUTS, image_size=16, num_classes=5, loss_slices=slices)
+    method = Method("own", target=target, reconstruction_loss=loss, width=WIDTH, projection_dim=8)
+    found = method.build(site, DECODERS.get(decoder, decoder))
+    assert isinstance(found, LocalObjective)
+    return found
+
+
+def batch_of(images: int = IMAGES) -> tuple[Tensor, Tensor, Tensor]:
+    """Input and output features of a module, and its images."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = ((8, 8, 6), (4, 4, 12), (3, 16, 16))
+    inputs, outputs, pictures = (torch.randn(images, *shape, generator=generator) for shape in shapes)
+    return inputs, outputs, pictures
+
+
+def outcome(own: LocalObjective, images: int = IMAGES, autocast: bool = False) -> dict[str, Tensor]:
+    """The terms and all gradients of their weighted sum; the backward pass runs outside autocast."""
+    inputs, outputs, pictures = batch_of(images)
+    outputs.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        terms, _ = own(inputs, outputs, pictures, torch.arange(images) % 3)
+        loss = 0.7 * terms["contrast"] + 2.5 * terms["reconstruction"]
+    loss.backward()
+    assert outputs.grad is not None and terms["reconstruction"].dtype == torch.float32
+    return {**{k: v.detach() for k, v in terms.items()}, "outputs": outputs.grad, **gradients(own)}
+
+
+def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    for name, value in expected.items():
+        assert value.abs().sum() > 0, name
+        assert float((found[name] - value).norm() / value.norm()) < tolerance, name
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("target", ["image", "features"])
+@pytest.mark.parametrize("loss", RECONSTRUCTION_LOSSES)
+def test_loss_and_every_gradient_are_those_of_the_whole_batch(loss: str, target: str, decoder: str) -> None:
+    expected = outcome(objective(target, loss, decoder))
+    for slices in (2, 4, 6, 50):  # 4: slices of one and of two images; 50: one image each
+        assert_near(outcome(objective(target, loss, decoder, slices)), expected, 1e-5)
+
+
+@pytest.mark.parametrize("target", ["image", "features"])
+@pytest.mark.parametrize("loss", RECONSTRUCTION_LOSSES)
+def test_under_autocast_it_is_as_near_to_float32_as_the_plain_loss(loss: str, target: str) -> None:
+    exact = outcome(objective(target, loss))
+    plain, sliced = (outcome(objective(target, loss, slices=n), autocast=True) for n in (1, 3))
+    for name, value in exact.items():
+        error, expected = ((part[name] - value).norm() / value.norm() for part in (sliced, plain))
+        assert error < max(1.5 * float(expected), 0.01), name
+
+
+def test_the_slices_compute_under_the_autocast_of_the_plain_loss() -> None:
+    seen: list[tuple[str, torch.dtype]] = []
+
+    class Look(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            y.register_hook(lambda grad: seen.append(("gradient", grad.dtype)))
+            seen.append(("output", y.dtype))
+            return y
+
+    def decoder(in_channels: int, out_channels: int, upscale: int) -> nn.Module:
+        return nn.Sequential(nn.Upsample(scale_factor=upscale), Look(in_channels, out_channels, 1))
+
+    own = objective(decoder=decoder, slices=2)
+    loss = own.reconstruction_loss
+
+    def look(prediction: Tensor, target: Tensor) -> Tensor:
+        seen.append(("loss", (prediction @ prediction.mT).dtype))  # a product shows whether autocast is on
+        return loss(prediction, target)
+
+    own.reconstruction_loss = look
+    outcome(own, autocast=True)
+    half = torch.bfloat16
+    assert seen == [("output", half), ("loss", torch.float32), ("gradient", half)] * 2
+
+
+def test_parameters_without_gradient_and_accumulation() -> None:
+    plain, sliced = objective(), objective(slices=4)
+    for own in (plain, sliced):
+        assert own.decoder is not None
+        own.decoder[1].weight.requires_grad_(False)
+        outcome(own)
+    twice = [outcome(own) for own in (sliced, plain)]  # added to what is there
+    assert sliced.decoder[1].weight.grad is None  # type: ignore[index]
+    expected = {name: value for name, value in twice[1].items() if name != "decoder.1.weight"}
+    assert_near(twice[0], expected, 1e-5)
+
+
+def test_gradients_by_torch_autograd_grad_and_only_once() -> None:
+    found = []
+    for slices in (1, 3):
+        own = objective(slices=slices)
+        loss = own(*batch_of(), LABELS)[0]["reconstruction"]
+        trained = {name: p for name, p in own.named_parameters() if not name.startswith("head")}
+        given = torch.autograd.grad(loss, list(trained.values()), retain_graph=True)
+        found.append(dict(zip(trained, given, strict=True)))
+        assert all(p.grad is None for p in own.parameters())
+    assert_near(found[1], found[0], 1e-5)
+    with pytest.raises(RuntimeError, match="gone after the first backward pass"):
+        torch.autograd.grad(loss, list(trained.values()))
+
+
+def test_a_decoder_part_that_is_not_used_gets_no_gradient() -> None:
+    weights = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))]
+    maps = torch.ones(4, 3, requires_grad=True)
+    sliced_mean(lambda piece, part: (piece.detach() * weights[0]).sum(1).mean(), maps, weights, 2).backward()
+    assert weights[1].grad is None
+    torch.testing.assert_close(weights[0].grad, torch.ones(3))
+    torch.testing.assert_close(maps.grad, torch.zeros(4, 3))
+
+
+@pytest.fixture
+def exact_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("localfeat.memory.tracker.BLOCK_BYTES", 1)
+
+
+def memory(own: LocalObjective, images: int) -> tuple[int, int]:
+    """Bytes after forward and the most during forward and backward, beyond weights, features and images."""
+    inputs, outputs, pictures = batch_of(images)
+    outputs.requires_grad_()
+    labels = torch.arange(images) % 3
+    with StorageTracker([*own.parameters(), *own.buffers(), inputs, outputs, pictures, labels]) as tracker:
+        standing = tracker.live_bytes
+        terms, _ = own(inputs, outputs, pictures, labels)
+        loss = terms["contrast"] + terms["reconstruction"]
+        after = tracker.live_bytes - standing
+        loss.backward()
+    return after, tracker.peak_bytes - standing
+
+
+@pytest.mark.usefixtures("exact_bytes")
+def test_memory_of_prediction_target_and_decoder_is_one_slices() -> None:
+    """Image reconstruction with the interpolating decoder, the heaviest. Bytes per image, so that weights drop out."""
+    pixels, cells, hidden = 16 * 16, 4 * 4, 8
+    activations = 4 * pixels * (WIDTH + 2 * hidden + 2 * 3)  # upsampled; two of the first convolution; two of images
+    maps = 4 * cells * WIDTH
+
+    def per_image(slices: int) -> list[float]:
+        less, more = memory(objective(slices=slices), 16), memory(objective(slices=slices), 32)
+        return [(b - a) / 16 for a, b in zip(less, more, strict=True)]
+
+    plain_after, plain_peak = per_image(1)
+    for slices in (2, 4, 8, 16):
+        after, peak = per_image(slices)
+        assert plain_after - after == pytest.approx(activations, rel=0.1)  # maps are freed, their gradient is kept
+        excess = peak - after  # in a slice, activations and their gradients
+        assert excess < 1.7 * activations / slices + maps
+    assert plain_peak > 7 * peak
+
+
+def test_gradients_are_handed_over_without_a_copy() -> None:
+    maps = torch.randn(8, 3, requires_grad=True)
+    weight = nn.Parameter(torch.randn(3))
+    loss = sliced_mean(lambda piece, part: (piece * weight).sum(1).mean(), maps, [weight], 2)
+    addresses = [tensor.data_ptr() for tensor in loss.grad_fn.gradients]  # type: ignore[union-attr]
+    loss.backward()
+    assert maps.grad is not None and weight.grad is not None
+    assert [maps.grad.data_ptr(), weight.grad.data_ptr()] == addresses
+
+
+@pytest.mark.parametrize("how", ["no_grad", "eval"])
+def test_evaluation_takes_no_gradients(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("localfeat.objectives.objective.sliced_mean", None)
+    own = objective(slices=3).train(how == "no_grad")
+    with torch.set_grad_enabled(how == "eval"):
+        found = own(*batch_of(), LABELS)[0]["reconstruction"]
+    assert torch.equal(found, objective()(*batch_of(), LABELS)[0]["reconstruction"])
+
+
+def test_float16_waits_for_the_scaled_loss() -> None:
+    """Gradients too small for float16 survive, because the loss is scaled before its gradient is taken."""
+    scale, found = 2.0**20, []
+    for slices, half in ((1, False), (3, True)):
+        own = objective(slices=slices, loss="mse")
+        own.reconstruction_loss = lambda prediction, target: 1e-6 * mse(prediction, target)
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            loss = own(*batch_of(), LABELS)[0]["reconstruction"]
+        (scale * loss).backward()
+        assert own.decoder is not None
+        found.append(gradients(own.decoder))
+    assert_near(found[1], found[0], 0.01)
+
+
+@pytest.mark.parametrize("target", ["image", "features"])
+def test_without_data_on_the_meta_device(target: str) -> None:
+    own = objective(target, slices=4).to("meta")
+    inputs, outputs, images = (tensor.to("meta") for tensor in batch_of())
+    terms, _ = own(inputs, outputs.requires_grad_(), images, LABELS.to("meta"))
+    sum(terms.values()).backward()
+    assert outputs.grad is not None and outputs.grad.shape == outputs.shape
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in own.parameters())
+
+
+@pytest.mark.parametrize(
+    ("norm", "refused"),
+    [
+        (nn.BatchNorm2d(3), True),
+        (nn.SyncBatchNorm(3), True),
+        (nn.InstanceNorm2d(3, track_running_stats=True), True),
+        (nn.InstanceNorm2d(3), False),
+        (nn.GroupNorm(1, 3), False),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
+)
+def test_a_decoder_with_statistics_of_the_batch_is_refused(norm: nn.Module, refused: bool) -> None:
+    def decoder(in_channels: int, out_channels: int, upscale: int) -> nn.Module:
+        resize = nn.Upsample(scale_factor=upscale)
+        return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1), resize, copy.deepcopy(norm))
+
+    objective(decoder=decoder, slices=1)
+    if not refused:
+        objective(decoder=decoder, slices=4)
+        return
+    with pytest.raises(UserError, match=rf"efficiency.loss_slices=4: .*{type(norm).__name__}.*loss_slices=1"):
+        objective(decoder=decoder, slices=4)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name.endswith("recon")])
+@pytest.mark.parametrize("family", ["swin", "vit", "convnext"])
+def test_a_learner_has_the_same_losses_and_gradients(method: str, family: str) -> None:
+    results = []
+    for slices in (1, 3):
+        model = learner(method, 3, family, decoder="interp", efficiency=Efficiency(loss_slices=slices))
+        losses: list[Tensor] = []
+
+        def backward(loss: Tensor, losses: list[Tensor] = losses) -> None:
+            losses.append(loss.detach())
+            (loss / 2).backward()
+
+        model.train_modules(lambda: batch(8), backward, lambda index: None)
+        results.append((torch.stack(losses), gradients(model), list(model.state_dict())))
+    (losses_plain, plain, keys), (losses_sliced, sliced, sliced_keys) = results
+    torch.testing.assert_close(losses_sliced, losses_plain, rtol=1e-5, atol=0)
+    assert sliced_keys == keys
+    for name, expected in plain.items():
+        torch.testing.assert_close(sliced[name], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()) + 1e-9)
+
+
+def test_a_trainer_with_mixed_precision_and_accumulation_takes_it() -> None:
+    finals = []
+    for slices in (1, 4):
+        model = learner("image_recon", 2, accumulate=2, efficiency=Efficiency(loss_slices=slices))
+        trainer(precision="bf16-mixed").fit(model, loader(4))
+        finals.append(model.epoch_means)
+    assert finals[1] == pytest.approx(finals[0], rel=1e-2)
