@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from localfeat.efficiency import Efficiency
 from localfeat.errors import UserError
 from localfeat.network.local_module import BlockRunner, plainly
+from localfeat.network.selective import run_selectively
 from localfeat.network.sliced import refuse_slices, run_sliced
 from localfeat.precision import AutocastState
 
@@ -28,7 +29,7 @@ def block_runners(blocks: Sequence[nn.Module], efficiency: Efficiency) -> list[B
     beyond = [number for number in efficiency.blocks or () if number > len(blocks)]
     if beyond:
         raise UserError(f"efficiency.blocks names block {beyond[0]}: this backbone has blocks 1 to {len(blocks)}")
-    runner: BlockRunner = checkpointed
+    runner: BlockRunner = checkpointed if efficiency.recompute == "checkpoint" else selectively
     if efficiency.slices > 1:
         runner = partial(in_slices, slices=efficiency.slices)
         for index, block in enumerate(blocks):
@@ -56,6 +57,11 @@ def checkpointed(block: nn.Module, x: Tensor) -> Tensor:
 def in_slices(block: nn.Module, x: Tensor, *, slices: int) -> Tensor:
     """Run a block in slices of the batch, as :func:`localfeat.network.sliced.run_sliced`, if there is a graph."""
     return run_sliced(block, x, slices) if builds_graph(block, x) else plainly(block, x)
+
+
+def selectively(block: nn.Module, x: Tensor) -> Tensor:
+    """Run a block that keeps no result of cheap operations, as :func:`localfeat.network.selective.run_selectively`."""
+    return run_selectively(block, x) if builds_graph(block, x) else plainly(block, x)
 
 
 class Again(AbstractContextManager[None]):

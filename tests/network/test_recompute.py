@@ -16,6 +16,7 @@ from tests.small import IMAGE_SIZE, backbone, batch, disturbed, gradients
 
 FAMILIES = ["swin", "swinv2", "vit", "convnext", "resnet"]
 SETTINGS = {
+    "selective": Efficiency(recompute="selective"),
     "checkpoint": Efficiency(recompute="checkpoint"),
     "3 slices": Efficiency(recompute="checkpoint", slices=3),  # uneven: the batch is 8
     "99 slices": Efficiency(recompute="checkpoint", slices=99),
@@ -80,7 +81,7 @@ def error(run: Run, exact: Run) -> float:
     return float(torch.stack(errors).mean())
 
 
-@pytest.mark.parametrize("setting", ["checkpoint"])
+@pytest.mark.parametrize("setting", ["selective", "checkpoint"])
 def test_running_statistics_are_updated_once(setting: str) -> None:
     assert_same(Run("resnet", SETTINGS[setting]), Run("resnet", Efficiency()))
     counted = Run("resnet", SETTINGS[setting]).buffers["layer1.0.bn1.num_batches_tracked"]
