@@ -110,6 +110,7 @@ RUNS: list[tuple[str, str, str, dict[str, str], list[str]]] = [
         FIGURES,
     ),
     ("7", "memory without optimizer states", MEMORY, {"tree_leaves([state, batch])": "tree_leaves([batch])"}, FIGURES),
+    ("7", "a module's peak is also the next ones'", MEMORY, {"    tracker.reset_peak()\n": ""}, FIGURES),
     (
         "7",
         "auxiliary parameters count everything",

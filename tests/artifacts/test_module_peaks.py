@@ -236,6 +236,14 @@ def test_on_cuda_a_resumed_run_keeps_the_larger_peak_and_the_modules(tmp_path: P
     assert again.peak_bytes == pytest.approx(7 * MIB, abs=NOISE)
 
 
+def test_on_cuda_a_run_killed_before_the_measured_batch_still_measures_it(tmp_path: Path, fake_cuda: Any) -> None:
+    memory = PeakMemory()
+    memory.load_state_dict({**memory.state_dict(), "peak_bytes": 9 * MIB, "reserved_bytes": 1, "source": CUDA_SOURCE})
+    fit(tmp_path, Hungry(forward=(3, 1)), [memory])
+    assert memory.peak_bytes == 9 * MIB
+    assert memory.module_peak_bytes == pytest.approx({"module_1": 3 * MIB, "module_2": MIB}, abs=NOISE)
+
+
 @pytest.mark.slow
 def test_compiled_modules_are_counted_uncompiled(tmp_path: Path) -> None:
     found = []
