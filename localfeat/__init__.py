@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from localfeat.efficiency import Efficiency
     from localfeat.errors import UserError
     from localfeat.learner import Learner
+    from localfeat.memory.balanced_split import BalancedSplit
     from localfeat.network import Split
     from localfeat.objectives import METHODS, Method, Objective, Site
     from localfeat.optimization import Optimization
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BalancedSplit": "localfeat.memory.balanced_split",
     "Efficiency": "localfeat.efficiency",
     "ImageDataModule": "localfeat.data",
     "Learner": "localfeat.learner",
@@ -36,6 +38,7 @@ _HOMES = {
 }
 __all__ = [
     "METHODS",
+    "BalancedSplit",
     "Efficiency",
     "ImageDataModule",
     "Learner",

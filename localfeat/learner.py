@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from localfeat.assembly import build_local_modules
 from localfeat.efficiency import Efficiency
 from localfeat.errors import UserError
+from localfeat.memory.balanced_split import BalancedSplit
 from localfeat.network import LocalModule, LocalOutput, Split, evaluating
 from localfeat.objectives import (
     ClassifierObjective,
@@ -42,7 +43,8 @@ class Learner(lightning.LightningModule):
         backbone: a timm model of a known family; its classifier says how many classes there are. It is trained
             in place and stays a plain timm model.
         method: a name from ``METHODS`` or a :class:`Method`.
-        split: K, a list of cuts, or a :class:`Split`; ``e2e`` trains one module whatever it says.
+        split: K, a list of cuts, a :class:`Split` or a :class:`BalancedSplit`; ``e2e`` trains one module whatever
+            it says.
         decoder: ``interp``, ``one_layer``, ``deconv`` or a factory ``(in_channels, out_channels, upscale) -> module``.
         optimization: the optimizer that every module gets one of.
         image_size: side of the square images in pixels, where the backbone does not fix it (convolutional networks);
@@ -59,7 +61,7 @@ class Learner(lightning.LightningModule):
         self,
         backbone: nn.Module,
         method: str | Method = "feature_recon",
-        split: Split | int | Sequence[int] = 4,
+        split: Split | BalancedSplit | int | Sequence[int] = 4,
         decoder: str | DecoderFactory = "one_layer",
         *,
         optimization: Optimization | None = None,
@@ -77,11 +79,14 @@ class Learner(lightning.LightningModule):
         self.num_classes = cast(int, backbone.num_classes)
         if self.num_classes < 2:
             raise UserError(f"a backbone with num_classes={self.num_classes} has no classifier to train")
+        decode = as_decoder(decoder)
+        if isinstance(split, BalancedSplit):
+            split = split.resolve(backbone, self.method, decode, image_size=image_size, efficiency=self.efficiency)
         self.local_modules = build_local_modules(
             backbone,
             self.method,
             split,
-            as_decoder(decoder),
+            decode,
             image_size=image_size,
             mean=mean,
             std=std,

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -77,7 +78,7 @@ def train(config: Config, folder: Path, *, resume: bool) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         if not resume:
             _clear(folder)
-        OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+        OmegaConf.save(OmegaConf.create(_with_cuts(config, learner)), folder / "config.yaml")
         for logger in trainer.loggers[1:]:
             logger.log_hyperparams(config)
         trainer.fit(learner, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -89,6 +90,14 @@ def train(config: Config, folder: Path, *, resume: bool) -> dict[str, Any]:
         summary.test_accuracy = measured["test/accuracy"]
         summary.classes = datamodule.class_names
         return _write(config, folder, summary, trainer, learner, datamodule)
+
+
+def _with_cuts(config: Config, learner: Learner) -> Config:
+    """The configuration with the cuts that a search has found, so that nobody has to search again."""
+    if "k" not in config["split"]:
+        return config
+    cuts = list(accumulate(learner.blocks_per_module))[:-1]
+    return {**config, "split": {"_target_": "localfeat.network.Split", "cuts": cuts}}
 
 
 def _check_shares(config: Config, datamodule: ImageDataModule) -> None:
@@ -180,7 +189,8 @@ def _trainer(config: Config, folder: Path, datamodule: ImageDataModule, checkpoi
 def _names(config: Config, folder: Path) -> dict[str, str | None]:
     """What a W&B run is called unless the user says so; the jobs of a sweep lie beside each other and share a group."""
     split = config["split"]
-    cut = f"k{split['modules']}" if split.get("modules") else "cuts"
+    modules = split.get("modules") or split.get("k")
+    cut = f"k{modules}" if modules else "cuts"
     dataset, method = config["dataset"]["source"], config["method"]["name"]
     in_sweep = folder.name.isdigit()
     return {

@@ -1,0 +1,89 @@
+"""The split that costs the least memory, for any backbone and method."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from localfeat.efficiency import Efficiency
+from localfeat.errors import UserError
+from localfeat.memory.balance import balanced_cuts
+from localfeat.memory.emulation import AUTOCAST_DTYPES, Emulation, Precision, Target
+from localfeat.memory.segments import SegmentCosts, Setting
+from localfeat.network import Split
+from localfeat.objectives import DecoderFactory, Method
+
+
+@dataclass(frozen=True)
+class BalancedSplit:
+    """``k`` local modules, cut where the peak memory of a training step is lowest.
+
+    The cuts are exact for what every block and objective costs on the meta device (:mod:`localfeat.memory.segments`).
+
+    Args:
+        k: number of local modules.
+        batch_size: images per step.
+        precision: of the training, as in Lightning.
+        device: whose memory it is; the same cuts are found on any machine.
+    """
+
+    k: int = 4
+    batch_size: int = 128
+    precision: Precision = "32-true"
+    device: Target = "cuda"
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise UserError(f"split.k={self.k}: a network has at least 1 local module")
+        if self.batch_size < 1:
+            raise UserError(f"split.batch_size={self.batch_size}: it must be at least 1")
+        for key, known in (("precision", tuple(AUTOCAST_DTYPES)), ("device", ("cuda", "cpu"))):
+            if getattr(self, key) not in known:
+                raise UserError(f"split.{key}={getattr(self, key)}: it is one of {', '.join(known)}")
+
+    def resolve(
+        self,
+        backbone: nn.Module,
+        method: Method,
+        decoder: DecoderFactory,
+        *,
+        image_size: int | None = None,
+        efficiency: Efficiency | None = None,
+    ) -> Split:
+        """The cuts for a backbone (on any device; it is not changed) and what its modules learn from.
+
+        Raises:
+            UserError: more modules than blocks; a compiled step, whose memory is not known.
+        """
+        efficiency = efficiency or Efficiency()
+        if efficiency.compile:
+            raise UserError("split=balanced: what a compiled step needs is not known: leave out efficiency.compile")
+        setting = Setting(
+            method,
+            decoder,
+            self.batch_size,
+            lambda: Emulation(self.device, self.precision),
+            efficiency=efficiency,
+            image_size=image_size,
+        )
+        costs = SegmentCosts(without_data(backbone), setting)
+        if self.k > costs.blocks:
+            raise UserError(f"split.k={self.k}: this backbone has {costs.blocks} blocks, which is the most modules")
+        if not method.local:
+            return Split(1, by="blocks")
+        return Split(cuts=tuple(balanced_cuts(costs.segment, costs.blocks, self.k)))
+
+
+def without_data(module: nn.Module) -> nn.Module:
+    """A copy on the meta device: nothing with data is ever duplicated."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        bare = torch.empty_like(parameter, device="meta", requires_grad=False)
+        memo[id(parameter)] = nn.Parameter(bare, requires_grad=parameter.requires_grad)
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(module, memo)
