@@ -12,12 +12,14 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
+from torch import Tensor
 
 from localfeat.artifacts.summary import environment
 from localfeat.build import build_learner
@@ -32,29 +34,63 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
 class Steps:
-    """One learner and its optimizers, a batch at a time, without a Trainer around it."""
+    """One learner and its optimizers, a batch at a time: the learner's own loop without a Trainer around it.
 
-    def __init__(self, config: dict[str, Any], classes: int) -> None:
-        self.learner: Learner = build_learner(config, classes).train()
-        kept = undecayed_parameters(self.learner.backbone)
-        self.optimizers = [
-            self.learner.optimization.build(module, kept, fused=True) for module in self.learner.local_modules
-        ]
-        self.bf16 = config["trainer"]["precision"] == "bf16-mixed"
+    Args:
+        learner: on the CPU.
+        bf16: autocast as in Lightning's ``bf16-mixed``.
+        accumulate: equal parts of the batch that share one optimizer step.
+    """
 
-    def seconds(self, images: torch.Tensor, labels: torch.Tensor) -> float:
+    def __init__(self, learner: Learner, *, bf16: bool, accumulate: int = 1) -> None:
+        self.learner = learner.train()
+        kept = undecayed_parameters(learner.backbone)
+        self.optimizers = [learner.optimization.build(module, kept, fused=True) for module in learner.local_modules]
+        self.bf16 = bf16
+        self.accumulate = accumulate
+
+    def seconds(self, images: Tensor, labels: Tensor) -> float:
         """Wall time of one step: every module forward, backward, update."""
+        parts = zip(images.tensor_split(self.accumulate), labels.tensor_split(self.accumulate), strict=True)
         started = time.perf_counter()
-        features = images
-        for module, optimizer in zip(self.learner.local_modules, self.optimizers, strict=True):
+        for left in reversed(range(self.accumulate)):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
-                output = module(features, images, labels)
-            output.loss.backward()
-            features = output.features
-            del output
-            optimizer.step()
-            optimizer.zero_grad()
+                self.learner.train_modules(lambda: next(parts), self._backward, _no_update if left else self._update)
         return time.perf_counter() - started
+
+    def _backward(self, loss: Tensor) -> None:
+        with torch.autocast("cpu", enabled=False):
+            (loss / self.accumulate).backward()
+
+    def _update(self, index: int) -> None:
+        optimizer = self.optimizers[index]
+        with torch.autocast("cpu", enabled=False):
+            self.learner.on_before_optimizer_step(optimizer)
+            optimizer.step()
+        optimizer.zero_grad()
+
+
+def _no_update(index: int) -> None:
+    """What a part of a batch does that only accumulates."""
+
+
+def in_turn(
+    steps: Mapping[str, Steps], images: Tensor, labels: Tensor, *, warm_up: int, rounds: int
+) -> list[dict[str, float]]:
+    """Seconds of every learner's step, round by round; the warm-up rounds are left out."""
+    taken = [{name: step.seconds(images, labels) for name, step in steps.items()} for _ in range(warm_up + rounds)]
+    return taken[warm_up:]
+
+
+def figures(rounds: Sequence[Mapping[str, float]], reference: str) -> dict[str, dict[str, float]]:
+    """Median seconds of every step, and the median of its ratios to ``reference`` taken round by round."""
+    return {
+        name: {
+            "step_seconds": median(taken[name] for taken in rounds),
+            f"relative_to_{reference}": median(taken[name] / taken[reference] for taken in rounds),
+        }
+        for name in rounds[0]
+    }
 
 
 def configure(overrides: list[str]) -> dict[str, dict[str, Any]]:
@@ -72,14 +108,13 @@ def main() -> None:
     torch.manual_seed(0)
     images = torch.randn(config["batch_size"], 3, config["image_size"], config["image_size"])
     labels = torch.randint(0, 10, (config["batch_size"],))
-    steps = {method: Steps(configs[method], 10) for method in METHODS}
-    rounds = [{m: s.seconds(images, labels) for m, s in steps.items()} for _ in range(WARM_UP + ROUNDS)][WARM_UP:]
+    bf16 = config["trainer"]["precision"] == "bf16-mixed"
+    steps = {method: Steps(build_learner(configs[method], 10), bf16=bf16) for method in METHODS}
+    found = figures(in_turn(steps, images, labels, warm_up=WARM_UP, rounds=ROUNDS), "e2e")
     lines = ["| method | median step (ms) | images/s | step time relative to `e2e` |", "|---|---|---|---|"]
-    figures = {}
-    for method in METHODS:
-        step = median(r[method] for r in rounds)
-        ratio = median(r[method] / r["e2e"] for r in rounds)
-        figures[method] = {"step_seconds": step, "images_per_second": len(images) / step, "relative_to_e2e": ratio}
+    for method, taken in found.items():
+        step, ratio = taken["step_seconds"], taken["relative_to_e2e"]
+        taken["images_per_second"] = len(images) / step
         lines.append(f"| `{method}` | {1000 * step:.0f} | {len(images) / step:.0f} | {ratio:.2f} |")
     facts = environment()
     precision, cores = config["trainer"]["precision"], torch.get_num_threads()
@@ -90,9 +125,9 @@ def main() -> None:
     ]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "step_time.md").write_text("\n".join(lines) + "\n")
-    found = {"overrides": overrides, "rounds": ROUNDS, "threads": cores, "methods": figures}
-    found |= {key: facts[key] for key in ("versions", "hardware", "commit")}
-    (RESULTS / "step_time.json").write_text(json.dumps(found, indent=2) + "\n")
+    result = {"overrides": overrides, "rounds": ROUNDS, "threads": cores, "methods": found}
+    result |= {key: facts[key] for key in ("versions", "hardware", "commit")}
+    (RESULTS / "step_time.json").write_text(json.dumps(result, indent=2) + "\n")
     print("\n".join(lines))
 
 
