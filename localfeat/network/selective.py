@@ -48,8 +48,15 @@ CHEAP = frozenset(
 )
 """Operations that move much memory for what they compute; their first result can be had again."""
 
+BATCH_NORMS = frozenset(
+    {aten.native_batch_norm.default, aten._batch_norm_with_update.default, aten.cudnn_batch_norm.default}
+)
+"""Cheap too; arguments 3 and 4 are the running statistics, which they update."""
+
 PRODUCTS = frozenset({aten.bmm.default})
 """Cheap where the result is larger than both factors, as the scores of attention are."""
+
+OPERATIONS = CHEAP | BATCH_NORMS | PRODUCTS
 
 IN_PLACE = {aten.relu_.default: aten.relu.default}
 """Cheap operations that overwrite their input, and what to call when it is made again."""
@@ -142,11 +149,23 @@ class _View:
         return tensor
 
 
+class _Scratch:
+    """A tensor that the operation writes into, or ``None``: the second time it gets a copy."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor | None) -> None:
+        self.tensor = tensor
+
+    def make(self) -> Tensor | None:
+        return None if self.tensor is None else self.tensor.clone()
+
+
 _Saved = _Kept | _View
 
 
 def _made(argument: Any) -> Any:
-    if isinstance(argument, (_Kept, _View)):
+    if isinstance(argument, (_Kept, _View, _Scratch)):
         return argument.make()
     return [_made(item) for item in argument] if isinstance(argument, list) else argument
 
@@ -225,7 +244,7 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        again = func if func in CHEAP or func in PRODUCTS else IN_PLACE.get(func)
+        again = func if func in OPERATIONS else IN_PLACE.get(func)
         if again is None or isinstance(args[0], nn.Parameter):  # cast weights stay in autocast's cache anyway
             result = func(*args, **kwargs)
             if func._schema.is_mutable:
@@ -233,6 +252,8 @@ class _Recorder(TorchDispatchMode):
                     self._recipes.pop(tensor.untyped_storage()._cdata, None)
             return result
         operands = [self._operand(value) for value in args]
+        if func in BATCH_NORMS:
+            operands[3:5] = [_Scratch(value) for value in args[3:5]]
         result = func(*args, **kwargs)
         first = result[0] if isinstance(result, tuple) else result
         if again is not func and not isinstance(operands[0], _View):
