@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from localfeat.errors import UserError
 from localfeat.network.local_module import BlockRunner, plainly
 from localfeat.network.selective import run_selectively
 from localfeat.network.sliced import refuse_slices, run_sliced
-from localfeat.precision import AutocastState
 
 
 def block_runners(blocks: Sequence[nn.Module], efficiency: Efficiency) -> list[BlockRunner]:
@@ -48,9 +47,10 @@ def checkpointed(block: nn.Module, x: Tensor) -> Tensor:
     if not builds_graph(block, x):
         return plainly(block, x)
 
-    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        return nullcontext(), Again(block, AutocastState.of(x.device))
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), StatisticsKept(block)
 
+    # Autocast and the random state are restored by torch: that of the CPU too, which stands in for meta's.
     return cast(Tensor, checkpoint(block, x, use_reentrant=False, context_fn=contexts))
 
 
@@ -64,48 +64,24 @@ def selectively(block: nn.Module, x: Tensor) -> Tensor:
     return run_selectively(block, x) if builds_graph(block, x) else plainly(block, x)
 
 
-class Again(AbstractContextManager[None]):
-    """Around the second computation of a block: autocast as in the first, and the block's statistics left alone.
+class StatisticsKept(AbstractContextManager[None]):
+    """While a block is computed again, its batch normalisations update copies: the first time has counted.
 
-    Args:
-        block: what is computed again.
-        autocast: its state in the first computation. Torch restores that of real devices itself.
-        inner: further contexts, entered last.
+    The copies are thrown away. Leaving the running statistics out would be simpler, but the backward pass of a
+    normalisation saves them, and a recomputation has to save as many tensors as the first computation did. May be
+    entered again, as a graph may be gone through again.
     """
 
-    def __init__(
-        self, block: nn.Module, autocast: AutocastState, *inner: AbstractContextManager[Any]
-    ) -> None:  # entered once per backward pass through the same graph
-        self._block = block
-        self._autocast = autocast
-        self._inner = inner
-        self._stack = ExitStack()
+    def __init__(self, block: nn.Module) -> None:
+        self._norms = [m for m in block.modules() if isinstance(m, _NormBase) and m.training]
+        self._kept: list[dict[str, Tensor]] = []
 
     def __enter__(self) -> None:
-        with ExitStack() as stack:
-            stack.enter_context(self._autocast.restored())
-            stack.enter_context(statistics_kept(self._block))
-            for context in self._inner:
-                stack.enter_context(context)
-            self._stack = stack.pop_all()
+        self._kept = [{k: buffer for k, buffer in m._buffers.items() if buffer is not None} for m in self._norms]
+        for norm, buffers in zip(self._norms, self._kept, strict=True):
+            norm._buffers.update({name: buffer.clone() for name, buffer in buffers.items()})
 
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
-
-
-@contextmanager
-def statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Let normalisations over the batch update copies of their running statistics: the first time has counted.
-
-    The copies are thrown away. Leaving the statistics out would be simpler, but the backward pass of a
-    normalisation saves them, and a recomputation has to save as many tensors as the first computation did.
-    """
-    norms = [m for m in block.modules() if isinstance(m, _NormBase) and m.training]
-    kept = [{name: buffer for name, buffer in norm._buffers.items() if buffer is not None} for norm in norms]
-    for norm, buffers in zip(norms, kept, strict=True):
-        norm._buffers.update({name: buffer.clone() for name, buffer in buffers.items()})
-    try:
-        yield
-    finally:
-        for norm, buffers in zip(norms, kept, strict=True):
+    def __exit__(self, *error: object) -> None:
+        for norm, buffers in zip(self._norms, self._kept, strict=True):
             norm._buffers.update(buffers)
+        self._kept = []

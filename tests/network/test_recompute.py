@@ -6,12 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 from localfeat.efficiency import Efficiency
 from localfeat.errors import UserError
+from localfeat.memory.emulation import Emulation
+from localfeat.memory.tracker import StorageTracker
+from localfeat.memory.work import WorkCounter
 from localfeat.network import block_runners, decompose
 from localfeat.network.local_module import plainly
+from localfeat.network.selective import run_selectively
 from tests.small import IMAGE_SIZE, backbone, batch, disturbed, gradients
 
 FAMILIES = ["swin", "swinv2", "vit", "convnext", "resnet"]
@@ -186,3 +191,90 @@ def test_without_gradients_a_block_runs_as_it_is(setting: str) -> None:
         assert torch.equal(runner(block, x), block(x))
     block.requires_grad_(False)
     assert runner(block, x).grad_fn is None
+
+
+def test_selective_in_a_backward_pass_that_runs_under_autocast() -> None:
+    found = []
+    for efficiency in (SETTINGS["selective"], Efficiency()):
+        block, runner = one_block(efficiency)
+        torch.manual_seed(3)
+        x = torch.randn(8, 16, 16, 16, requires_grad=True)
+        loss = runner(block, x).square().mean()  # full precision
+        with torch.autocast("cpu", torch.bfloat16):
+            loss.backward()
+        found.append([x.grad, *(p.grad for p in block.parameters())])
+    for value, expected in zip(*found, strict=True):
+        assert torch.equal(value, expected)
+
+
+class Overwrites(nn.Module):
+    """Saves ``gelu(h)`` as a recipe from ``h``, then overwrites ``h``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x @ x.mT
+        y = nn.functional.gelu(h).square()
+        with torch.no_grad():
+            h.add_(1)
+        return y
+
+
+def test_selective_never_computes_from_what_was_overwritten() -> None:
+    x = torch.randn(4, 4, requires_grad=True)
+    y = run_selectively(Overwrites(), x)
+    with pytest.raises(RuntimeError, match="in-place"):
+        y.sum().backward()
+
+
+def test_selective_has_no_second_derivatives() -> None:
+    x = torch.randn(4, 4, requires_grad=True)
+    y = run_selectively(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)), x).sum()
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.grad(y, x, create_graph=True)
+
+
+MIB = 2**20
+
+
+class Memory:
+    """One block of Swin-T's first stage at 224 px, 16 images, on the meta device as CUDA computes it."""
+
+    def __init__(self, efficiency: Efficiency, precision: Any = "bf16-mixed", needs_gradient: bool = True) -> None:
+        block = SwinTransformerBlock(96, (56, 56), 3, window_size=7, shift_size=3, drop_path=0.1).to("meta")
+        runner = block_runners([block], efficiency)[0]
+        x = torch.empty(16, 56, 56, 96, device="meta", requires_grad=needs_gradient)
+        tracker = StorageTracker([*block.parameters(), *block.buffers(), x])
+        with Emulation("cuda", precision), WorkCounter() as work, tracker:
+            standing = tracker.live_bytes
+            y = runner(block, x)
+            self.kept = (tracker.live_bytes - standing) / MIB
+            y.backward(torch.empty_like(y))
+            self.peak = (tracker.peak_bytes - standing) / MIB
+        self.flops = work.flops
+        self.features = x.numel() * x.element_size() / MIB
+
+
+def test_memory_of_a_block() -> None:
+    plain, selective, checkpoint = Memory(Efficiency()), Memory(SETTINGS["selective"]), Memory(SETTINGS["checkpoint"])
+    assert selective.kept < 0.5 * plain.kept and selective.peak < 0.8 * plain.peak
+    assert selective.flops < 1.02 * plain.flops
+    assert checkpoint.kept == pytest.approx(plain.features, rel=0.01)  # the output
+    assert checkpoint.peak == pytest.approx(plain.peak, rel=0.01)  # one block by itself: no gain but what it keeps
+    assert checkpoint.flops == pytest.approx(4 / 3 * plain.flops, rel=0.01)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("slices", [4, 8])
+def test_memory_of_a_block_in_slices(slices: int, precision: str) -> None:
+    """Output and both gradients whole, of the rest one slice. Without a gradient of the input: less by that."""
+    plain = Memory(Efficiency(), precision)
+    efficiency = Efficiency(recompute="checkpoint", slices=slices)
+    whole = 3 * plain.features
+    assert Memory(efficiency, precision).peak <= whole + 1.15 * plain.peak / slices
+    first = Memory(efficiency, precision, needs_gradient=False)
+    assert first.peak <= whole - plain.features + 1.15 * plain.peak / slices
+
+
+def test_on_meta_a_block_is_computed_again_under_autocast() -> None:
+    for setting in ("checkpoint", "3 slices"):
+        mixed, full = Memory(SETTINGS[setting]).peak, Memory(SETTINGS[setting], "32-true").peak
+        assert mixed < 0.8 * full
