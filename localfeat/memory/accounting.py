@@ -100,12 +100,13 @@ def step_memory(
         batch_size: images per batch.
         image_size: side in pixels of the square images that the network sees.
         target: ``cuda`` or ``cpu``.
-        precision: ``32-true``, ``bf16-mixed`` or ``16-mixed``.
+        precision: ``32-true``, ``bf16-mixed`` or ``16-mixed``, for which Lightning takes ``bf16-mixed`` on a CPU.
         source_shape: height and width in pixels of the uint8 images that are sent to the device and stay there for
             the whole step; ``None`` for loaders of normalised float images.
         accumulate: batches per optimizer step; ``None`` takes the learner's.
         soft_labels: labels are probabilities (B, classes), as under mixup.
-        ema: the device holds a moving average of weights and buffers as well.
+        ema: the device holds a moving average of weights and buffers as well (Lightning's callback keeps it in main
+            memory unless it is given a device).
 
     Raises:
         UserError: sizes below 1; a precision or target that is not known.
@@ -118,6 +119,7 @@ def step_memory(
         raise UserError(f"target={target}: memory is predicted for cuda and cpu")
     if precision not in AUTOCAST_DTYPES:
         raise UserError(f"precision={precision}: memory is predicted for {', '.join(AUTOCAST_DTYPES)}")
+    precision = "bf16-mixed" if (target, precision) == ("cpu", "16-mixed") else precision
     batch = _Batch(batch_size, image_size, source_shape, learner.num_classes if soft_labels else None)
     with Emulation(target, precision):
         step = _Step(on_meta(learner), batch, accumulate, scaled=precision == "16-mixed")
@@ -224,7 +226,8 @@ class _Step:
         """The next step, which updates, under a tracker."""
         weights = [*self.learner.parameters(), *self.learner.buffers()]
         if ema:
-            weights += [torch.empty_like(weight) for weight in weights]
+            counter = torch.empty((), dtype=torch.int64, device="meta")  # of updates
+            weights += [*(torch.empty_like(weight) for weight in weights), counter]
         watch = _Watch(weights, list(self._states()), self.batch.send(), host_too)
         gradients = [p.grad for p in self.learner.parameters() if p.grad is not None]
         watch.begin(gradients)

@@ -50,6 +50,7 @@ class Emulation(TorchFunctionMode):
         self.dtype = AUTOCAST_DTYPES[precision]
         self._policies = policies(target)
         self._running: list[Callable[..., Any]] = []
+        self._bodies = _Bodies()
         self._patches = ExitStack()
         self._depth = 0
 
@@ -98,7 +99,7 @@ class Emulation(TorchFunctionMode):
         self._running.append(func)
         try:
             with self:
-                return _without_check(func)(*args, **kwargs)
+                return self._bodies[func](*args, **kwargs)
         finally:
             self._running.pop()
 
@@ -154,20 +155,21 @@ def _with_meta(devices: Callable[[], list[str]]) -> Callable[[], list[str]]:
     return lambda: [*devices(), "meta"]
 
 
-_bodies: dict[FunctionType, FunctionType] = {}
-_unchecked_globals: dict[int, dict[str, Any]] = {}
 _CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
 
-def _without_check(func: FunctionType) -> FunctionType:
-    """The same function, but without the hook by which torch hands it to function modes first."""
-    if func not in _bodies:
-        known = id(func.__globals__)
-        if known not in _unchecked_globals:
-            _unchecked_globals[known] = {**func.__globals__, **dict.fromkeys(_CHECKS, lambda *_: False)}
-        body = FunctionType(
-            func.__code__, _unchecked_globals[known], func.__name__, func.__defaults__, func.__closure__
+class _Bodies(dict[FunctionType, FunctionType]):
+    """``{function: the same}`` without the hook by which torch hands it to function modes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._globals: dict[int, dict[str, Any]] = {}
+
+    def __missing__(self, func: FunctionType) -> FunctionType:
+        names = self._globals.setdefault(
+            id(func.__globals__), {**func.__globals__, **dict.fromkeys(_CHECKS, lambda *_: False)}
         )
+        body = FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
         body.__kwdefaults__ = func.__kwdefaults__
-        _bodies[func] = body
-    return _bodies[func]
+        self[func] = body
+        return body
