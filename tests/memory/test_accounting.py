@@ -202,17 +202,13 @@ def test_a_backbone_that_never_had_data(family: str) -> None:
 
 
 def test_many_images_of_a_large_network() -> None:
-    """Swin-T end to end, 128 images: an independent emulation said 13435 MiB in float32 and 8996 in bfloat16.
-
-    That was one forward and backward pass, without optimizer states, which at the peak, early in the backward
-    pass, lie beside the first few gradients only.
-    """
+    """Swin-T end to end, 128 images: an independent emulation said 13435 MiB in float32 and 8996 in bfloat16."""
     with torch.device("meta"):
-        network = timm.create_model("swin_tiny_patch4_window7_224", drop_path_rate=0.0)
+        network = timm.create_model("swin_tiny_patch4_window7_224", num_classes=10, drop_path_rate=0.0)
     model = Learner(network, "e2e", 1)
     for precision, expected in (("32-true", 13435), ("bf16-mixed", 8996)):
         found = step_memory(model, batch_size=128, image_size=224, target="cuda", precision=precision)  # type: ignore[arg-type]
-        assert found.peak_bytes / 2**20 == pytest.approx(expected, rel=0.01)
+        assert found.peak_bytes / 2**20 == pytest.approx(expected, rel=0.002)
 
 
 @pytest.mark.parametrize(
