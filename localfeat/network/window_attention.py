@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from localfeat.errors import UserError
 
 MOST_SLICES = 8
-SMALLEST_SLICE = 2**18
+SMALLEST_SLICE = 2**20
 """Elements of N x N matrices below which slicing further saves no memory worth a kernel launch."""
 
 MIN_LENGTH = 1e-12

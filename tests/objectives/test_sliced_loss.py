@@ -79,12 +79,12 @@ def test_under_autocast_it_is_as_near_to_float32_as_the_plain_loss(loss: str, ta
 
 
 def test_the_slices_compute_under_the_autocast_of_the_plain_loss() -> None:
-    seen: list[tuple[str, torch.dtype]] = []
+    seen: list[tuple[str, torch.dtype | bool]] = []
 
     class Look(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:
             y = super().forward(x)
-            y.register_hook(lambda grad: seen.append(("gradient", grad.dtype)))
+            y.register_hook(lambda grad: seen.append(("autocast in backward", torch.is_autocast_enabled("cpu"))))
             seen.append(("output", y.dtype))
             return y
 
@@ -101,7 +101,7 @@ def test_the_slices_compute_under_the_autocast_of_the_plain_loss() -> None:
     own.reconstruction_loss = look
     outcome(own, autocast=True)
     half = torch.bfloat16
-    assert seen == [("output", half), ("loss", torch.float32), ("gradient", half)] * 2
+    assert seen == [("output", half), ("loss", torch.float32), ("autocast in backward", False)] * 2
 
 
 def test_parameters_without_gradient_and_accumulation() -> None:
