@@ -51,6 +51,12 @@ class ImageFolder:
         self._decide()
         return self._in_memory
 
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of the images as they are loaded; reads every file's header at the first call."""
+        self._decide()
+        return self._native if self._in_memory and self._native else (self.store_size, self.store_size)
+
     def prepare(self, download: bool) -> None:
         """Nothing to fetch: the files were found at construction."""
 

@@ -21,6 +21,10 @@ class Source(Protocol):
     def in_memory(self) -> bool:
         """Whether `load` gives one tensor; image_folder reads the headers of its files to decide."""
 
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of the images as they are loaded; image_folder reads the headers of its files for it."""
+
     def prepare(self, download: bool) -> None:
         """Make sure that all files are there and sound; ``UserError`` if they are not."""
 
@@ -46,6 +50,7 @@ class Digits:
 
     num_classes = 10
     in_memory = True
+    image_shape = (8, 8)
 
     def prepare(self, download: bool) -> None:
         """Nothing to do: the images are part of scikit-learn."""

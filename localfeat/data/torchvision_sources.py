@@ -45,6 +45,7 @@ class TorchvisionSource:
         name: for messages.
         root: folder that holds (or will hold) the files.
         num_classes: checked against the labels and class names that the files hold.
+        image_shape: height and width of the images.
         files: gives the needed files.
         read: gives the arrays of split "train" or "test" from a root.
     """
@@ -52,6 +53,7 @@ class TorchvisionSource:
     name: str
     root: Path
     num_classes: int
+    image_shape: tuple[int, int]
     files: Callable[[], Files]
     read: Callable[[Path, str], Arrays]
     in_memory: bool = True
@@ -128,22 +130,24 @@ class TorchvisionSource:
 
 def cifar10(root: Path) -> TorchvisionSource:
     """CIFAR-10: 50,000 + 10,000 images of 32 px in 10 classes."""
-    return TorchvisionSource("cifar10", root, 10, lambda: _cifar_files("CIFAR10"), _cifar_reader("CIFAR10"))
+    return TorchvisionSource("cifar10", root, 10, (32, 32), lambda: _cifar_files("CIFAR10"), _cifar_reader("CIFAR10"))
 
 
 def cifar100(root: Path) -> TorchvisionSource:
     """CIFAR-100 with its fine labels: 50,000 + 10,000 images of 32 px in 100 classes."""
-    return TorchvisionSource("cifar100", root, 100, lambda: _cifar_files("CIFAR100"), _cifar_reader("CIFAR100"))
+    return TorchvisionSource(
+        "cifar100", root, 100, (32, 32), lambda: _cifar_files("CIFAR100"), _cifar_reader("CIFAR100")
+    )
 
 
 def stl10(root: Path) -> TorchvisionSource:
     """STL-10, labelled part: 5,000 + 8,000 images of 96 px in 10 classes; the unlabelled file is not needed."""
-    return TorchvisionSource("stl10", root, 10, _stl10_files, _read_stl10)
+    return TorchvisionSource("stl10", root, 10, (96, 96), _stl10_files, _read_stl10)
 
 
 def svhn(root: Path) -> TorchvisionSource:
     """SVHN cropped digits: 73,257 + 26,032 images of 32 px in 10 classes, without the "extra" part."""
-    return TorchvisionSource("svhn", root, 10, _svhn_files, _read_svhn)
+    return TorchvisionSource("svhn", root, 10, (32, 32), _svhn_files, _read_svhn)
 
 
 def _cifar_files(class_name: str) -> Files:

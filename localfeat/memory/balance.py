@@ -77,3 +77,34 @@ def _cheapest(
                     following[stop] = candidate
         best = following
     return best.get(blocks)
+
+
+def cheapest_cuts(
+    cost: Callable[[int, int], float | None], blocks: int, most: int, fewest: int = 1
+) -> list[int] | None:
+    """The cuts with the lowest sum of costs, into ``fewest`` to ``most`` modules; of equal ones the fewest modules.
+
+    Args:
+        cost: of the module of blocks ``start`` to ``stop`` (exclusive); ``None`` if it is not possible.
+        blocks: of the backbone.
+
+    Returns:
+        Rising numbers of blocks; ``None`` if there is no possible division.
+    """
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    answers: list[tuple[float, int, tuple[int, ...]]] = []
+    for module in range(1, most + 1):
+        following: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for start, (total, cuts) in best.items():
+            for stop in range(start + 1, blocks + 1):
+                price = cost(start, stop)
+                if price is None:
+                    continue
+                candidate = (total + price, (*cuts, stop))
+                if stop not in following or candidate < following[stop]:
+                    following[stop] = candidate
+        if blocks in following and module >= fewest:
+            total, stops = following[blocks]
+            answers.append((total, module, stops[:-1]))
+        best = {stop: found for stop, found in following.items() if stop < blocks}
+    return list(min(answers)[2]) if answers else None

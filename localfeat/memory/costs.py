@@ -207,10 +207,10 @@ def signature(module: nn.Module) -> object:
 
 
 def interpolated(batch_size: int, samples: Mapping[int, PieceCost]) -> PieceCost:
-    """A piece's cost at any batch size, through measurements at two or three of them (batch size -> cost).
+    """A piece's cost at any batch size, through measurements at two or three others (batch size -> cost).
 
-    All bytes are affine in the batch size up to the allocator's rounding, except for contrastive losses, which
-    compare all images with each other: quadratic.
+    All bytes are affine in the batch size up to the allocator's rounding, for which two measurements are enough;
+    contrastive losses compare all images with each other, which is quadratic and needs three.
     """
     weights = {size: _lagrange(list(samples), size, batch_size) for size in samples}
     values: dict[str, Any] = {}

@@ -15,7 +15,7 @@ from localfeat.assembly import build_objective, image_size_of, prepare_blocks
 from localfeat.efficiency import Efficiency
 from localfeat.memory.costs import PieceCost, interpolated, measure_objective, measure_piece, signature
 from localfeat.memory.tracker import rounded
-from localfeat.network import decompose, weighted_sum
+from localfeat.network import Decomposition, decompose, weighted_sum
 from localfeat.objectives import DecoderFactory, Method, Site
 
 STATES = 2
@@ -114,11 +114,16 @@ class Parts:
 
     @staticmethod
     def at(batch_size: int, samples: dict[int, Parts]) -> Parts:
-        """The parts at any batch size, through measurements at two or three others (batch size -> parts)."""
+        """The parts at any batch size, through measurements at others (batch size -> parts).
+
+        Args:
+            samples: three, of which two have the body: its costs are affine in the batch size.
+        """
+        bodies = {size: sample.chain for size, sample in samples.items() if sample.chain}
         some = next(iter(samples.values()))
         chain = [
-            interpolated(batch_size, {size: sample.chain[index] for size, sample in samples.items()})
-            for index in range(len(some.chain))
+            interpolated(batch_size, dict(zip(bodies, pieces, strict=True)))
+            for pieces in zip(*bodies.values(), strict=True)
         ]
         objective = interpolated(batch_size, {size: sample.objective for size, sample in samples.items()})
         (first, low), (second, high) = sorted((size, sample) for size, sample in samples.items())[:2]
@@ -144,9 +149,9 @@ class SegmentCosts:
         self.setting = setting
         self.backbone = backbone.train()
         self.size = image_size_of(backbone, setting.image_size)
-        self.pieces = decompose(backbone, self.size)
-        self.runners = prepare_blocks(backbone, self.pieces, setting.efficiency)
         self._shared = {} if known is None else known
+        self.pieces: Decomposition = self._once(("pieces", id(backbone)), lambda: decompose(backbone, self.size))
+        self.runners = prepare_blocks(backbone, self.pieces, setting.efficiency)
         self._segments: dict[tuple[int, int], Segment] = {}
 
     @property
@@ -162,6 +167,9 @@ class SegmentCosts:
     @cached_property
     def features(self) -> list[Tensor]:
         """``features[i]``: input of block i; the last one: of the classifier. On meta."""
+        return cast("list[Tensor]", self._once(("features", self.setting.batch_size), self._features))
+
+    def _features(self) -> list[Tensor]:
         with torch.no_grad(), self.setting.device():
             x = self.pieces.stem(self._images())
             found = [x]
@@ -176,11 +184,13 @@ class SegmentCosts:
             self._segments[start, stop] = self.parts(start, stop).combined()
         return self._segments[start, stop]
 
-    def parts(self, start: int, stop: int) -> Parts:
-        """What the module of blocks ``start`` to ``stop`` (exclusive) is made of."""
-        chain = [self._block(index, first=index == start) for index in range(start, stop)]
-        if start == 0:
-            chain = [self._stem(), self._block(0, first=False), *chain[1:]]
+    def parts(self, start: int, stop: int, *, body: bool = True) -> Parts:
+        """What the module of blocks ``start`` to ``stop`` (exclusive) is made of; without its body if so wanted."""
+        chain = []
+        if body and start == 0:
+            chain = [self._stem(), *(self._block(index, first=False) for index in range(stop))]
+        elif body:
+            chain = [self._block(index, first=index == start) for index in range(start, stop)]
         objective, standing, uses_images = self._objective(start, stop)
         images, inputs = rounded(self._images().nbytes), rounded(self.features[start].nbytes)
         held = images if start == 0 else inputs + images * uses_images

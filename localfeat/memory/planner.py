@@ -1,0 +1,308 @@
+"""Which settings of a training run fit into a memory budget, how large their batches can be, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+from torch import nn
+
+from localfeat.efficiency import Efficiency
+from localfeat.memory.balance import balanced_cuts, cheapest_cuts
+from localfeat.memory.emulation import Emulation, Precision, Target
+from localfeat.memory.segments import Parts, Segment, SegmentCosts, Setting
+from localfeat.network import Split
+from localfeat.objectives import DecoderFactory, Method
+
+MOST_MODULES = 12
+STEP = 8
+"""Largest batches are multiples of this (below it 1, 2 and 4): slices of the batch are then of one size."""
+LARGEST_BATCH = 2**16
+
+FLOPS_PER_BYTE: Mapping[tuple[Target, Precision], float] = {
+    ("cuda", "32-true"): 20.0,
+    ("cuda", "bf16-mixed"): 150.0,
+    ("cuda", "16-mixed"): 150.0,
+    ("cpu", "32-true"): 10.0,
+    ("cpu", "bf16-mixed"): 20.0,
+}
+"""How many FLOPs a device does in the time in which it moves a byte, roughly: a data-centre GPU, a desktop CPU."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A training run, apart from what the planner chooses.
+
+    Args:
+        backbone: makes the timm model on the meta device.
+        decoder: of methods that reconstruct.
+        batch_size: images per step that are wanted.
+        target, precision: of the training.
+        image_size: where the backbone does not fix it.
+        source_bytes: of one image as it comes from the loader.
+        accumulate: batches per optimizer step.
+        ema: whether a moving average of the weights is kept.
+    """
+
+    backbone: Callable[[], nn.Module]
+    decoder: DecoderFactory
+    batch_size: int
+    target: Target = "cuda"
+    precision: Precision = "32-true"
+    image_size: int | None = None
+    source_bytes: int = 0
+    accumulate: int = 1
+    ema: bool = False
+    soft_labels: bool = False
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to train, and what it needs.
+
+    Attributes:
+        method, efficiency: names.
+        settings: of the efficiency, with what the search has changed.
+        cuts: numbers of blocks after which the backbone is cut.
+        peak_bytes: predicted, at the batch size wanted.
+        fits: whether that is within the budget.
+        largest_batch: the largest batch that fits, 0 for none.
+        step_cost: estimated time of a step relative to plain end-to-end training, from FLOPs and memory traffic.
+        balanced: whether ``split=balanced`` finds these cuts.
+    """
+
+    method: str
+    efficiency: str
+    settings: Efficiency
+    cuts: tuple[int, ...]
+    peak_bytes: int
+    fits: bool
+    largest_batch: int
+    step_cost: float
+    balanced: bool
+
+    @property
+    def modules(self) -> int:
+        """K."""
+        return len(self.cuts) + 1
+
+
+class Planner:
+    """Evaluates options for a workload within a budget.
+
+    Args:
+        workload: the run.
+        methods: by name.
+        efficiencies: by name.
+        budget: bytes that a step may take.
+    """
+
+    def __init__(
+        self, workload: Workload, methods: Mapping[str, Method], efficiencies: Mapping[str, Efficiency], budget: int
+    ) -> None:
+        self.workload, self.methods, self.efficiencies, self.budget = workload, methods, efficiencies, budget
+        self._costs: dict[object, SegmentCosts] = {}
+        self._known: dict[object, Any] = {}
+        self._backbones: dict[bool, nn.Module] = {}  # fused attention changes the backbone
+        self.blocks = self._plain(workload.batch_size).blocks
+
+    def options(self, split: Split | None = None) -> Iterator[Option]:
+        """Every method with every efficiency setting: cut as ``split`` says, or balanced with K = 1 to 12.
+
+        One module is the whole network under the classifier's cross entropy: end-to-end training, whatever the method.
+        """
+        for name, method in self.methods.items():
+            for efficiency in self.efficiencies:
+                for cuts, balanced in self._divisions(name, efficiency, split):
+                    if method.local == bool(cuts):
+                        yield self._option(name, efficiency, cuts, balanced=balanced)
+
+    def fitted(self) -> Iterator[Option]:
+        """For every method the cheapest cuts of all that fit, with only so many blocks recomputed as must be."""
+        recomputing = self.efficiencies.get("slices")
+        if recomputing is None:
+            return
+        for name, method in self.methods.items():
+            found: list[Option] = []
+            for fused in {False, recomputing.fused_attention}:
+                settings = replace(recomputing, fused_attention=fused)
+                division = _Fitted(self, name, _without_recomputation(settings), settings).search(method.local)
+                if division is not None:
+                    cuts, blocks = division
+                    found.append(self._option(name, "slices", cuts, balanced=False, blocks=blocks, fused=fused))
+            if found:
+                yield min(found, key=lambda option: option.step_cost)
+
+    def _divisions(self, method: str, efficiency: str, split: Split | None) -> Iterator[tuple[tuple[int, ...], bool]]:
+        costs = self.costs(method, self.efficiencies[efficiency], self.workload.batch_size)
+        if not self.methods[method].local:
+            yield (), split is None
+        elif split is not None:
+            lengths = split.blocks_per_module(costs.pieces.stage_depths)
+            yield tuple(sum(lengths[: i + 1]) for i in range(len(lengths) - 1)), False
+        else:
+            for modules in range(2, min(MOST_MODULES, self.blocks) + 1):
+                yield tuple(balanced_cuts(costs.segment, self.blocks, modules)), True
+
+    def _option(
+        self,
+        method: str,
+        efficiency: str,
+        cuts: tuple[int, ...],
+        *,
+        balanced: bool,
+        blocks: tuple[int, ...] | None = None,
+        fused: bool | None = None,
+    ) -> Option:
+        settings = self.efficiencies[efficiency]
+        if fused is not None:
+            settings = replace(settings, fused_attention=fused)
+        if blocks is not None:
+            settings = replace(settings, blocks=blocks) if blocks else _without_recomputation(settings)
+        peak, cost = self.evaluate(method, settings, cuts)
+        fits = peak <= self.budget
+        largest = self._largest_batch(method, settings, cuts)
+        return Option(method, efficiency, settings, cuts, round(peak), fits, largest, cost, balanced)
+
+    def evaluate(self, method: str, efficiency: Efficiency, cuts: Sequence[int]) -> tuple[float, float]:
+        """Peak in bytes and step cost at the batch size wanted."""
+        costs = self.costs(method, efficiency, self.workload.batch_size)
+        segments = [costs.segment(*edges) for edges in pairwise([0, *cuts, self.blocks])]
+        return self.peak(segments), self.step_cost(segments)
+
+    def peak(self, segments: Sequence[Segment]) -> float:
+        """Of a step of these modules, in bytes."""
+        return self.standing + sum(s.standing for s in segments) + max(s.peak for s in segments)
+
+    @property
+    def standing(self) -> float:
+        """Bytes of the backbone's weights and optimizer states, and of what else stands there all the time."""
+        plain = self._plain(self.workload.batch_size)
+        trained = sum(p.nbytes for p in plain.backbone.parameters() if p.requires_grad)
+        between_batches = trained if self.workload.accumulate > 1 else 0
+        return plain.standing.total + plain.standing.weights * self.workload.ema + between_batches
+
+    def step_cost(self, segments: Iterable[Segment]) -> float:
+        """Of a step relative to plain end-to-end training."""
+        whole = self._plain(self.workload.batch_size).segment(0, self.blocks)
+        return sum(map(self.work, segments)) / self.work(whole)
+
+    def work(self, part: Segment) -> float:
+        """Of a module, in bytes moved or their equivalent in FLOPs."""
+        return part.flops / FLOPS_PER_BYTE[self.workload.target, self.workload.precision] + part.traffic
+
+    def _largest_batch(self, method: str, efficiency: Efficiency, cuts: tuple[int, ...]) -> int:
+        """The largest multiple of ``STEP`` within the budget, by measurements at three sizes; below it 4, 2 or 1."""
+        edges = list(pairwise([0, *cuts, self.blocks]))
+        sizes = self._probes()
+        samples = {size: self.costs(method, efficiency, size) for size in sizes}
+        parts = [{size: samples[size].parts(*edge, body=size != sizes[-1]) for size in sizes} for edge in edges]
+
+        def fits(batch: int) -> bool:
+            return self.peak([Parts.at(batch, sample).combined() for sample in parts]) <= self.budget
+
+        if fits(STEP):
+            low, high = 1, 2
+            while high * STEP <= LARGEST_BATCH and fits(high * STEP):
+                low, high = high, 2 * high
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if fits(middle * STEP) else (low, middle)
+            return low * STEP
+        for batch in (4, 2, 1):
+            costs = self.costs(method, efficiency, batch)
+            needs_pairs = self.methods[method].contrasts and batch < 2
+            if not needs_pairs and self.peak([costs.segment(*edge) for edge in edges]) <= self.budget:
+                return batch
+        return 0
+
+    def _probes(self) -> list[int]:
+        middle = max(2 * STEP, self.workload.batch_size // STEP * STEP)
+        return [middle // (2 * STEP) * STEP, middle, 2 * middle]
+
+    def _plain(self, batch_size: int) -> SegmentCosts:
+        return self.costs(next(iter(self.methods)), Efficiency(), batch_size)
+
+    def costs(self, method: str, efficiency: Efficiency, batch_size: int) -> SegmentCosts:
+        """Measured costs, kept for the next time."""
+        key = (method, repr(efficiency), batch_size)
+        if key not in self._costs:
+            work = self.workload
+            setting = Setting(
+                self.methods[method],
+                work.decoder,
+                batch_size,
+                lambda: Emulation(work.target, work.precision),
+                efficiency,
+                work.image_size,
+                work.source_bytes,
+                work.soft_labels,
+            )
+            if efficiency.fused_attention not in self._backbones:
+                self._backbones[efficiency.fused_attention] = work.backbone()
+            backbone = self._backbones[efficiency.fused_attention]
+            self._costs[key] = SegmentCosts(backbone, setting, self._known)
+        return self._costs[key]
+
+
+def _without_recomputation(efficiency: Efficiency) -> Efficiency:
+    return replace(efficiency, recompute="none", slices=1, blocks=None)
+
+
+@dataclass
+class _Fitted:
+    """The search behind :meth:`Planner.fitted`.
+
+    A module recomputes its first blocks, as many as it must: in a hierarchical backbone they are the largest, in a
+    columnar one all are alike.
+    """
+
+    planner: Planner
+    method: str
+    plain: Efficiency
+    recomputing: Efficiency
+    _segments: dict[tuple[int, int], list[Segment]] = field(default_factory=dict)
+
+    def search(self, local: bool) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Cuts and numbers of recomputed blocks of the cheapest division within the budget; ``None`` if none is."""
+        planner = self.planner
+        most = min(MOST_MODULES, planner.blocks) if local else 1
+        limit = planner.budget - planner.standing
+        for _ in range(4):  # the auxiliary parts stand there too, and depend on the cuts
+            found = cheapest_cuts(partial(self._cost, limit), planner.blocks, most, 1 + local)
+            if found is None:
+                return None
+            modules = [
+                (edge, self._needed(limit, *edge) or 0, self._variants(*edge))
+                for edge in pairwise([0, *found, planner.blocks])
+            ]
+            segments = [variants[count] for _, count, variants in modules]
+            if planner.peak(segments) <= planner.budget:
+                recomputed = [start + i + 1 for (start, _), count, _ in modules for i in range(count)]
+                return tuple(found), tuple(recomputed)
+            limit = planner.budget - planner.standing - sum(s.standing for s in segments)
+        return None
+
+    def _cost(self, limit: float, start: int, stop: int) -> float | None:
+        count = self._needed(limit, start, stop)
+        return None if count is None else self.planner.work(self._variants(start, stop)[count])
+
+    def _needed(self, limit: float, start: int, stop: int) -> int | None:
+        """How many first blocks must be recomputed."""
+        return next((n for n, s in enumerate(self._variants(start, stop)) if s.peak <= limit), None)
+
+    def _variants(self, start: int, stop: int) -> list[Segment]:
+        """The module with its first 0, 1, 2 … blocks recomputed."""
+        if (start, stop) not in self._segments:
+            size = self.planner.workload.batch_size
+            kept = self.planner.costs(self.method, self.plain, size).parts(start, stop)
+            again = self.planner.costs(self.method, self.recomputing, size).parts(start, stop)
+            stem = len(kept.chain) - (stop - start)  # the first module begins with the stem, which is not recomputed
+            self._segments[start, stop] = [
+                replace(kept, chain=again.chain[: stem + count] + kept.chain[stem + count :]).combined()
+                for count in range(stop - start + 1)
+            ]
+        return self._segments[start, stop]
