@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from localfeat.errors import UserError
@@ -48,7 +48,7 @@ class Efficiency:
             raise UserError("efficiency.blocks names blocks to recompute: set efficiency.recompute too")
         if self.blocks is not None and min(self.blocks, default=1) < 1:
             raise UserError(f"efficiency.blocks={list(self.blocks)}: blocks are counted from 1")
-        if self.compile and self != Efficiency(compile=True):
+        if self.compile and any(getattr(self, f.name) != f.default for f in fields(self) if f.name != "compile"):
             raise UserError("efficiency.compile goes with no other efficiency setting: the compiler makes its own")
 
     def recomputes(self, block: int) -> bool:

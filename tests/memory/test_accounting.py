@@ -225,3 +225,8 @@ def test_refusals(wrong: dict[str, Any], message: str) -> None:
     right: dict[str, Any] = {"batch_size": 1, "image_size": 32, "target": "cpu", "precision": "32-true"}
     with pytest.raises(UserError, match=message):
         step_memory(learner("e2e", 1, "vit"), **(right | wrong))
+
+
+def test_compiled_modules_are_counted_uncompiled() -> None:
+    plain, compiled = (learner("greedy_ce", 2, "vit", efficiency=Efficiency(compile=c)) for c in (False, True))
+    assert predicted(plain) == predicted(compiled)
