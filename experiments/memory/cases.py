@@ -1,0 +1,179 @@
+"""What the study compares: networks, and ways to train them; the memory of a step of each, without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from localfeat import Efficiency
+from localfeat.learner import Learner
+from localfeat.memory.accounting import step_memory
+from localfeat.memory.emulation import Precision
+from localfeat.network import build_backbone, decompose
+from localfeat.optimization import Optimization
+from localfeat.paths import conf_dir
+
+PRECISIONS: tuple[Precision, ...] = ("32-true", "bf16-mixed")
+PRECISION_NAMES = {"32-true": "fp32", "bf16-mixed": "bf16"}
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Network:
+    """A timm model and the batch it is trained on.
+
+    Args:
+        label: in tables and plots.
+        name: timm's.
+        image_size: side in pixels of what the network sees.
+        batch_size: images per optimizer step.
+        source: side in pixels of the uint8 images that arrive; ``None``: ``image_size``.
+        arguments: further constructor arguments of the model.
+    """
+
+    label: str
+    name: str
+    image_size: int = 224
+    batch_size: int = 128
+    source: int | None = None
+    drop_path_rate: float = 0.2
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self) -> nn.Module:
+        """The model, on torch's current default device."""
+        return build_backbone(
+            self.name,
+            CLASSES,
+            image_size=self.image_size,
+            drop_path_rate=self.drop_path_rate,
+            arguments=self.arguments,
+        )
+
+    @property
+    def source_side(self) -> int:
+        """Side in pixels of the images as they arrive."""
+        return self.source or self.image_size
+
+    def stage_depths(self) -> list[int]:
+        """Blocks per stage."""
+        with torch.device("meta"):
+            return list(decompose(self.build(), self.image_size).stage_depths)
+
+    def facts(self) -> dict[str, Any]:
+        """For the results."""
+        return {**asdict(self), "source": self.source_side, "stage_depths": self.stage_depths()}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train a network.
+
+    Args:
+        cuts: numbers of the blocks after which it is cut; none: one module.
+        accumulate: parts of the batch that share one optimizer step.
+    """
+
+    method: str
+    cuts: tuple[int, ...] = ()
+    efficiency: Efficiency = field(default_factory=Efficiency)
+    decoder: str = "one_layer"
+    accumulate: int = 1
+
+    def learner(self, network: Network) -> Learner:
+        """On torch's current default device."""
+        return Learner(
+            network.build(),
+            self.method,
+            list(self.cuts) if self.cuts else 1,
+            self.decoder,
+            optimization=Optimization(accumulate=self.accumulate),
+            efficiency=self.efficiency,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """For the results; ``key`` names the case."""
+        return {
+            "key": self.key,
+            "method": self.method,
+            "decoder": self.decoder if self.method in ("image_recon", "feature_recon") else None,
+            "cuts": list(self.cuts),
+            "accumulate": self.accumulate,
+            "efficiency": asdict(self.efficiency),
+            "efficiency_name": described(self.efficiency),
+        }
+
+    @property
+    def key(self) -> str:
+        """A short text that tells cases apart."""
+        parts = [self.method, self.decoder, "-".join(map(str, self.cuts)) or "uncut", described(self.efficiency)]
+        return ", ".join([*parts, *([f"accumulate {self.accumulate}"] if self.accumulate > 1 else [])])
+
+
+def memory_row(network: Network, case: Case, precision: Precision) -> dict[str, Any]:
+    """The case, and its figures from a whole step on the meta device that behaves like CUDA, in bytes."""
+    with torch.device("meta"):
+        learner = case.learner(network)
+    side = network.source_side
+    found = step_memory(
+        learner,
+        batch_size=network.batch_size // case.accumulate,
+        image_size=network.image_size,
+        target="cuda",
+        precision=precision,
+        source_shape=(side, side),
+        accumulate=case.accumulate,
+    )
+    peaks = [module.peak_bytes for module in found.modules]
+    shares = asdict(found.total)
+    return {**case.facts(), "peak_bytes": found.peak_bytes, **shares, "hungriest": found.hungriest, "modules": peaks}
+
+
+@cache
+def efficiencies() -> dict[str, Efficiency]:
+    """The settings of conf/efficiency by name, except ``compile``, whose memory nothing here can count."""
+    names = ("none", "lean", "selective", "checkpoint", "slices")
+    return {name: Efficiency(**_settings(name)) for name in names}
+
+
+def _settings(name: str) -> dict[str, Any]:
+    values: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "efficiency" / f"{name}.yaml"))
+    inherited = {key: value for base in values.pop("defaults", []) for key, value in _settings(base).items()}
+    values.pop("_target_", None)
+    return {**inherited, **values}
+
+
+def described(efficiency: Efficiency) -> str:
+    """The name in conf/efficiency, or what is recomputed beside what ``lean`` does."""
+    for name, setting in efficiencies().items():
+        if efficiency == setting:
+            return name
+    how = efficiency.recompute if efficiency.slices == 1 else f"{efficiency.slices} slices"
+    blocks = "all blocks" if efficiency.blocks is None else f"blocks {_ranges(efficiency.blocks)}"
+    lean = efficiencies()["lean"]
+    same = (efficiency.fused_attention, efficiency.loss_slices) == (lean.fused_attention, lean.loss_slices)
+    return f"{how} in {blocks}" if same else f"{how} in {blocks}, {efficiency.loss_slices} loss slices"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``1–4, 7``."""
+    ordered, runs = sorted(numbers), list[list[int]]()
+    for number in ordered:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+
+
+def mixed(blocks: Sequence[int] | None, recompute: str = "checkpoint", slices: int = 8) -> Efficiency:
+    """``lean``, with some blocks computed again; ``None`` for all."""
+    chosen: Any = recompute
+    return replace(
+        efficiencies()["lean"], recompute=chosen, blocks=None if blocks is None else tuple(blocks), slices=slices
+    )

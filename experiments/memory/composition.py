@@ -1,0 +1,118 @@
+"""Memory and work of any division of a network from the costs of its pieces: fast enough to search with.
+
+Exact up to a few KiB (see the part ``paper``, which compares); work is counted in floating-point operations of matrix
+products, convolutions and attention, two per multiply-add, and in bytes read and written by all operations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from experiments.memory.cases import Case, Network
+from localfeat import Efficiency
+from localfeat.memory.balance import balanced_cuts
+from localfeat.memory.emulation import Emulation, Precision
+from localfeat.memory.segments import Parts, SegmentCosts, Setting
+from localfeat.objectives import as_decoder, as_method
+
+
+class Total(NamedTuple):
+    """Of a whole step: bytes at its peak, FLOPs, bytes read and written."""
+
+    peak_bytes: int
+    flops: float
+    traffic: float
+
+    def facts(self) -> dict[str, float]:
+        """For the results."""
+        return {"flops": self.flops, "traffic": self.traffic}
+
+
+@dataclass
+class Composition:
+    """One network in one precision; what is measured once serves all settings."""
+
+    network: Network
+    precision: Precision
+    _known: dict[object, Any] = field(default_factory=dict)
+    _backbones: dict[bool, nn.Module] = field(default_factory=dict)
+    _costs: dict[str, SegmentCosts] = field(default_factory=dict)
+
+    def costs(self, case: Case, batch_size: int | None = None) -> SegmentCosts:
+        """Costs of all modules under the case's method and efficiency; its cuts play no part."""
+        size = batch_size or self.network.batch_size // case.accumulate
+        key = repr((replace(case, cuts=(), accumulate=1), size))
+        if key not in self._costs:
+            setting = Setting(
+                as_method(case.method),
+                as_decoder(case.decoder),
+                size,
+                lambda: Emulation("cuda", self.precision),
+                efficiency=case.efficiency,
+                source_bytes=3 * self.network.source_side**2,
+            )
+            backbone = self._backbone(case.efficiency)
+            self._costs[key] = SegmentCosts(backbone, setting, self._known)
+        return self._costs[key]
+
+    def _backbone(self, efficiency: Efficiency) -> nn.Module:
+        fused = efficiency.fused_attention  # changes the backbone itself
+        if fused not in self._backbones:
+            with torch.device("meta"):
+                self._backbones[fused] = self.network.build()
+        return self._backbones[fused]
+
+    def total(self, case: Case) -> Total:
+        """Of the case at the network's batch size; without accumulation."""
+        if case.accumulate > 1:
+            raise ValueError("gradients of all modules stay alive between accumulated batches: not composed here")
+        costs = self.costs(case)
+        bounds = [0, *case.cuts, costs.blocks]
+        segments = [costs.segment(start, stop) for start, stop in pairwise(bounds)]
+        peak = costs.standing.total + sum(s.standing for s in segments) + max(s.peak for s in segments)
+        return Total(round(peak), sum(s.flops for s in segments), sum(s.traffic for s in segments))
+
+    def work(self, case: Case) -> Total:
+        """As ``total``, for accumulated batches too: their work is that of one large batch. The peak is that one's."""
+        return self.total(replace(case, accumulate=1))
+
+    def balanced(self, case: Case, modules: int) -> Case:
+        """The case with the cuts whose peak is lowest; all blocks on their own if there are only that many."""
+        costs = self.costs(case)
+        return replace(case, cuts=tuple(balanced_cuts(costs.segment, costs.blocks, modules)))
+
+    def peaks(self, case: Case, sizes: tuple[int, int, int]) -> Peaks:
+        """The peak at any batch size, through three sizes that are measured."""
+        found = {size: self.costs(case, size) for size in sizes}
+        some = next(iter(found.values()))
+        bounds = [0, *case.cuts, some.blocks]
+        parts = [{size: costs.parts(start, stop) for size, costs in found.items()} for start, stop in pairwise(bounds)]
+        return Peaks(some.standing.total, parts)
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """The peak of a step as a function of the batch size."""
+
+    standing: int
+    parts: list[dict[int, Parts]]  # of every module: by measured batch size
+
+    def at(self, batch_size: int) -> float:
+        """Bytes."""
+        segments = [Parts.at(batch_size, samples).combined() for samples in self.parts]
+        return self.standing + sum(s.standing for s in segments) + max(s.peak for s in segments)
+
+    def largest_batch(self, budget: int) -> int:
+        """The most images whose step stays within ``budget`` bytes; 0 if one image is too many."""
+        low, high = 0, 1
+        while self.at(high) <= budget:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.at(middle) <= budget else (low, middle)
+        return low
