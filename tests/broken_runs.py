@@ -136,7 +136,7 @@ RUNS: list[tuple[str, str, str, dict[str, str], list[str]]] = [
         "7",
         "the console counts GB",
         "localfeat/artifacts/console.py",
-        {"{memory / GIB:.3f}": "{memory / 1e9:.3f}"},
+        {"/ GIB:.3f} GiB{heaviest}": "/ 1e9:.3f} GiB{heaviest}"},
         ["tests/artifacts/test_console.py"],
     ),
 ]
