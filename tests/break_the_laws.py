@@ -123,7 +123,7 @@ MUTANTS = [
         "a copy of the backbone is trained",
         LEARNER,
         {
-            "  backbone,\n            self.method,": "  __import__('copy').deepcopy(backbone),\n            self.method,",
+            "(\n            backbone,\n": "(\n            __import__('copy').deepcopy(backbone),\n",
         },
     ),
     Mutant(
