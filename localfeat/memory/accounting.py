@@ -127,8 +127,8 @@ class _Step:
         self.optimizers = [build(module, never_decayed, fused=not scaled) for module in self.modules]
 
     def run(self, updates: bool, watch: StepWatch | None = None) -> None:
-        """One batch; ``updates`` says whether the optimizers step, or gradients pile up."""
-        images, labels = sent = self.batch.send() if watch is None else watch.batch
+        """One batch, held to the end; ``updates`` says whether the optimizers step, or gradients pile up."""
+        images, labels = self.batch.send() if watch is None else watch.batch
         done = iter(range(len(self.modules)))
 
         def backward(loss: Tensor) -> None:
@@ -145,7 +145,6 @@ class _Step:
         self.learner.train_modules(
             lambda: self.batch.prepare(images, labels), backward, self._update if updates else _keep_gradients
         )
-        del sent  # a trainer holds the batch until its step has ended
 
     def _update(self, index: int) -> None:
         optimizer = self.optimizers[index]
