@@ -19,6 +19,7 @@ from localfeat.network import (
     as_split,
     block_runners,
     decompose,
+    fuse_mlps,
     fuse_window_attention,
 )
 from localfeat.objectives import ClassifierObjective, DecoderFactory, Method, Objective, Site
@@ -74,9 +75,11 @@ def build_local_modules(
 
 
 def prepare_blocks(backbone: nn.Module, pieces: Decomposition, efficiency: Efficiency) -> list[BlockRunner]:
-    """How each block is to be computed; fused attention is switched on in the backbone itself."""
+    """How each block is to be computed; fused attention and MLPs are switched on in the backbone itself."""
     if efficiency.fused_attention:
         fuse_window_attention(backbone)
+    if efficiency.fused_mlp:
+        fuse_mlps(backbone)
     return block_runners(pieces.blocks, efficiency)
 
 

@@ -23,6 +23,8 @@ class Efficiency:
             again (norms, activations, softmax).
         blocks: numbers, from 1, of the backbone's blocks that are recomputed; ``None`` for all.
         slices: under ``checkpoint``, compute blocks again in this many slices of the batch, one at a time.
+        fused_mlp: the second half of every MLP, activation and second linear layer, as one operation whose backward
+            pass makes no tensor of the hidden width. MLPs of other kinds than ViT's and Swin's stay as they are.
         compile: ``torch.compile`` every local module; it goes with none of the others.
 
     Raises:
@@ -34,6 +36,7 @@ class Efficiency:
     recompute: Literal["none", "checkpoint", "selective"] = "none"
     blocks: Sequence[int] | None = None
     slices: int = 1
+    fused_mlp: bool = False
     compile: bool = False
 
     def __post_init__(self) -> None:

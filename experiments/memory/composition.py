@@ -40,7 +40,7 @@ class Composition:
     network: Network
     precision: Precision
     _known: dict[object, Any] = field(default_factory=dict)
-    _backbones: dict[bool, nn.Module] = field(default_factory=dict)
+    _backbones: dict[tuple[bool, bool], nn.Module] = field(default_factory=dict)
     _costs: dict[str, SegmentCosts] = field(default_factory=dict)
 
     def costs(self, case: Case, batch_size: int | None = None) -> SegmentCosts:
@@ -61,7 +61,7 @@ class Composition:
         return self._costs[key]
 
     def _backbone(self, efficiency: Efficiency) -> nn.Module:
-        fused = efficiency.fused_attention  # changes the backbone itself
+        fused = efficiency.fused_attention, efficiency.fused_mlp  # changes the backbone itself
         if fused not in self._backbones:
             with torch.device("meta"):
                 self._backbones[fused] = self.network.build()

@@ -106,7 +106,7 @@ class Planner:
         self.workload, self.methods, self.efficiencies, self.budget = workload, methods, efficiencies, budget
         self._costs: dict[object, SegmentCosts] = {}
         self._known: dict[object, Any] = {}
-        self._backbones: dict[bool, nn.Module] = {}  # fused attention changes the backbone
+        self._backbones: dict[tuple[bool, bool], nn.Module] = {}  # what is fused changes the backbone
         self.blocks = self._plain(workload.batch_size).blocks
 
     def options(self, split: Split | None = None) -> Iterator[Option]:
@@ -241,10 +241,10 @@ class Planner:
                 work.source_bytes,
                 work.soft_labels,
             )
-            if efficiency.fused_attention not in self._backbones:
-                self._backbones[efficiency.fused_attention] = work.backbone()
-            backbone = self._backbones[efficiency.fused_attention]
-            self._costs[key] = SegmentCosts(backbone, setting, self._known)
+            fused = efficiency.fused_attention, efficiency.fused_mlp
+            if fused not in self._backbones:
+                self._backbones[fused] = work.backbone()
+            self._costs[key] = SegmentCosts(self._backbones[fused], setting, self._known)
         return self._costs[key]
 
 

@@ -140,7 +140,7 @@ class SegmentCosts:
     It assumes that what an objective costs depends on its site's shapes only, not on its depth.
 
     Args:
-        backbone: a timm model on the meta device; it is changed if attention is to be fused.
+        backbone: a timm model on the meta device; it is changed if attention or MLPs are to be fused.
         setting: the rest.
         known: measurements of other instances with the same backbone, image size and device, to share.
     """
@@ -222,7 +222,7 @@ class SegmentCosts:
     def _block(self, index: int, *, first: bool) -> PieceCost:
         block, run, x, efficiency = self.pieces.blocks[index], self.runners[index], self.features[index], self._body
         recomputed = efficiency.recompute if efficiency.recomputes(index) else "none"
-        how = (recomputed, efficiency.slices, efficiency.fused_attention)
+        how = (recomputed, efficiency.slices, efficiency.fused_attention, efficiency.fused_mlp)
 
         def measure() -> PieceCost:
             return measure_piece(

@@ -2,6 +2,7 @@
 
 from localfeat.network.backbone import build_backbone, model_name
 from localfeat.network.blocks import Decomposition, decompose
+from localfeat.network.fused_mlp import fuse_mlps
 from localfeat.network.layout import FeatureShape
 from localfeat.network.local_module import BlockRunner, LocalModule, LocalOutput, weighted_sum
 from localfeat.network.modes import evaluating
@@ -21,6 +22,7 @@ __all__ = [
     "build_backbone",
     "decompose",
     "evaluating",
+    "fuse_mlps",
     "fuse_window_attention",
     "model_name",
     "weighted_sum",

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from localfeat.efficiency import Efficiency
 from localfeat.errors import UserError
+from localfeat.network.fused_mlp import activations_computed_again
 from localfeat.network.local_module import BlockRunner, plainly
 from localfeat.network.selective import run_selectively
 from localfeat.network.sliced import refuse_slices, run_sliced
@@ -61,7 +62,10 @@ def in_slices(block: nn.Module, x: Tensor, *, slices: int) -> Tensor:
 
 def selectively(block: nn.Module, x: Tensor) -> Tensor:
     """Run a block that keeps no result of cheap operations, as :func:`localfeat.network.selective.run_selectively`."""
-    return run_selectively(block, x) if builds_graph(block, x) else plainly(block, x)
+    if not builds_graph(block, x):
+        return plainly(block, x)
+    with activations_computed_again():
+        return run_selectively(block, x)
 
 
 class StatisticsKept(AbstractContextManager[None]):
