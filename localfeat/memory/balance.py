@@ -38,7 +38,8 @@ def balanced_cuts(segment: Callable[[int, int], Segment], blocks: int, modules: 
     }
     limits = sorted({found.peak for found in table.values()})
     lowest = bisect_left(limits, True, key=lambda limit: _cheapest(table, blocks, modules, limit) is not None)
-    least_standing = (modules - 1) * min((found.standing for found in table.values() if found.standing), default=0.0)
+    auxiliary = (found.standing for (_, stop), found in table.items() if stop < blocks)
+    least_standing = (modules - 1) * min(auxiliary, default=0.0)
     best: tuple[float, float, tuple[int, ...]] | None = None
     for limit in limits[lowest:]:
         if best is not None and limit + least_standing > best[0]:
