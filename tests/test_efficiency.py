@@ -22,9 +22,10 @@ SETTINGS = {
     "some blocks": Efficiency(recompute="checkpoint", blocks=[1, 3]),
     "slices": Efficiency(recompute="checkpoint", slices=3),
     "fused": Efficiency(fused_attention=True),
+    "fused mlp": Efficiency(fused_mlp=True),
     "loss slices": Efficiency(loss_slices=3),
-    "selective, lean": Efficiency(fused_attention=True, loss_slices=3, recompute="selective"),
-    "slices, lean": Efficiency(fused_attention=True, loss_slices=3, recompute="checkpoint", slices=3),
+    "selective, lean": Efficiency(fused_attention=True, loss_slices=3, recompute="selective", fused_mlp=True),
+    "slices, lean": Efficiency(fused_attention=True, loss_slices=3, recompute="checkpoint", slices=3, fused_mlp=True),
 }
 FAMILIES = ["swin", "swinv2", "vit", "convnext", "resnet"]
 METHODS = ["feature_recon", "image_recon", "e2e"]
@@ -92,6 +93,7 @@ def cases() -> list[tuple[str, str, str]]:
         for method in METHODS
         if not (family == "resnet" and efficiency.slices > 1)
         and not (setting == "fused" and not family.startswith("swin"))
+        and not (setting == "fused mlp" and family in ("convnext", "resnet"))  # no MLP of linear layers here
         and not (setting == "loss slices" and "recon" not in method)
     ]
 
