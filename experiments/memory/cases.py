@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 
 from localfeat import Efficiency
 from localfeat.learner import Learner
-from localfeat.memory.accounting import step_memory
+from localfeat.memory.accounting import StepMemory, step_memory
 from localfeat.memory.emulation import Precision
 from localfeat.network import build_backbone, decompose
 from localfeat.optimization import Optimization
@@ -34,7 +34,7 @@ class Network:
         image_size: side in pixels of what the network sees.
         batch_size: images per optimizer step.
         source: side in pixels of the uint8 images that arrive; ``None``: ``image_size``.
-        arguments: further constructor arguments of the model.
+        arguments: further constructor arguments of the model, as pairs, so that networks can be keys.
     """
 
     label: str
@@ -43,7 +43,7 @@ class Network:
     batch_size: int = 128
     source: int | None = None
     drop_path_rate: float = 0.2
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: tuple[tuple[str, Any], ...] = ()
 
     def build(self) -> nn.Module:
         """The model, on torch's current default device."""
@@ -52,7 +52,7 @@ class Network:
             CLASSES,
             image_size=self.image_size,
             drop_path_rate=self.drop_path_rate,
-            arguments=self.arguments,
+            arguments=dict(self.arguments),
         )
 
     @property
@@ -67,7 +67,12 @@ class Network:
 
     def facts(self) -> dict[str, Any]:
         """For the results."""
-        return {**asdict(self), "source": self.source_side, "stage_depths": self.stage_depths()}
+        return {
+            **asdict(self),
+            "arguments": dict(self.arguments),
+            "source": self.source_side,
+            "stage_depths": self.stage_depths(),
+        }
 
 
 @dataclass(frozen=True)
@@ -117,10 +122,18 @@ class Case:
 
 def memory_row(network: Network, case: Case, precision: Precision) -> dict[str, Any]:
     """The case, and its figures from a whole step on the meta device that behaves like CUDA, in bytes."""
+    found = _step_memory(network, case, precision)
+    peaks = [module.peak_bytes for module in found.modules]
+    shares = asdict(found.total)
+    return {**case.facts(), "peak_bytes": found.peak_bytes, **shares, "hungriest": found.hungriest, "modules": peaks}
+
+
+@cache  # several parts ask for the same step
+def _step_memory(network: Network, case: Case, precision: Precision) -> StepMemory:
     with torch.device("meta"):
         learner = case.learner(network)
     side = network.source_side
-    found = step_memory(
+    return step_memory(
         learner,
         batch_size=network.batch_size // case.accumulate,
         image_size=network.image_size,
@@ -129,9 +142,6 @@ def memory_row(network: Network, case: Case, precision: Precision) -> dict[str, 
         source_shape=(side, side),
         accumulate=case.accumulate,
     )
-    peaks = [module.peak_bytes for module in found.modules]
-    shares = asdict(found.total)
-    return {**case.facts(), "peak_bytes": found.peak_bytes, **shares, "hungriest": found.hungriest, "modules": peaks}
 
 
 @cache

@@ -86,8 +86,8 @@ class Composition:
         costs = self.costs(case)
         return replace(case, cuts=tuple(balanced_cuts(costs.segment, costs.blocks, modules)))
 
-    def peaks(self, case: Case, sizes: tuple[int, int, int]) -> Peaks:
-        """The peak at any batch size, through three sizes that are measured."""
+    def peaks(self, case: Case, sizes: tuple[int, ...]) -> Peaks:
+        """The peak at any batch size, through two sizes that are measured (three, if the square is to count)."""
         found = {size: self.costs(case, size) for size in sizes}
         some = next(iter(found.values()))
         bounds = [0, *case.cuts, some.blocks]

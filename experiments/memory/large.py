@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from experiments.memory.cases import PRECISION_NAMES, Case, Network, efficiencies, memory_row
-from experiments.memory.composition import Composition
+from experiments.memory.composition import Composition, Peaks
 from experiments.memory.plan import Plan
 from experiments.memory.tables import GIB, cuts, table
 from localfeat.memory.emulation import Precision
@@ -29,9 +29,9 @@ def _network(plan: Plan, network: Network, precision: Precision) -> dict[str, An
     rows = []
     for case in _cases(network, composition):
         peaks = composition.peaks(case, plan.probes)
-        batches = [_confirmed(composition, case, peaks.largest_batch(budget), budget) for budget in budgets]
+        batches = [_largest(peaks, case, budget) for budget in budgets]
         rows.append({**case.facts(), **composition.work(case).facts()})
-        rows[-1] |= {"batches": [b for b, _ in batches], "peak_bytes": [p for _, p in batches]}
+        rows[-1] |= {"batches": batches, "peak_bytes": [round(peaks.at(batch)) if batch else None for batch in batches]}
     accumulated = _accumulated(network, precision, budgets)
     return {
         "network": network.facts(),
@@ -57,25 +57,12 @@ def _cases(network: Network, composition: Composition) -> list[Case]:
     return cases
 
 
-def _peak(composition: Composition, case: Case, batch_size: int) -> int:
-    """Of a step at exactly this batch size."""
-    at_size = replace(composition, network=replace(composition.network, batch_size=batch_size))
-    return at_size.total(case).peak_bytes
-
-
-def _confirmed(composition: Composition, case: Case, guess: int, budget: int) -> tuple[int, int | None]:
-    """The largest batch near an interpolated one, and its peak; (0, None) if nothing fits.
-
-    Slices of unequal size make the peak uneven in the batch size, so it is measured at the very size.
-    """
-    batch = guess + 1
+def _largest(peaks: Peaks, case: Case, budget: int) -> int:
+    """The largest batch by interpolation; slices of the batch are of one size."""
+    batch = peaks.largest_batch(budget)
+    batch -= batch % case.efficiency.slices
     least = 2 if case.method == METHOD else 1  # a contrastive loss needs two images
-    while batch >= least:
-        peak = _peak(composition, case, batch)
-        if peak <= budget:
-            return batch, peak
-        batch -= 1
-    return 0, None
+    return batch if batch >= least else 0
 
 
 def _accumulated(network: Network, precision: Precision, budgets: list[int]) -> dict[str, Any]:
@@ -123,8 +110,10 @@ def render(found: dict[str, Any]) -> str:
             text += [f"## {name}\n", f"Weights and optimizer states alone: {standing:.2f} GiB.\n"]
             text += [table(["method", "K", "after blocks", "efficiency", "work", *budgets], lines)]
     text.append(
-        "Largest number of images per step whose predicted peak on CUDA stays within the budget; work relative to "
+        "Largest number of images per step whose predicted peak on CUDA stays within the budget, to within one image: "
+        "composed of pieces, on the line through two batch sizes; with slices a multiple of them. Work is relative to "
         "plain E2E. The device needs some memory besides: its context, kernels' workspaces, fragmentation. Cuts are "
-        f"balanced for the batch of the part's networks; `{METHOD}` has the decoder one_layer.\n"
+        f"balanced for batches of {found['precisions'][precision][0]['network']['batch_size']}; `{METHOD}` has the "
+        "decoder one_layer. Accumulated parts: from whole steps.\n"
     )
     return "\n".join(text)

@@ -32,7 +32,11 @@ def _in_precision(plan: Plan, precision: Precision) -> dict[str, Any]:
     composition = Composition(plan.main, precision)
 
     def row(case: Case) -> dict[str, Any]:
-        return {**memory_row(plan.main, case, precision), **composition.work(case).facts()}
+        if case.efficiency == efficiencies()["slices"] and case.cuts:  # minutes as whole steps, in all those rows
+            total = composition.total(case)
+            return {**case.facts(), "peak_bytes": total.peak_bytes, "counted": "composition", **total.facts()}
+        work = composition.work(case).facts()
+        return {**memory_row(plan.main, case, precision), "counted": "step", **work}
 
     grid = [row(Case("e2e", efficiency=efficiency)) for efficiency in efficiencies().values()]
     for method in plan.methods:
@@ -83,7 +87,8 @@ def _about_work(times: dict[str, Any] | None) -> str:
         "Work is floating-point operations of matrix products, convolutions and attention in one step, relative to "
         "plain E2E. It is not time: what only moves data (norms, activations, windows) counts nothing, so that "
         "`selective` and `lean` look free. Bytes are what all operations read and write, relative to plain E2E: an "
-        "upper limit, since nothing is taken to stay in a cache."
+        "upper limit, since nothing is taken to stay in a cache. Memory comes from whole steps on the meta device, that "
+        "of local modules with `slices` from sums over their pieces."
     )
     if times is None:
         return text + " Step times have not been measured yet (part `time`).\n"
@@ -111,6 +116,8 @@ def targets(part: dict[str, Any]) -> str:
     ]
     lines = []
     for (name, wanted), rows in zip(TARGETS.items(), candidates, strict=True):
+        if not rows:
+            lines.append([name, *("–" for _ in range(5)), f"{wanted:.0f} %", "missed: there is no such setting"])
         for method in dict.fromkeys(row["method"] for row in rows):
             best = min((r for r in rows if r["method"] == method), key=lambda r: r["peak_bytes"])
             met = "met" if saved(best, plain) >= wanted else "missed"

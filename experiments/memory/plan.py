@@ -78,7 +78,7 @@ class Plan:
     depth: tuple[Network, ...] = field(default_factory=_depth)
     large: tuple[Network, ...] = field(default_factory=_large)
     budgets: tuple[float, ...] = (8, 12, 24)
-    probes: tuple[int, int, int] = (8, 16, 32)
+    probes: tuple[int, ...] = (16, 48)
     timed: tuple[Case, ...] = field(default_factory=_timed)
     timed_batch: int = 8
     rounds: int = 7

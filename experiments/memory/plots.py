@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -68,7 +68,7 @@ def trade(points: Sequence[Point], title: str, axis: str, file: Path) -> None:
     plt.close(figure)
 
 
-def _scatter(axes: plt.Axes, points: Sequence[Point], **style: object) -> None:
+def _scatter(axes: plt.Axes, points: Sequence[Point], **style: Any) -> None:
     if points:
         axes.scatter([p.cost for p in points], [p.peak_bytes / GIB for p in points], s=34, linewidths=1.2, **style)
 
