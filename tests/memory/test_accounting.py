@@ -76,10 +76,10 @@ def test_accumulation_and_average() -> None:
 @pytest.mark.parametrize(
     "efficiency",
     [
-        Efficiency(fused_attention=True, loss_slices=2),
+        Efficiency(fused_attention=True, loss_slices=2, fused_mlp=True),
         Efficiency(recompute="checkpoint"),
         Efficiency(recompute="checkpoint", slices=2),
-        Efficiency(recompute="selective"),
+        Efficiency(recompute="selective", fused_mlp=True),
     ],
     ids=["lean", "checkpoint", "slices", "selective"],
 )
