@@ -38,9 +38,10 @@ def _in_precision(plan: Plan, precision: Precision) -> dict[str, Any]:
         work = composition.work(case).facts()
         return {**memory_row(plan.main, case, precision), "counted": "step", **work}
 
-    grid = [row(Case("e2e", efficiency=efficiency)) for efficiency in efficiencies().values()]
+    named = [efficiencies()[name] for name in plan.efficiencies]
+    grid = [row(Case("e2e", efficiency=efficiency)) for efficiency in named]
     for method in plan.methods:
-        for efficiency in efficiencies().values():
+        for efficiency in named:
             grid += [row(composition.balanced(Case(method, efficiency=efficiency), k)) for k in plan.modules]
     parts = [plan.main.batch_size // size for size in plan.micro_batches]
     bases = [Case("e2e"), Case("e2e", efficiency=efficiencies()["lean"])]
@@ -87,8 +88,8 @@ def _about_work(times: dict[str, Any] | None) -> str:
         "Work is floating-point operations of matrix products, convolutions and attention in one step, relative to "
         "plain E2E. It is not time: what only moves data (norms, activations, windows) counts nothing, so that "
         "`selective` and `lean` look free. Bytes are what all operations read and write, relative to plain E2E: an "
-        "upper limit, since nothing is taken to stay in a cache. Memory comes from whole steps on the meta device, that "
-        "of local modules with `slices` from sums over their pieces."
+        "upper limit, since nothing is taken to stay in a cache. Memory comes from whole steps on the meta device, "
+        "that of local modules with `slices` from sums over their pieces."
     )
     if times is None:
         return text + " Step times have not been measured yet (part `time`).\n"
@@ -154,6 +155,11 @@ def _budget_table(budgets: list[dict[str, Any]], plain: Row, ratios: dict[str, f
     return table(["work at most", *_HEADER], lines)
 
 
+def _doubled(row: Row) -> bool:
+    """Whether a point lies beside one of the same label."""
+    return bool(row["method"] == "e2e" and row["efficiency_name"] != "none")
+
+
 def plot(found: dict[str, Any], folder: Path) -> None:
     """Memory against work, one plot per precision."""
     for precision, part in found["precisions"].items():
@@ -165,7 +171,9 @@ def plot(found: dict[str, Any], folder: Path) -> None:
                 row["peak_bytes"],
                 row["method"],
                 row["accumulate"],
-                "" if row["accumulate"] == 1 else str(found["network"]["batch_size"] // row["accumulate"]),
+                ""
+                if row["accumulate"] == 1 or _doubled(row)
+                else str(found["network"]["batch_size"] // row["accumulate"]),
             )
             for row in [*part["grid"], *part["accumulated"], *searched]
         ]

@@ -21,10 +21,10 @@ METHODS = ("image_recon", "feature_recon")
 
 
 def measure(plan: Plan, precision: Precision) -> dict[str, Any]:
-    """All rows under the efficiency settings ``none`` and ``lean``."""
+    """All rows under the plan's efficiency settings."""
     composition = Composition(plan.main, precision)
     found: dict[str, Any] = {"network": plan.main.facts(), "precision": precision, "efficiency": {}}
-    for name in ("none", "lean"):
+    for name in plan.paper_efficiencies:
         rows = []
         for label, case in _cases(plan, composition, name):
             row = {"cut": label, **memory_row(plan.main, case, precision), **composition.work(case).facts()}

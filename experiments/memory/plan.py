@@ -56,6 +56,8 @@ class Plan:
 
     Args:
         main: of the parts paper, bf16, ours and time.
+        efficiencies: names of those compared in the part ours; ``none`` is the first, ``checkpoint`` among them.
+        paper_efficiencies: names of those of the parts paper and bf16; ``none`` is the first.
         modules: numbers K of local modules.
         micro_batches: images per part of an accumulated batch.
         ways: of computing blocks again, that the search tries.
@@ -70,6 +72,8 @@ class Plan:
     main: Network = SWIN_TINY
     precisions: tuple[Precision, ...] = PRECISIONS
     methods: tuple[str, ...] = ("greedy_ce", "feature_recon")
+    efficiencies: tuple[str, ...] = ("none", "lean", "selective", "checkpoint", "slices")
+    paper_efficiencies: tuple[str, ...] = ("none", "lean")
     decoders: tuple[str, ...] = ("interp", "one_layer", "deconv")
     modules: tuple[int, ...] = (2, 3, 4, 6, 8, 12)
     micro_batches: tuple[int, ...] = (64, 32, 16, 8)
