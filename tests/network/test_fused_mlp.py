@@ -112,6 +112,16 @@ def test_under_autocast_the_numbers_are_timms(again: bool, dtype: torch.dtype) -
     assert torch.equal(found["input"], expected["input"])
 
 
+def test_slices_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum of ones would stop at 256 in bfloat16."""
+    monkeypatch.setattr(fused_mlp, "MOST_SLICES", 1000)
+    monkeypatch.setattr(fused_mlp, "SMALLEST_SLICE", 1)
+    given, hidden = (torch.ones(1000, width, dtype=torch.bfloat16) for width in (C, H))
+    found = fused_mlp._over_slices(given, hidden, "none")
+    assert found.dtype == torch.bfloat16 and found.shape == (C, H)
+    torch.testing.assert_close(found.float(), torch.full((C, H), 841.3), rtol=1e-2, atol=0)
+
+
 @how
 def test_a_backward_pass_under_autocast_is_the_same(again: bool) -> None:
     _, fused = pair()
