@@ -166,7 +166,7 @@ def described(efficiency: Efficiency) -> str:
     how = efficiency.recompute if efficiency.slices == 1 else f"{efficiency.slices} slices"
     blocks = "all blocks" if efficiency.blocks is None else f"blocks {_ranges(efficiency.blocks)}"
     lean = efficiencies()["lean"]
-    same = (efficiency.fused_attention, efficiency.loss_slices) == (lean.fused_attention, lean.loss_slices)
+    same = replace(efficiency, recompute="none", blocks=None, slices=1) == lean
     return f"{how} in {blocks}" if same else f"{how} in {blocks}, {efficiency.loss_slices} loss slices"
 
 
