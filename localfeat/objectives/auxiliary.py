@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,8 +26,12 @@ class AuxiliaryBlock(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Features in the backbone's layout -> (B, width, H, W)."""
+        return F.gelu(self.convolve(features))
+
+    def convolve(self, features: Tensor) -> Tensor:
+        """What GELU reads in :meth:`forward`."""
         maps = self.norm(self.shape.to_nhwc(features))
-        return F.gelu(self.conv(maps.permute(0, 3, 1, 2)))
+        return cast(Tensor, self.conv(maps.permute(0, 3, 1, 2)))
 
 
 class PooledHead(nn.Sequential):
@@ -36,4 +42,8 @@ class PooledHead(nn.Sequential):
 
     def forward(self, maps: Tensor) -> Tensor:
         """(B, width, H, W) -> (B, out_features)."""
-        return super().forward(maps.mean((2, 3)))
+        return self.project(maps.mean((2, 3)))
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """Maps averaged over space already (B, width) -> (B, out_features)."""
+        return cast(Tensor, super().forward(pooled))

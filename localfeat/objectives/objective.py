@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from localfeat.errors import UserError
 from localfeat.objectives.auxiliary import AuxiliaryBlock, PooledHead
 from localfeat.objectives.losses import RECONSTRUCTION_LOSSES, supervised_nt_xent
-from localfeat.objectives.sliced_loss import refuse_batch_statistics, sliced_mean
+from localfeat.objectives.sliced_loss import LossOf, pooled_and_loss, refuse_batch_statistics
 from localfeat.objectives.targets import FeatureTarget, ImageTarget
-from localfeat.precision import without_autocast
+from localfeat.precision import AutocastState, without_autocast
 
 Terms = dict[str, Tensor]
 
@@ -74,8 +74,9 @@ class LocalObjective(Objective):
         weights: factors of ``contrast`` or ``cross_entropy``, and of ``reconstruction``.
         temperature: of the contrastive loss.
         label_smoothing: of the cross entropy.
-        loss_slices: slices of the batch in which the reconstruction loss and its gradient are computed in training,
-            on the way forward (not under float16, where the gradient would underflow).
+        loss_slices: slices of the batch in which, in training, auxiliary features are computed and what depends on
+            them, the reconstruction loss with its gradient, so that they never exist as a whole. Not under float16,
+            where the gradient of a loss that no GradScaler has scaled yet would underflow.
 
     Raises:
         UserError: slices and a decoder that depends on the whole batch.
@@ -112,31 +113,31 @@ class LocalObjective(Objective):
     def forward(
         self, inputs: Tensor, outputs: Tensor, images: Tensor | None, labels: Tensor
     ) -> tuple[Terms, Tensor | None]:
+        loss_of = self._reconstruction(inputs, images)
+        if self.loss_slices > 1 and self.training and torch.is_grad_enabled() and not _in_float16(outputs):
+            parameters = () if self.decoder is None else self.decoder.parameters()
+            pooled, loss = pooled_and_loss(self.auxiliary.convolve(outputs), loss_of, parameters, self.loss_slices)
+            terms = {self.supervision: self._supervise(self.head.project(pooled), labels)}
+            return terms if loss is None else {**terms, "reconstruction": loss}, None
         maps = self.auxiliary(outputs)  # (B, width, h, w)
         terms = {self.supervision: self._supervise(self.head(maps), labels)}
-        if self.decoder is not None and self.target is not None:
-            terms["reconstruction"] = self._reconstruct(self.decoder, self.target, maps, inputs, images)
+        if loss_of is not None:
+            terms["reconstruction"] = loss_of(maps, slice(None))
         return terms, None
 
-    def _reconstruct(
-        self,
-        decoder: nn.Module,
-        target: FeatureTarget | ImageTarget,
-        maps: Tensor,
-        inputs: Tensor,
-        images: Tensor | None,
-    ) -> Tensor:
+    def _reconstruction(self, inputs: Tensor, images: Tensor | None) -> LossOf | None:
+        """The loss of the decoder's output for a slice of the batch, if there is a decoder."""
+        decoder, target = self.decoder, self.target
+        if decoder is None or target is None:
+            return None
+
         def loss_of(maps: Tensor, part: slice) -> Tensor:
             prediction = decoder(maps).float()  # not kept in the decoder's own dtype beside it
             wanted = target(inputs[part], None if images is None else images[part])
             with without_autocast(maps.device):
                 return self.reconstruction_loss(prediction, wanted)
 
-        # In float16 the gradient of a loss that no GradScaler has scaled yet would underflow.
-        early = self.training and torch.is_grad_enabled() and maps.dtype != torch.float16
-        if self.loss_slices == 1 or not early:
-            return loss_of(maps, slice(None))
-        return sliced_mean(loss_of, maps, decoder.parameters(), self.loss_slices)
+        return loss_of
 
     def _supervise(self, head: Tensor, labels: Tensor) -> Tensor:
         if self.supervision == "cross_entropy":
@@ -155,6 +156,12 @@ class LocalObjective(Objective):
         if isinstance(self.target, ImageTarget):
             output, target = self.target.as_pixels(output), self.target.as_pixels(target)
         return Reconstruction(module, self.target.kind, target, output)
+
+
+def _in_float16(features: Tensor) -> bool:
+    """Whether convolutions of these features compute in float16."""
+    autocast = AutocastState.of(features.device)
+    return (autocast.dtype if autocast.enabled else features.dtype) == torch.float16
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
