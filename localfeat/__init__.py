@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from localfeat.efficiency import Efficiency
     from localfeat.errors import UserError
     from localfeat.learner import Learner
+    from localfeat.memory.accounting import step_memory
     from localfeat.memory.balanced_split import BalancedSplit
     from localfeat.network import Split
     from localfeat.objectives import METHODS, Method, Objective, Site
@@ -35,6 +36,7 @@ _HOMES = {
     "Site": "localfeat.objectives",
     "Split": "localfeat.network",
     "UserError": "localfeat.errors",
+    "step_memory": "localfeat.memory.accounting",
 }
 __all__ = [
     "METHODS",
@@ -48,6 +50,7 @@ __all__ = [
     "Site",
     "Split",
     "UserError",
+    "step_memory",
 ]
 
 

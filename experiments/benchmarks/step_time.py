@@ -21,6 +21,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
+from localfeat.artifacts.callbacks import synchronize
 from localfeat.artifacts.summary import environment
 from localfeat.build import build_learner
 from localfeat.config import plain, register_resolvers
@@ -37,7 +38,7 @@ class Steps:
     """One learner and its optimizers, a batch at a time: the learner's own loop without a Trainer around it.
 
     Args:
-        learner: on the CPU.
+        learner: on the device that is measured.
         bf16: autocast as in Lightning's ``bf16-mixed``.
         accumulate: equal parts of the batch that share one optimizer step.
     """
@@ -46,25 +47,28 @@ class Steps:
         self.learner = learner.train()
         kept = undecayed_parameters(learner.backbone)
         self.optimizers = [learner.optimization.build(module, kept, fused=True) for module in learner.local_modules]
+        self.device = learner.device.type
         self.bf16 = bf16
         self.accumulate = accumulate
 
     def seconds(self, images: Tensor, labels: Tensor) -> float:
         """Wall time of one step: every module forward, backward, update."""
         parts = zip(images.tensor_split(self.accumulate), labels.tensor_split(self.accumulate), strict=True)
+        synchronize(images.device)
         started = time.perf_counter()
         for left in reversed(range(self.accumulate)):
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
+            with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.bf16, cache_enabled=False):
                 self.learner.train_modules(lambda: next(parts), self._backward, _no_update if left else self._update)
+        synchronize(images.device)
         return time.perf_counter() - started
 
     def _backward(self, loss: Tensor) -> None:
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(self.device, enabled=False):
             (loss / self.accumulate).backward()
 
     def _update(self, index: int) -> None:
         optimizer = self.optimizers[index]
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(self.device, enabled=False):
             self.learner.on_before_optimizer_step(optimizer)
             optimizer.step()
         optimizer.zero_grad()
