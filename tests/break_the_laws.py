@@ -103,7 +103,7 @@ MUTANTS = [
         "3",
         "the decoder trains only itself",
         OBJECTIVE,
-        {"self.target, maps, inputs, images)": "self.target, maps.detach(), inputs, images)"},
+        {"loss_of(maps, slice(None))": "loss_of(maps.detach(), slice(None))"},
     ),
     Mutant(
         "3",

@@ -1,4 +1,4 @@
-"""The reconstruction loss in slices of the batch against the plain one: values, gradients, memory."""
+"""Auxiliary features and their loss in slices of the batch against the plain ones: values, gradients, memory."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localfeat.efficiency import Efficiency
 from localfeat.errors import UserError
 from localfeat.memory.tracker import StorageTracker
-from localfeat.network import FeatureShape
-from localfeat.objectives import DECODERS, METHODS, LocalObjective, Method, Site
+from localfeat.network import FeatureShape, weighted_sum
+from localfeat.objectives import DECODERS, LocalObjective, Method, Site
 from localfeat.objectives.losses import RECONSTRUCTION_LOSSES, mse
-from localfeat.objectives.sliced_loss import sliced_mean
-from tests.small import batch, gradients, learner, loader, trainer
+from localfeat.objectives.sliced_loss import pooled_and_loss
+from tests.small import LOCAL_METHODS, SPLIT_BACKBONES, batch, gradients, learner, loader, trainer
 
 IMAGES = 6
 WIDTH = 8
@@ -24,10 +25,13 @@ LABELS = torch.arange(IMAGES) % 3
 INPUTS, OUTPUTS = FeatureShape("NHWC", 6, 8, 8), FeatureShape("NHWC", 12, 4, 4)
 
 
-def objective(target: str = "image", loss: str = "bce", decoder: Any = "interp", slices: int = 1) -> LocalObjective:
+def objective(
+    target: str | None = "image", loss: str = "bce", decoder: Any = "interp", slices: int = 1, **changes: Any
+) -> LocalObjective:
     torch.manual_seed(0)
     site = Site(0, 4, INPUTS, OUTPUTS, image_size=16, num_classes=5, loss_slices=slices)
-    method = Method("own", target=target, reconstruction_loss=loss, width=WIDTH, projection_dim=8)
+    settings = {"target": target, "reconstruction_loss": loss, "width": WIDTH, "projection_dim": 8, **changes}
+    method = Method("own", **settings)
     found = method.build(site, DECODERS.get(decoder, decoder))
     assert isinstance(found, LocalObjective)
     return found
@@ -47,9 +51,9 @@ def outcome(own: LocalObjective, images: int = IMAGES, autocast: bool = False) -
     outputs.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         terms, _ = own(inputs, outputs, pictures, torch.arange(images) % 3)
-        loss = 0.7 * terms["contrast"] + 2.5 * terms["reconstruction"]
+        loss = sum((0.7 + 1.8 * number) * term for number, term in enumerate(terms.values()))
     loss.backward()
-    assert outputs.grad is not None and terms["reconstruction"].dtype == torch.float32
+    assert outputs.grad is not None and all(term.dtype == torch.float32 for term in terms.values())
     return {**{k: v.detach() for k, v in terms.items()}, "outputs": outputs.grad, **gradients(own)}
 
 
@@ -66,6 +70,18 @@ def test_loss_and_every_gradient_are_those_of_the_whole_batch(loss: str, target:
     expected = outcome(objective(target, loss, decoder))
     for slices in (2, 4, 6, 50):  # 4: slices of one and of two images; 50: one image each
         assert_near(outcome(objective(target, loss, decoder, slices)), expected, 1e-5)
+
+
+@pytest.mark.parametrize("supervision", ["contrast", "cross_entropy"])
+def test_so_they_are_without_reconstruction(supervision: str) -> None:
+    expected, half = (
+        outcome(objective(None, supervision=supervision), autocast=autocast) for autocast in (False, True)
+    )
+    for slices in (2, 4, 6, 50):
+        own = objective(None, slices=slices, supervision=supervision)
+        assert_near(outcome(own), expected, 1e-5)
+        own.zero_grad()
+        assert_near(outcome(own, autocast=True), half, 0.02)
 
 
 @pytest.mark.parametrize("target", ["image", "features"])
@@ -130,13 +146,53 @@ def test_gradients_by_torch_autograd_grad_and_only_once() -> None:
         torch.autograd.grad(loss, list(trained.values()))
 
 
+def test_without_reconstruction_only_once() -> None:
+    own = objective(None, slices=3)
+    loss = own(*batch_of(), LABELS)[0]["contrast"]
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="gone after the first backward pass"):
+        loss.backward()
+
+
+def of_means(piece: Tensor, part: slice) -> Tensor:
+    return piece.mean((1, 2, 3)).square().mean()
+
+
 def test_a_decoder_part_that_is_not_used_gets_no_gradient() -> None:
     weights = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))]
-    maps = torch.ones(4, 3, requires_grad=True)
-    sliced_mean(lambda piece, part: (piece.detach() * weights[0]).sum(1).mean(), maps, weights, 2).backward()
+    hidden = torch.ones(4, 3, 1, 1, requires_grad=True)
+    found = pooled_and_loss(hidden, lambda piece, part: (piece.detach().mean((2, 3)) * weights[0]).sum(), weights, 2)
+    assert found[1] is not None
+    found[1].backward()
     assert weights[1].grad is None
-    torch.testing.assert_close(weights[0].grad, torch.ones(3))
-    torch.testing.assert_close(maps.grad, torch.zeros(4, 3))
+    torch.testing.assert_close(weights[0].grad, 2 * F.gelu(torch.ones(3)))  # the sum of 4 images, in means of halves
+    torch.testing.assert_close(hidden.grad, torch.zeros(4, 3, 1, 1))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("slices", [1, 3, 5])
+def test_in_float64_the_slices_give_the_whole_batchs_values(slices: int, layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    start, target = torch.randn(2, 5, 4, 3, 2, dtype=torch.float64).unbind()
+    decoder = nn.Conv2d(4, 4, 1, dtype=torch.float64)
+    found: list[list[Tensor]] = []
+    for plain in (True, False):
+        hidden = start.clone(memory_format=layout).requires_grad_()
+        maps = F.gelu(hidden)
+
+        def loss_of(piece: Tensor, part: slice) -> Tensor:
+            return mse(decoder(piece), target[part])
+
+        if plain:
+            pooled, loss = maps.mean((2, 3)), loss_of(maps, slice(None))
+        else:
+            pooled, given = pooled_and_loss(hidden, loss_of, decoder.parameters(), slices)
+            assert given is not None
+            loss = given
+        total = pooled.exp().sum() + 3 * loss
+        found.append([pooled, loss, *torch.autograd.grad(total, [hidden, *decoder.parameters()])])
+    for value, expected in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.fixture
@@ -152,45 +208,71 @@ def memory(own: LocalObjective, images: int) -> tuple[int, int]:
     with StorageTracker([*own.parameters(), *own.buffers(), inputs, outputs, pictures, labels]) as tracker:
         standing = tracker.live_bytes
         terms, _ = own(inputs, outputs, pictures, labels)
-        loss = terms["contrast"] + terms["reconstruction"]
+        loss = weighted_sum(terms, own.weights)
+        del terms
         after = tracker.live_bytes - standing
         loss.backward()
     return after, tracker.peak_bytes - standing
 
 
+def per_image(slices: int, **kinds: Any) -> list[float]:
+    """The same per image, so that weights drop out."""
+    less, more = memory(objective(slices=slices, **kinds), 16), memory(objective(slices=slices, **kinds), 32)
+    return [(b - a) / 16 for a, b in zip(less, more, strict=True)]
+
+
 @pytest.mark.usefixtures("exact_bytes")
 def test_memory_of_prediction_target_and_decoder_is_one_slices() -> None:
-    """Image reconstruction with the interpolating decoder, the heaviest. Bytes per image, so that weights drop out."""
-    pixels, cells, hidden = 16 * 16, 4 * 4, 8
+    """Image reconstruction with the interpolating decoder, the heaviest."""
+    pixels, hidden = 16 * 16, 8
     activations = 4 * pixels * (WIDTH + 2 * hidden + 2 * 3)  # upsampled; two of the first convolution; two of images
-    maps = 4 * cells * WIDTH
-
-    def per_image(slices: int) -> list[float]:
-        less, more = memory(objective(slices=slices), 16), memory(objective(slices=slices), 32)
-        return [(b - a) / 16 for a, b in zip(less, more, strict=True)]
-
     plain_after, plain_peak = per_image(1)
     for slices in (2, 4, 8, 16):
         after, peak = per_image(slices)
         assert plain_after - after == pytest.approx(activations, rel=0.1)  # maps are freed, their gradient is kept
         excess = peak - after  # in a slice, activations and their gradients
-        assert excess < 1.7 * activations / slices + maps
+        assert excess < 1.7 * activations / slices + 2 * CELLS * WIDTH
     assert plain_peak > 7 * peak
 
 
+CELLS = 4 * 4
+NORM = 4 * CELLS * (OUTPUTS.channels + 2)
+"""Bytes per image of the convolution's input, with the norm's statistics."""
+
+
+@pytest.mark.usefixtures("exact_bytes")
+def test_of_the_whole_batch_there_are_the_convolutions_input_and_output_and_one_gradient() -> None:
+    maps = 4 * CELLS * WIDTH
+    after, peak = per_image(16, target="features", decoder="one_layer", supervision="cross_entropy")
+    assert NORM + 2 * maps < after < NORM + 2.5 * maps
+    assert peak < NORM + 3 * maps  # features after GELU, or a second gradient, would be a third
+    assert per_image(1, target="features", decoder="one_layer", supervision="cross_entropy")[1] > NORM + 8 * maps
+
+
+@pytest.mark.usefixtures("exact_bytes")
+def test_without_reconstruction_the_gradient_takes_the_convolutions_place() -> None:
+    width = 32
+    maps = 4 * CELLS * width
+    after, peak = per_image(16, target=None, supervision="cross_entropy", width=width)
+    assert NORM + maps < after < NORM + 1.5 * maps
+    assert peak < NORM + 1.9 * maps
+    assert per_image(1, target=None, supervision="cross_entropy", width=width)[1] >= NORM + 2 * maps
+
+
 def test_gradients_are_handed_over_without_a_copy() -> None:
-    maps = torch.randn(8, 3, requires_grad=True)
     weight = nn.Parameter(torch.randn(3))
-    loss = sliced_mean(lambda piece, part: (piece * weight).sum(1).mean(), maps, [weight], 2)
+    hidden = torch.randn(8, 3, 2, 2, requires_grad=True)
+    pooled, loss = pooled_and_loss(hidden, lambda piece, part: (piece.sum((2, 3)) * weight).mean(), [weight], 2)
+    assert loss is not None
     addresses = [tensor.data_ptr() for tensor in loss.grad_fn.gradients]  # type: ignore[union-attr]
-    loss.backward()
-    assert maps.grad is not None and weight.grad is not None
-    assert [maps.grad.data_ptr(), weight.grad.data_ptr()] == addresses
+    (loss + pooled.sum()).backward()
+    assert hidden.grad is not None and weight.grad is not None
+    assert [hidden.grad.data_ptr(), weight.grad.data_ptr()] == addresses
 
 
 @pytest.mark.parametrize("how", ["no_grad", "eval"])
 def test_evaluation_takes_no_gradients(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("localfeat.objectives.objective.sliced_mean", None)
+    monkeypatch.setattr("localfeat.objectives.objective.pooled_and_loss", None)
     own = objective(slices=3).train(how == "no_grad")
     with torch.set_grad_enabled(how == "eval"):
         found = own(*batch_of(), LABELS)[0]["reconstruction"]
@@ -211,8 +293,8 @@ def test_float16_waits_for_the_scaled_loss() -> None:
     assert_near(found[1], found[0], 0.01)
 
 
-@pytest.mark.parametrize("target", ["image", "features"])
-def test_without_data_on_the_meta_device(target: str) -> None:
+@pytest.mark.parametrize("target", ["image", "features", None])
+def test_without_data_on_the_meta_device(target: str | None) -> None:
     own = objective(target, slices=4).to("meta")
     inputs, outputs, images = (tensor.to("meta") for tensor in batch_of())
     terms, _ = own(inputs, outputs.requires_grad_(), images, LABELS.to("meta"))
@@ -245,8 +327,8 @@ def test_a_decoder_with_statistics_of_the_batch_is_refused(norm: nn.Module, refu
         objective(decoder=decoder, slices=4)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name.endswith("recon")])
-@pytest.mark.parametrize("family", ["swin", "vit", "convnext"])
+@pytest.mark.parametrize("method", LOCAL_METHODS)
+@pytest.mark.parametrize("family", SPLIT_BACKBONES)
 def test_a_learner_has_the_same_losses_and_gradients(method: str, family: str) -> None:
     results = []
     for slices in (1, 3):
