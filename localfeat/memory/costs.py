@@ -32,6 +32,7 @@ class PieceCost:
     kept: float  # alive after the forward pass: what it saves for backward, and its output
     forward_peak: float
     backward_peak: float  # including what was kept, but the output only if it was saved
+    backward_peak_held: float  # the same if something else holds the input until the end
     output: float  # bytes of its output
     output_saved: bool  # whether its own backward pass needs its output
     input_saved: bool  # whether its backward pass needs its input; otherwise the input is free after the forward pass
@@ -79,7 +80,7 @@ class _Gauge:
 
     def __init__(self, tracker: StorageTracker) -> None:
         self.tracker, self.start = tracker, tracker.live_bytes
-        self.highest = 0
+        self.highest = self.with_input = 0
         tracker.reset_peak()
 
     @property
@@ -91,6 +92,19 @@ class _Gauge:
 
     def end(self) -> None:
         self.highest = max(self.highest, self.tracker.peak_bytes - self.start)
+
+    def input_freed(self) -> None:
+        """What is highest from now on is so without the input."""
+        self.end()
+        self.with_input, self.highest = self.highest, 0
+        self.tracker.reset_peak()
+
+    def take(self, input_bytes: int) -> tuple[int, int]:
+        """The highest level since the last time: as it was, and as if the input had not been freed."""
+        held = max(self.with_input, self.highest + input_bytes) if self.with_input else self.highest
+        found = max(self.with_input, self.highest), held
+        self.highest = self.with_input = 0
+        return found
 
 
 @contextmanager
@@ -124,29 +138,33 @@ def measure_piece(
     """
     parameters, x = list(module.parameters()), entry()
     entered = rounded(x.untyped_storage().nbytes())
-    begun = weakref.ref(x.untyped_storage())
+    gauges: list[_Gauge] = []
+    begun = weakref.ref(x.untyped_storage(), lambda _: gauges[0].input_freed())  # after the tracker has noticed
     with _counting(target, [x, *parameters, *module.buffers()]) as (tracker, counter):
         gauge = _Gauge(tracker)
+        gauges.append(gauge)
         x = x if first else _Entrance.apply(x, _anchor(), gauge.end)
         output = run(x)
         gauge.end()
-        forward_peak, gauge.highest = gauge.highest, 0
         kept, size = gauge.level, rounded(output.untyped_storage().nbytes())
         alive = weakref.ref(output.untyped_storage())
         root = _Exit.apply(output, gauge.begin)
         scalar = rounded(root.untyped_storage().nbytes())
         del output, x
         output_saved, input_saved = alive() is not None, begun() is not None
+        forward_peak, _ = gauge.take(entered)
         if not first or any(p.requires_grad for p in parameters):
             with torch.autocast("meta", enabled=False):
                 root.backward()
             gauge.end()
-        backward_peak = gauge.highest - scalar + (0 if input_saved else entered)
+        peaks = gauge.take(entered)
+        backward_peak, held = (peak - scalar + (0 if input_saved else entered) for peak in peaks)
         gradients = _take_gradients(parameters)
     return PieceCost(
         kept,
         forward_peak,
         backward_peak,
+        held,
         size,
         output_saved,
         input_saved,
@@ -184,7 +202,10 @@ def measure_objective(
         gauge.end()
         del value
         gradients = _take_gradients(parameters)
-    return PieceCost(kept, forward_peak, gauge.highest, 0, False, False, gradients, counter.flops, counter.traffic)
+    backward_peak = gauge.highest
+    return PieceCost(
+        kept, forward_peak, backward_peak, backward_peak, 0, False, False, gradients, counter.flops, counter.traffic
+    )
 
 
 def _take_gradients(parameters: list[nn.Parameter]) -> int:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from torch import nn
 
 from localfeat.efficiency import Efficiency
-from localfeat.memory.balance import balanced_cuts, cheapest_cuts
+from localfeat.errors import UserError
+from localfeat.memory.balance import balanced_cuts
 from localfeat.memory.emulation import Emulation, Precision, Target
+from localfeat.memory.fitted import MOST_MODULES, Fitted, without_recomputation
 from localfeat.memory.segments import Parts, Segment, SegmentCosts, Setting
+from localfeat.memory.standing import Keeping
 from localfeat.network import Split
 from localfeat.objectives import DecoderFactory, Method
 
-MOST_MODULES = 12
 STEP = 8
 """Largest batches are multiples of this (below it 1, 2 and 4): slices of the batch are then of one size."""
 LARGEST_BATCH = 2**16
@@ -44,7 +45,8 @@ class Workload:
         image_size: where the backbone does not fix it.
         source_bytes: of one image as it comes from the loader.
         accumulate: batches per optimizer step.
-        ema: whether a moving average of the weights is kept.
+        ema: whether a moving average of the weights is kept on the device.
+        soft_labels: whether labels are probabilities (mixup, cutmix).
     """
 
     backbone: Callable[[], nn.Module]
@@ -115,7 +117,7 @@ class Planner:
         One module is the whole network under the classifier's cross entropy: end-to-end training, whatever the method.
         """
         for name, method in self.methods.items():
-            for efficiency in self.efficiencies:
+            for efficiency in self._possible(name):
                 for cuts, balanced in self._divisions(name, efficiency, split):
                     if method.local == bool(cuts):
                         yield self._option(name, efficiency, cuts, balanced=balanced)
@@ -126,15 +128,34 @@ class Planner:
         if recomputing is None:
             return
         for name, method in self.methods.items():
+            if "slices" not in self._possible(name):
+                continue
             found: list[Option] = []
             for fused in {False, recomputing.fused_attention}:
                 settings = replace(recomputing, fused_attention=fused)
-                division = _Fitted(self, name, _without_recomputation(settings), settings).search(method.local)
+                division = Fitted(self, name, without_recomputation(settings), settings).search(method.local)
                 if division is not None:
                     cuts, blocks = division
                     found.append(self._option(name, "slices", cuts, balanced=False, blocks=blocks, fused=fused))
             if found:
                 yield min(found, key=lambda option: option.step_cost)
+
+    def _possible(self, method: str) -> list[str]:
+        """Efficiency settings that go with this backbone and method's decoder; all of them must not be refused.
+
+        Raises:
+            UserError: none goes with them.
+        """
+        found, refusal = [], None
+        for name, settings in self.efficiencies.items():
+            try:
+                self.costs(method, settings, self.workload.batch_size).segment(0, 1)
+                found.append(name)
+            except UserError as error:
+                refusal = error
+        if not found and refusal is not None:
+            raise refusal
+        return found
 
     def _divisions(self, method: str, efficiency: str, split: Split | None) -> Iterator[tuple[tuple[int, ...], bool]]:
         costs = self.costs(method, self.efficiencies[efficiency], self.workload.batch_size)
@@ -161,7 +182,7 @@ class Planner:
         if fused is not None:
             settings = replace(settings, fused_attention=fused)
         if blocks is not None:
-            settings = replace(settings, blocks=blocks) if blocks else _without_recomputation(settings)
+            settings = replace(settings, blocks=blocks) if blocks else without_recomputation(settings)
         peak, cost = self.evaluate(method, settings, cuts)
         fits = peak <= self.budget
         largest = self._largest_batch(method, settings, cuts)
@@ -180,10 +201,7 @@ class Planner:
     @property
     def standing(self) -> float:
         """Bytes of the backbone's weights and optimizer states, and of what else stands there all the time."""
-        plain = self._plain(self.workload.batch_size)
-        trained = sum(p.nbytes for p in plain.backbone.parameters() if p.requires_grad)
-        between_batches = trained if self.workload.accumulate > 1 else 0
-        return plain.standing.total + plain.standing.weights * self.workload.ema + between_batches
+        return self._plain(self.workload.batch_size).standing.total
 
     def step_cost(self, segments: Iterable[Segment]) -> float:
         """Of a step relative to plain end-to-end training."""
@@ -212,12 +230,43 @@ class Planner:
                 middle = (low + high) // 2
                 low, high = (middle, high) if fits(middle * STEP) else (low, middle)
             return low * STEP
+        return self._few(method, efficiency, edges)
+
+    def _few(self, method: str, efficiency: Efficiency, edges: Sequence[tuple[int, int]]) -> int:
+        """The largest batch below ``STEP``."""
         for batch in (4, 2, 1):
             costs = self.costs(method, efficiency, batch)
             needs_pairs = self.methods[method].contrasts and batch < 2
             if not needs_pairs and self.peak([costs.segment(*edge) for edge in edges]) <= self.budget:
                 return batch
         return 0
+
+    def exactly(self, option: Option) -> Option:
+        """The same with its largest batch found by measurements at that size, not by those at others."""
+        edges = list(pairwise([0, *option.cuts, self.blocks]))
+
+        def fits(steps: int) -> bool:
+            costs = self.costs(option.method, option.settings, steps * STEP)
+            return self.peak([costs.segment(*edge) for edge in edges]) <= self.budget
+
+        if option.largest_batch < STEP:
+            return option
+        low = high = option.largest_batch // STEP  # low fits or is 0, high does not fit
+        stride = 1
+        if fits(low):
+            high = low + stride
+            while high * STEP <= LARGEST_BATCH and fits(high):
+                low, stride = high, 2 * stride
+                high = low + stride
+        else:
+            low = max(0, high - stride)
+            while low and not fits(low):
+                high, stride = low, 2 * stride
+                low = max(0, high - stride)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return replace(option, largest_batch=low * STEP or self._few(option.method, option.settings, edges))
 
     def _probes(self) -> list[int]:
         middle = max(2 * STEP, self.workload.batch_size // STEP * STEP)
@@ -240,69 +289,10 @@ class Planner:
                 work.image_size,
                 work.source_bytes,
                 work.soft_labels,
+                Keeping((work.target, work.precision) != ("cuda", "16-mixed"), work.accumulate > 1, work.ema),
             )
             fused = efficiency.fused_attention, efficiency.fused_mlp
             if fused not in self._backbones:
                 self._backbones[fused] = work.backbone()
             self._costs[key] = SegmentCosts(self._backbones[fused], setting, self._known)
         return self._costs[key]
-
-
-def _without_recomputation(efficiency: Efficiency) -> Efficiency:
-    return replace(efficiency, recompute="none", slices=1, blocks=None)
-
-
-@dataclass
-class _Fitted:
-    """The search behind :meth:`Planner.fitted`.
-
-    A module recomputes its first blocks, as many as it must: in a hierarchical backbone they are the largest, in a
-    columnar one all are alike.
-    """
-
-    planner: Planner
-    method: str
-    plain: Efficiency
-    recomputing: Efficiency
-    _segments: dict[tuple[int, int], list[Segment]] = field(default_factory=dict)
-
-    def search(self, local: bool) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """Cuts and numbers of recomputed blocks of the cheapest division within the budget; ``None`` if none is."""
-        planner = self.planner
-        most = min(MOST_MODULES, planner.blocks) if local else 1
-        limit = planner.budget - planner.standing
-        for _ in range(4):  # the auxiliary parts stand there too, and depend on the cuts
-            found = cheapest_cuts(partial(self._cost, limit), planner.blocks, most, 1 + local)
-            if found is None:
-                return None
-            modules = [
-                (edge, self._needed(limit, *edge) or 0, self._variants(*edge))
-                for edge in pairwise([0, *found, planner.blocks])
-            ]
-            segments = [variants[count] for _, count, variants in modules]
-            if planner.peak(segments) <= planner.budget:
-                recomputed = [start + i + 1 for (start, _), count, _ in modules for i in range(count)]
-                return tuple(found), tuple(recomputed)
-            limit = planner.budget - planner.standing - sum(s.standing for s in segments)
-        return None
-
-    def _cost(self, limit: float, start: int, stop: int) -> float | None:
-        count = self._needed(limit, start, stop)
-        return None if count is None else self.planner.work(self._variants(start, stop)[count])
-
-    def _needed(self, limit: float, start: int, stop: int) -> int | None:
-        """How many first blocks must be recomputed."""
-        return next((n for n, s in enumerate(self._variants(start, stop)) if s.peak <= limit), None)
-
-    def _variants(self, start: int, stop: int) -> list[Segment]:
-        """The module with its first 0, 1, 2 … blocks recomputed."""
-        if (start, stop) not in self._segments:
-            size = self.planner.workload.batch_size
-            kept = self.planner.costs(self.method, self.plain, size).parts(start, stop)
-            again = self.planner.costs(self.method, self.recomputing, size).parts(start, stop)
-            stem = len(kept.chain) - (stop - start)  # the first module begins with the stem, which is not recomputed
-            self._segments[start, stop] = [
-                replace(kept, chain=again.chain[: stem + count] + kept.chain[stem + count :]).combined()
-                for count in range(stop - start + 1)
-            ]
-        return self._segments[start, stop]

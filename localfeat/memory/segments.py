@@ -13,54 +13,15 @@ from torch import Tensor, nn
 
 from localfeat.assembly import build_objective, image_size_of, prepare_blocks
 from localfeat.efficiency import Efficiency
-from localfeat.memory.costs import PieceCost, interpolated, measure_objective, measure_piece, signature
+from localfeat.memory.costs import PieceCost, measure_objective, measure_piece, signature
+from localfeat.memory.parts import Parts, Segment
+from localfeat.memory.standing import Keeping, Standing
 from localfeat.memory.tracker import rounded
 from localfeat.network import Decomposition, decompose, weighted_sum
 from localfeat.objectives import DecoderFactory, Method, Site
 
-STATES = 2
-"""Tensors of a parameter's size that AdamW keeps, beside one scalar."""
-
 Device = Callable[[], AbstractContextManager[Any]]
 """Makes the context in which meta tensors behave as a device's do (autocast, attention kernels)."""
-
-
-class Standing(NamedTuple):
-    """Bytes that are there all the time."""
-
-    weights: int
-    optimizer_state: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.optimizer_state
-
-    @classmethod
-    def of(cls, module: nn.Module) -> Standing:
-        """Of a module's parameters and buffers."""
-        tensors = {id(t): t for t in [*module.parameters(), *module.buffers()]}
-        weights = sum(rounded(t.untyped_storage().nbytes()) for t in tensors.values())
-        trained = [p for p in module.parameters() if p.requires_grad]
-        state = sum(STATES * rounded(p.untyped_storage().nbytes()) + rounded(4) for p in trained)
-        return cls(weights, state)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A local module of blocks ``start`` to ``stop`` (exclusive).
-
-    Attributes:
-        peak: bytes above what stands, the batch and, where it needs them, the images included.
-        standing: of its auxiliary parts; 0 for the last module.
-        flops, traffic: of one step, see :class:`PieceCost`.
-    """
-
-    start: int
-    stop: int
-    peak: float
-    standing: float
-    flops: float
-    traffic: float
 
 
 @dataclass(frozen=True)
@@ -76,6 +37,7 @@ class Setting:
         source_bytes: bytes of one image as it arrives from the loader and stays all step; 0 if the images arrive as
             the network takes them.
         soft_labels: whether labels are probabilities (mixup, cutmix).
+        keeping: what stands between steps.
     """
 
     method: Method
@@ -86,52 +48,14 @@ class Setting:
     image_size: int | None = None
     source_bytes: int = 0
     soft_labels: bool = False
+    keeping: Keeping = field(default_factory=Keeping)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a module is made of, at one batch size. Sizes in bytes."""
-
-    start: int
-    stop: int
-    chain: list[PieceCost]
-    objective: PieceCost
-    standing: int
-    held: float  # the batch and what else is there before the module begins
-    outputs: float  # output features, which the loop keeps for the next module
-
-    def combined(self) -> Segment:
-        """The module as a whole."""
-        pieces = [*self.chain, self.objective]
-        return Segment(
-            self.start,
-            self.stop,
-            self.held + chain_peak(self.chain, self.objective, self.outputs),
-            self.standing,
-            sum(piece.flops for piece in pieces),
-            sum(piece.traffic for piece in pieces),
-        )
-
-    @staticmethod
-    def at(batch_size: int, samples: dict[int, Parts]) -> Parts:
-        """The parts at any batch size, through measurements at others (batch size -> parts).
-
-        Args:
-            samples: three, of which two have the body: its costs are affine in the batch size.
-        """
-        bodies = {size: sample.chain for size, sample in samples.items() if sample.chain}
-        some = next(iter(samples.values()))
-        chain = [
-            interpolated(batch_size, dict(zip(bodies, pieces, strict=True)))
-            for pieces in zip(*bodies.values(), strict=True)
-        ]
-        objective = interpolated(batch_size, {size: sample.objective for size, sample in samples.items()})
-        (first, low), (second, high) = sorted((size, sample) for size, sample in samples.items())[:2]
-        share = (batch_size - first) / (second - first)
-        held, outputs = (
-            getattr(low, name) + share * (getattr(high, name) - getattr(low, name)) for name in ("held", "outputs")
-        )
-        return Parts(some.start, some.stop, chain, objective, some.standing, held, outputs)
+class _Objective(NamedTuple):
+    cost: PieceCost
+    standing: int  # of what is not the backbone's
+    scratch: int
+    uses_images: bool
 
 
 class SegmentCosts:
@@ -162,7 +86,7 @@ class SegmentCosts:
     @cached_property
     def standing(self) -> Standing:
         """Of the backbone."""
-        return Standing.of(self.backbone)
+        return Standing.of(self.backbone, self.setting.keeping)
 
     @cached_property
     def features(self) -> list[Tensor]:
@@ -191,11 +115,26 @@ class SegmentCosts:
             chain = [self._stem(), *(self._block(index, first=False) for index in range(stop))]
         elif body:
             chain = [self._block(index, first=index == start) for index in range(start, stop)]
-        objective, standing, uses_images = self._objective(start, stop)
+        objective = self._objective(start, stop)
         images, inputs = rounded(self._images().nbytes), rounded(self.features[start].nbytes)
-        held = images if start == 0 else inputs + images * uses_images
+        held = images if start == 0 else inputs + images * objective.uses_images
         outputs = rounded(self.features[stop].nbytes)
-        return Parts(start, stop, chain, objective, standing, self._batch_bytes + held, outputs)
+        return Parts(
+            start,
+            stop,
+            chain,
+            objective.cost,
+            objective.standing,
+            self._batch_bytes + held,
+            outputs,
+            self._batch_bytes + images * objective.uses_images,
+            max(objective.scratch, self._scratch(start, stop)),
+            self.setting.keeping.accumulates,
+        )
+
+    def _scratch(self, start: int, stop: int) -> int:
+        stem = [self.pieces.stem] if start == 0 else []
+        return self.setting.keeping.scratch([*stem, *self.pieces.blocks[start:stop]])
 
     @property
     def _batch_bytes(self) -> int:
@@ -239,16 +178,15 @@ class SegmentCosts:
     def _body(self) -> Efficiency:
         return self.setting.efficiency
 
-    def _objective(self, start: int, stop: int) -> tuple[PieceCost, int, bool]:
-        """Cost, standing bytes of what is not the backbone's, and whether it needs the images."""
+    def _objective(self, start: int, stop: int) -> _Objective:
         last = stop == self.blocks
         setting, inputs, outputs = self.setting, self.features[start], self.features[stop]
         key: list[object] = ["objective", setting.method, setting.decoder, setting.efficiency.loss_slices]
-        key += [setting.soft_labels, tuple(outputs.shape), outputs.dtype]
+        key += [setting.soft_labels, setting.keeping, tuple(outputs.shape), outputs.dtype]
         key += ["classifier"] if last else [tuple(inputs.shape), inputs.dtype]
-        return cast("tuple[PieceCost, int, bool]", self._once(_hashable(key), lambda: self._measure(start, stop)))
+        return cast(_Objective, self._once(_hashable(key), lambda: self._measure(start, stop)))
 
-    def _measure(self, start: int, stop: int) -> tuple[PieceCost, int, bool]:
+    def _measure(self, start: int, stop: int) -> _Objective:
         last = stop == self.blocks
         site = Site(
             index=1 if last else 0,
@@ -269,7 +207,9 @@ class SegmentCosts:
 
         outputs = torch.empty_like(self.features[stop])
         cost = measure_objective(loss, outputs, objective, [inputs, images, labels], self.setting.device())
-        return cost, 0 if last else Standing.of(objective).total, objective.uses_images
+        keeping = self.setting.keeping
+        standing = 0 if last else Standing.of(objective, keeping).total  # the classifier is the backbone's
+        return _Objective(cost, standing, keeping.scratch([objective]), objective.uses_images)
 
     def _once(self, key: object, make: Callable[[], Any]) -> Any:
         if key not in self._shared:
@@ -280,28 +220,3 @@ class SegmentCosts:
 def _hashable(values: list[object]) -> tuple[object, ...]:
     """Methods and decoders may hold lists; their text tells equal ones."""
     return tuple(repr(value) for value in values)
-
-
-def chain_peak(chain: list[PieceCost], objective: PieceCost, outputs: float) -> float:
-    """Peak of a module above its input: its pieces forward, its objective there and back, its pieces backward.
-
-    Args:
-        chain: the pieces in order.
-        objective: measured with backward pass.
-        outputs: bytes of the module's output features, which the loop keeps for the next module.
-    """
-    level, peak = 0.0, 0.0
-    levels = []
-    for number, piece in enumerate(chain):
-        peak = max(peak, level + piece.forward_peak)
-        if number and not (piece.input_saved or chain[number - 1].output_saved):
-            level -= chain[number - 1].output  # free when the piece has run
-        levels.append(level)
-        level += piece.kept
-    peak = max(peak, level + objective.forward_peak, level + objective.backward_peak)
-    gradients = objective.gradients
-    for number, (piece, before) in reversed(list(enumerate(zip(chain, levels, strict=True)))):
-        twice = piece.output if number == len(chain) - 1 and piece.output_saved else 0.0
-        peak = max(peak, before + outputs + gradients + piece.backward_peak - twice)
-        gradients += piece.gradients
-    return peak
