@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localfeat.cli import one_line_errors, report
+from localfeat.cli import check_arguments, one_line_errors, report
 from localfeat.config import plain, register_resolvers
 from localfeat.errors import UserError
 from localfeat.paths import conf_dir
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 USAGE = """
 python -m localfeat.plan [group=choice …] [key=value …] budget=8GiB [margin=0.05] [device=cuda] [all=true] [json=file]
+                         [--config-dir folder]
 
 Which methods, splits and efficiency settings fit, the largest batch for each, the predicted peak, the cost of a step.
 What you type is what localfeat.run takes. A method, split or efficiency setting that you name is kept; the others are
@@ -30,7 +31,7 @@ searched: all methods, balanced splits of up to 12 modules, all efficiency setti
   json     also write everything to this file; - for the terminal, with nothing else
 """
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
-OWN = {"budget": ..., "margin": "0.05", "device": None, "all": "false", "json": None}
+OWN = {"budget": ..., "margin": "0.05", "device": None, "all": "false", "json": None, "config_dir": None}
 
 
 def parse_bytes(text: str) -> int:
@@ -47,43 +48,66 @@ def parse_bytes(text: str) -> int:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The planner's own values, and the overrides of the configuration.
+    """The planner's own values (the last one of each counts), and the overrides of the configuration.
 
     Raises:
-        UserError: an option, a budget that is missing, a key given twice.
+        UserError: an option other than ``--config-dir``, a budget that is missing, what no single run takes.
     """
     values, overrides = dict(OWN), []
-    for argument in arguments:
+    rest = iter(arguments)
+    for argument in rest:
         key, equals, value = argument.partition("=")
-        if key in OWN and equals:
+        if key in OWN and key != "config_dir" and equals:
             values[key] = value
-        elif argument.startswith("-") or not equals:
+        elif key in ("--config-dir", "-cd"):
+            values["config_dir"] = _folder(value if equals else next(rest, ""))
+        elif argument.startswith("-") or not (equals or argument.startswith("~")):
             raise UserError(f"{argument}: arguments are key=value (see --help)")
         else:
             overrides.append(argument)
     if values["budget"] is ...:
         raise UserError("budget has to be given: budget=8GiB, or budget=auto for the GPU that is here (see --help)")
+    if resumed := next((o for o in overrides if o.startswith("resume=")), None):
+        raise UserError(f"{resumed}: a run that was cut short goes on as it was; plan without it")
+    check_arguments(overrides)
     return values, overrides
 
 
-def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
-    """The configuration of ``localfeat.run`` with these overrides, plain values."""
+def _folder(path: str) -> str:
+    if not Path(path).is_dir():
+        raise UserError(f"--config-dir {path}: there is no such folder")
+    return path
+
+
+def composer(config_dir: str | None) -> Callable[[Sequence[str]], dict[str, Any]]:
+    """Makes the configuration of ``localfeat.run`` with given overrides, plain values."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    register_resolvers()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return plain(compose("config", overrides=list(overrides)))
+    own = [] if config_dir is None else [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"]
+
+    def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
+        register_resolvers()
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return plain(compose("config", overrides=[*own, *overrides]))
+
+    return compose_config
 
 
 def make_plan(arguments: Sequence[str]) -> tuple[Plan, dict[str, Any]]:
     """The plan for a command line, and the planner's own values in it."""
     values, overrides = split_arguments(arguments)
-    config = compose_config(overrides)
+    compose = composer(values["config_dir"])
+    checked = _checked(values)
+    if values["budget"] != "auto":
+        parse_bytes(values["budget"])
+    config = compose(overrides)
     from localfeat.planning import plan
 
-    return plan(config, overrides, compose_config, budget=_budget(values["budget"]), **_checked(values)), values
+    hydra = ["--config-dir", values["config_dir"]] if values["config_dir"] else []
+    found = plan(config, overrides, compose, budget=_budget(values["budget"]), options_of_hydra=hydra, **checked)
+    return found, values
 
 
 def _checked(values: dict[str, Any]) -> dict[str, Any]:
@@ -97,6 +121,10 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"device={values['device']}: it is cuda or cpu")
     if values["all"] not in ("true", "false"):
         raise UserError(f"all={values['all']}: it is true or false")
+    if values["json"] not in (None, "-") and not Path(values["json"]).absolute().parent.is_dir():
+        raise UserError(f"json={values['json']}: there is no such folder")
+    if values["json"] is not None and (not values["json"] or Path(values["json"]).is_dir()):
+        raise UserError(f"json={values['json']}: give a file, or - for the terminal")
     return {"margin": margin, "device": values["device"]}
 
 

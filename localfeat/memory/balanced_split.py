@@ -14,6 +14,7 @@ from localfeat.errors import UserError
 from localfeat.memory.balance import balanced_cuts
 from localfeat.memory.emulation import AUTOCAST_DTYPES, Emulation, Precision, Target
 from localfeat.memory.segments import SegmentCosts, Setting
+from localfeat.memory.standing import Keeping
 from localfeat.network import Split
 from localfeat.objectives import DecoderFactory, Method
 
@@ -62,20 +63,30 @@ class BalancedSplit:
         efficiency = efficiency or Efficiency()
         if efficiency.compile:
             raise UserError("split=balanced: what a compiled step needs is not known: leave out efficiency.compile")
+        precision = "bf16-mixed" if (self.device, self.precision) == ("cpu", "16-mixed") else self.precision
         setting = Setting(
             method,
             decoder,
             self.batch_size,
-            lambda: Emulation(self.device, self.precision),
+            lambda: Emulation(self.device, precision),
             efficiency=efficiency,
             image_size=image_size,
+            keeping=Keeping(fused_optimizer=(self.device, self.precision) != ("cuda", "16-mixed")),
         )
         costs = SegmentCosts(without_data(backbone), setting)
-        if self.k > costs.blocks:
-            raise UserError(f"split.k={self.k}: this backbone has {costs.blocks} blocks, which is the most modules")
+        self.check_blocks(costs.blocks)
         if not method.local:
             return Split(1, by="blocks")
         return Split(cuts=tuple(balanced_cuts(costs.segment, costs.blocks, self.k)))
+
+    def check_blocks(self, blocks: int) -> None:
+        """Refuse a backbone with too few blocks.
+
+        Raises:
+            UserError: more modules than blocks.
+        """
+        if self.k > blocks:
+            raise UserError(f"split.k={self.k}: this backbone has {blocks} blocks, which is the most modules")
 
 
 def without_data(module: nn.Module) -> nn.Module:

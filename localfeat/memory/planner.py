@@ -111,14 +111,14 @@ class Planner:
         self._backbones: dict[tuple[bool, bool], nn.Module] = {}  # what is fused changes the backbone
         self.blocks = self._plain(workload.batch_size).blocks
 
-    def options(self, split: Split | None = None) -> Iterator[Option]:
-        """Every method with every efficiency setting: cut as ``split`` says, or balanced with K = 1 to 12.
+    def options(self, split: Split | None = None, modules: int | None = None) -> Iterator[Option]:
+        """Every method with every efficiency setting: cut as ``split`` says, or balanced (K = 1 to 12 or ``modules``).
 
         One module is the whole network under the classifier's cross entropy: end-to-end training, whatever the method.
         """
         for name, method in self.methods.items():
             for efficiency in self._possible(name):
-                for cuts, balanced in self._divisions(name, efficiency, split):
+                for cuts, balanced in self._divisions(name, efficiency, split, modules):
                     if method.local == bool(cuts):
                         yield self._option(name, efficiency, cuts, balanced=balanced)
 
@@ -157,7 +157,9 @@ class Planner:
             raise refusal
         return found
 
-    def _divisions(self, method: str, efficiency: str, split: Split | None) -> Iterator[tuple[tuple[int, ...], bool]]:
+    def _divisions(
+        self, method: str, efficiency: str, split: Split | None, only: int | None
+    ) -> Iterator[tuple[tuple[int, ...], bool]]:
         costs = self.costs(method, self.efficiencies[efficiency], self.workload.batch_size)
         if not self.methods[method].local:
             yield (), split is None
@@ -165,7 +167,7 @@ class Planner:
             lengths = split.blocks_per_module(costs.pieces.stage_depths)
             yield tuple(sum(lengths[: i + 1]) for i in range(len(lengths) - 1)), False
         else:
-            for modules in range(2, min(MOST_MODULES, self.blocks) + 1):
+            for modules in [only] if only else range(2, min(MOST_MODULES, self.blocks) + 1):
                 yield tuple(balanced_cuts(costs.segment, self.blocks, modules)), True
 
     def _option(
