@@ -73,6 +73,8 @@ class Plan:
 
 
 def _size(size: float) -> str:
+    if size < MIB:
+        return f"{size / 2**10:.1f} KiB"
     return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"
 
 

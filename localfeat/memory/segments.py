@@ -197,7 +197,9 @@ class SegmentCosts:
             num_classes=cast(int, self.backbone.num_classes),
             loss_slices=self.setting.efficiency.loss_slices,
         )
-        objective = build_objective(self.pieces, self.setting.method, site, self.setting.decoder).to("meta").train()
+        with torch.random.fork_rng(devices=[]):  # initial weights that nothing is trained from
+            objective = build_objective(self.pieces, self.setting.method, site, self.setting.decoder)
+        objective = objective.to("meta").train()
         inputs, images = torch.empty_like(self.features[start]), self._images()
         labels = self._labels()
 
