@@ -2,9 +2,9 @@
 
     python experiments/benchmarks/step_time.py [config overrides, e.g. split=k2 dataset=cifar10 batch_size=8]
 
-Every round runs one training step of each method on the same random batch, in turn, so that a machine with other
-work slows all of them alike. The first rounds are left out. Quoted: the median step and the median of the ratios
-taken round by round. Results: experiments/results/step_time.{json,md}.
+Every round runs one training step of each method on the same random batch, in turn and each right after one of the
+reference, so that a machine with other work slows both alike. The first rounds are left out. Quoted: the median step
+and the median of these ratios. Results: experiments/results/step_time.{json,md}.
 """
 
 from __future__ import annotations
@@ -78,20 +78,31 @@ def _no_update(index: int) -> None:
     """What a part of a batch does that only accumulates."""
 
 
+Taken = tuple[float, float]
+"""Seconds of one step, and of the reference's step just before it."""
+
+
 def in_turn(
-    steps: Mapping[str, Steps], images: Tensor, labels: Tensor, *, warm_up: int, rounds: int
-) -> list[dict[str, float]]:
-    """Seconds of every learner's step, round by round; the warm-up rounds are left out."""
-    taken = [{name: step.seconds(images, labels) for name, step in steps.items()} for _ in range(warm_up + rounds)]
-    return taken[warm_up:]
+    steps: Mapping[str, Steps], images: Tensor, labels: Tensor, *, reference: str, warm_up: int, rounds: int
+) -> list[dict[str, Taken]]:
+    """Seconds of every learner's step, round by round, each beside the reference's; warm-up rounds are left out.
+
+    The reference runs before each of the others: a machine's speed may change within a round.
+    """
+
+    def beside(name: str) -> Taken:
+        before = steps[reference].seconds(images, labels)
+        return steps[name].seconds(images, labels), before
+
+    return [{name: beside(name) for name in steps} for _ in range(warm_up + rounds)][warm_up:]
 
 
-def figures(rounds: Sequence[Mapping[str, float]], reference: str) -> dict[str, dict[str, float]]:
-    """Median seconds of every step, and the median of its ratios to ``reference`` taken round by round."""
+def figures(rounds: Sequence[Mapping[str, Sequence[float]]], reference: str) -> dict[str, dict[str, float]]:
+    """Median seconds of every step, and the median of its ratios to the step of ``reference`` beside it."""
     return {
         name: {
-            "step_seconds": median(taken[name] for taken in rounds),
-            f"relative_to_{reference}": median(taken[name] / taken[reference] for taken in rounds),
+            "step_seconds": median(taken[name][0] for taken in rounds),
+            f"relative_to_{reference}": median(taken[name][0] / taken[name][1] for taken in rounds),
         }
         for name in rounds[0]
     }
@@ -114,7 +125,7 @@ def main() -> None:
     labels = torch.randint(0, 10, (config["batch_size"],))
     bf16 = config["trainer"]["precision"] == "bf16-mixed"
     steps = {method: Steps(build_learner(configs[method], 10), bf16=bf16) for method in METHODS}
-    found = figures(in_turn(steps, images, labels, warm_up=WARM_UP, rounds=ROUNDS), "e2e")
+    found = figures(in_turn(steps, images, labels, reference="e2e", warm_up=WARM_UP, rounds=ROUNDS), "e2e")
     lines = ["| method | median step (ms) | images/s | step time relative to `e2e` |", "|---|---|---|---|"]
     for method, taken in found.items():
         step, ratio = taken["step_seconds"], taken["relative_to_e2e"]

@@ -61,7 +61,9 @@ def measure(plan: Plan, rounds: int, device: str) -> list[dict[str, Any]]:
     for precision in plan.precisions:
         measured = {case.key: peak(case, plan, precision, device) for case in plan.timed}
         steps = {case.key: prepared(case, plan, precision, device) for case in plan.timed}
-        taken = figures(in_turn(steps, *batch(plan, device), warm_up=WARM_UP, rounds=rounds), plan.timed[0].key)
+        reference = plan.timed[0].key
+        times = in_turn(steps, *batch(plan, device), reference=reference, warm_up=WARM_UP, rounds=rounds)
+        taken = figures(times, reference)
         del steps
         for case in plan.timed:
             predicted = memory_row(plan.main, case, precision)["peak_bytes"]

@@ -44,8 +44,9 @@ def _timed() -> tuple[Case, ...]:
         Case("feature_recon", (1, 2, 5)),
         Case("feature_recon", (1, 2, 5), lean),
         Case("greedy_ce", (1, 2, 5), lean),
+        Case("feature_recon", (4, 7, 9), mixed(range(1, 4), slices=2)),
+        Case("feature_recon", (5, 7, 9), mixed(range(1, 5), slices=2)),
         Case("feature_recon", (5, 7, 9), mixed(range(1, 5), slices=4)),
-        Case("feature_recon", (5, 7, 9), mixed(range(1, 6), slices=8)),
         Case("feature_recon", tuple(range(1, 12)), lean),
     )
 
