@@ -17,7 +17,8 @@ class Efficiency:
         fused_attention: windowed attention as one operation that keeps queries, keys and values and no attention
             matrix. ViTs have timm's fused attention in any case.
         loss_slices: compute the reconstruction loss and its gradient in this many slices of the batch on the way
-            forward, so that neither the whole prediction nor the whole target is ever alive.
+            forward, so that neither the whole prediction nor the whole target is ever alive. Fewer slices where they
+            would have less than four images.
         recompute: ``checkpoint`` keeps the input of every block and computes the rest again in the backward pass;
             ``selective`` keeps the results of matrix multiplications and convolutions and computes only what is cheap
             again (norms, activations, softmax).

@@ -23,6 +23,7 @@ python -m localfeat.plan [group=choice …] [key=value …] budget=8GiB [margin=
 Which methods, splits and efficiency settings fit, the largest batch for each, the predicted peak, the cost of a step.
 What you type is what localfeat.run takes. A method, split or efficiency setting that you name is kept; the others are
 searched: all methods, balanced splits of up to 12 modules, all efficiency settings but compile. No data are read.
+Recommended is the cheapest that fits, of end-to-end training and of the method typed (feature_recon if there is none).
 
   budget   memory that training may take: 8GiB, 24GB, 6000MiB; auto for what the GPU that is here has free
   margin   share of the budget left for what cannot be predicted: workspaces of kernels, fragmentation

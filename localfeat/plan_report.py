@@ -22,8 +22,8 @@ class Plan:
     Attributes:
         budget: bytes, the margin already taken off.
         options: everything that was evaluated.
-        recommended: the cheapest that fits at the batch size wanted, else the one with the largest batch; ``None`` if
-            nothing fits at any batch size.
+        recommended: of the configuration's method and end-to-end training the cheapest that fits at the batch size
+            wanted, else the one with the largest batch; ``None`` if nothing fits at any batch size.
         command: how to run it.
         confirmed_bytes: its peak by a whole step on the meta device.
     """

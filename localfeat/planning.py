@@ -61,9 +61,11 @@ def plan(
     options = list(planner.options(*_split(config, typed, planner.blocks)))
     if "split" not in typed and "efficiency" not in typed:
         options += planner.fitted()
-    chosen = _recommend(options)
+    # Methods differ in more than cost: another one than the configuration's is not recommended for its cost alone.
+    considered = [o for o in options if o.method in (config["method"]["name"], "e2e")] or options
+    chosen = _recommend(considered)
     if chosen is not None and not chosen.fits:
-        chosen = _in_smaller_batches(options, Planner(_accumulating(workload), methods, efficiencies, allowed))
+        chosen = _in_smaller_batches(considered, Planner(_accumulating(workload), methods, efficiencies, allowed))
     command = confirmed = None
     if chosen is not None:
         complete = _merged(overrides, _changes(chosen, typed, workload))

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests import broken_memory
 from tests.broken_runs import RUNS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -237,7 +238,7 @@ MUTANTS = [
         {"[small] * (modules - larger) + [small + 1] * larger": "[small + 1] * larger + [small] * (modules - larger)"},
         ["tests/network/test_split.py"],
     ),
-    *(Mutant(*broken) for broken in RUNS),
+    *(Mutant(*broken) for broken in [*RUNS, *broken_memory.MUTANTS]),
 ]
 
 

@@ -55,6 +55,19 @@ def check_command(found: dict[str, Any]) -> Any:
     return config
 
 
+def test_another_method_is_not_recommended_for_its_cost(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Where end-to-end training does not fit: the configuration's own method, though a greedy one is cheaper."""
+    wide = ["backbone.arguments.embed_dim=64", "batch_size=64"]  # next to it the auxiliary parts are small
+    typed = [*wide, "split=cuts", "split.cuts=[1,2,3]", "efficiency=none", "margin=0"]
+    plenty = planned(monkeypatch, capsys, *typed, "budget=1GiB")
+    assert plenty["recommended"]["method"] == "e2e"
+    peaks = {option["method"]: option["peak_bytes"] for option in plenty["options"]}
+    costs = {option["method"]: option["step_cost"] for option in plenty["options"]}
+    assert peaks["feature_recon"] < peaks["e2e"] and costs["greedy_ce"] < costs["feature_recon"]
+    between = (peaks["feature_recon"] + peaks["e2e"]) // 2 // 1024
+    assert planned(monkeypatch, capsys, *typed, f"budget={between}KiB")["recommended"]["method"] == "feature_recon"
+
+
 @pytest.mark.parametrize(
     ("typed", "key", "expected"),
     [

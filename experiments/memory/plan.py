@@ -47,6 +47,7 @@ def _timed() -> tuple[Case, ...]:
         Case("feature_recon", (4, 7, 9), mixed(range(1, 4), slices=2)),
         Case("feature_recon", (5, 7, 9), mixed(range(1, 5), slices=2)),
         Case("feature_recon", (5, 7, 9), mixed(range(1, 5), slices=4)),
+        Case("greedy_ce", (4, 7, 9), mixed(range(1, 4), slices=2)),
         Case("feature_recon", tuple(range(1, 12)), lean),
     )
 

@@ -17,6 +17,9 @@ from localfeat.precision import AutocastState, without_autocast
 
 Terms = dict[str, Tensor]
 
+IMAGES_PER_SLICE = 4
+"""At least so many images are computed at once: smaller slices save little memory and cost much time."""
+
 
 class Reconstruction(NamedTuple):
     """A decoder's output beside its target, in one range: pixels in [0, 1] for images."""
@@ -116,7 +119,9 @@ class LocalObjective(Objective):
         loss_of = self._reconstruction(inputs, images)
         if self.loss_slices > 1 and self.training and torch.is_grad_enabled() and not _in_float16(outputs):
             parameters = () if self.decoder is None else self.decoder.parameters()
-            pooled, loss = pooled_and_loss(self.auxiliary.convolve(outputs), loss_of, parameters, self.loss_slices)
+            pooled, loss = pooled_and_loss(
+                self.auxiliary.convolve(outputs), loss_of, parameters, self._slices(len(outputs))
+            )
             terms = {self.supervision: self._supervise(self.head.project(pooled), labels)}
             return terms if loss is None else {**terms, "reconstruction": loss}, None
         maps = self.auxiliary(outputs)  # (B, width, h, w)
@@ -138,6 +143,9 @@ class LocalObjective(Objective):
                 return self.reconstruction_loss(prediction, wanted)
 
         return loss_of
+
+    def _slices(self, images: int) -> int:
+        return max(1, min(self.loss_slices, images // IMAGES_PER_SLICE))
 
     def _supervise(self, head: Tensor, labels: Tensor) -> Tensor:
         if self.supervision == "cross_entropy":

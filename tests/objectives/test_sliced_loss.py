@@ -25,6 +25,18 @@ LABELS = torch.arange(IMAGES) % 3
 INPUTS, OUTPUTS = FeatureShape("NHWC", 6, 8, 8), FeatureShape("NHWC", 12, 4, 4)
 
 
+@pytest.fixture(autouse=True)
+def slices_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small batches shall have as many slices as large ones."""
+    monkeypatch.setattr("localfeat.objectives.objective.IMAGES_PER_SLICE", 1)
+
+
+def test_slices_have_four_images_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    objective = learner("feature_recon", 2, efficiency=Efficiency(loss_slices=8)).local_modules[0].objective
+    assert [objective._slices(images) for images in (1, 7, 8, 31, 32, 128)] == [1, 1, 2, 7, 8, 8]
+
+
 def objective(
     target: str | None = "image", loss: str = "bce", decoder: Any = "interp", slices: int = 1, **changes: Any
 ) -> LocalObjective:
