@@ -48,6 +48,7 @@ def plan(
         device: ``None`` takes the CPU for ``trainer=cpu``, else CUDA.
     """
     typed = {override.lstrip("+").partition("=")[0].partition(".")[0] for override in overrides}  # also by one value
+    own_method = config["method"]["name"]
     if "method" not in typed:  # the default one may be refused where others are not
         config = compose([*overrides, "method=e2e"])
     config = check(config)
@@ -62,7 +63,7 @@ def plan(
     if "split" not in typed and "efficiency" not in typed:
         options += planner.fitted()
     # Methods differ in more than cost: another one than the configuration's is not recommended for its cost alone.
-    considered = [o for o in options if o.method in (config["method"]["name"], "e2e")] or options
+    considered = [o for o in options if o.method in (own_method, "e2e")] or options
     chosen = _recommend(considered)
     if chosen is not None and not chosen.fits:
         chosen = _in_smaller_batches(considered, Planner(_accumulating(workload), methods, efficiencies, allowed))
