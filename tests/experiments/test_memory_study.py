@@ -178,10 +178,9 @@ def test_the_largest_batches_fill_the_budget(results: Path) -> None:
             network = replace(SHALLOW, batch_size=size * case.accumulate)
             return int(memory_row(network, case, "32-true")["peak_bytes"])
 
-        step = row["efficiency"]["slices"]
-        tolerance = 2 * (peak(batch + 1) - peak(batch))
+        tolerance = 0.05 * budget  # batches of a network this small are far from those that were measured
         assert batch > 1 and peak(batch) <= budget + tolerance
-        assert peak(batch + step) > budget - tolerance
+        assert peak(batch + row["efficiency"]["slices"]) > budget - tolerance
     table = lines(results, "large")
     assert [line["0.02 GiB"] for line in table[:2]] == [str(row["batches"][0]) for row in item["rows"][:2]]
 
