@@ -28,6 +28,7 @@ def test_the_gpu_script_measures_every_setting_and_writes_a_table() -> None:
     assert all(f" {row['step_seconds']:.3f} " in line for row, line in zip(rows, lines[2:], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_prediction_is_what_a_run_measures() -> None:
     case = next(case for case in accuracy.CPU if case[1] and case[4] == "feature_recon")
