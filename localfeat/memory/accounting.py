@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from localfeat.errors import UserError
+from localfeat.memory.bare import bare_tensors
 from localfeat.memory.emulation import AUTOCAST_DTYPES, Emulation, Precision, Target
 from localfeat.memory.step_watch import MemoryShares, StepMemory, StepWatch
 from localfeat.optimization import undecayed_parameters
@@ -75,14 +76,7 @@ def step_memory(
 
 def on_meta(learner: Learner) -> Learner:
     """A copy in training mode with all parameters and buffers on the meta device, at no cost in memory."""
-    # What deepcopy finds in its memo it takes for copied already: nothing with data is ever duplicated.
-    memo: dict[int, Any] = {id(learner._trainer): None}
-    for module in (learner, learner.backbone):
-        for parameter in module.parameters():
-            bare = torch.empty_like(parameter, device="meta", requires_grad=False)
-            memo[id(parameter)] = nn.Parameter(bare, requires_grad=parameter.requires_grad)
-        for buffer in module.buffers():
-            memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    memo = {id(learner._trainer): None, **bare_tensors(learner), **bare_tensors(learner.backbone)}
     for value in (learner._sums, learner._latest):
         memo[id(value)] = {}
     return copy.deepcopy(learner, memo).train()

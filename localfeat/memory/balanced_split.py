@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import nn
 
 from localfeat.efficiency import Efficiency
 from localfeat.errors import UserError
 from localfeat.memory.balance import balanced_cuts
+from localfeat.memory.bare import without_data
 from localfeat.memory.emulation import AUTOCAST_DTYPES, Emulation, Precision, Target
 from localfeat.memory.segments import SegmentCosts, Setting
 from localfeat.memory.standing import Keeping
@@ -87,14 +85,3 @@ class BalancedSplit:
         """
         if self.k > blocks:
             raise UserError(f"split.k={self.k}: this backbone has {blocks} blocks, which is the most modules")
-
-
-def without_data(module: nn.Module) -> nn.Module:
-    """A copy on the meta device: nothing with data is ever duplicated."""
-    memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        bare = torch.empty_like(parameter, device="meta", requires_grad=False)
-        memo[id(parameter)] = nn.Parameter(bare, requires_grad=parameter.requires_grad)
-    for buffer in module.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(module, memo)

@@ -159,7 +159,8 @@ class SegmentCosts:
         return cast(PieceCost, self._once(("stem", setting.batch_size), measure))
 
     def _block(self, index: int, *, first: bool) -> PieceCost:
-        block, run, x, efficiency = self.pieces.blocks[index], self.runners[index], self.features[index], self._body
+        block, run, x = self.pieces.blocks[index], self.runners[index], self.features[index]
+        efficiency = self.setting.efficiency
         recomputed = efficiency.recompute if efficiency.recomputes(index) else "none"
         how = (recomputed, efficiency.slices, efficiency.fused_attention, efficiency.fused_mlp)
 
@@ -173,10 +174,6 @@ class SegmentCosts:
             )
 
         return cast(PieceCost, self._once(("block", signature(block), tuple(x.shape), x.dtype, how, first), measure))
-
-    @property
-    def _body(self) -> Efficiency:
-        return self.setting.efficiency
 
     def _objective(self, start: int, stop: int) -> _Objective:
         last = stop == self.blocks

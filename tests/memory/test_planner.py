@@ -10,7 +10,7 @@ import pytest
 from localfeat.efficiency import Efficiency
 from localfeat.learner import Learner
 from localfeat.memory.accounting import step_memory
-from localfeat.memory.balanced_split import without_data
+from localfeat.memory.bare import without_data
 from localfeat.memory.planner import STEP, Option, Planner, Workload
 from localfeat.objectives import as_decoder, as_method
 from tests.small import IMAGE_SIZE, backbone

@@ -15,7 +15,7 @@ import pytest
 from localfeat.efficiency import Efficiency
 from localfeat.learner import Learner
 from localfeat.memory.accounting import step_memory
-from localfeat.memory.balanced_split import without_data
+from localfeat.memory.bare import without_data
 from localfeat.memory.emulation import Emulation
 from localfeat.memory.segments import SegmentCosts, Setting
 from localfeat.memory.standing import Keeping, Standing

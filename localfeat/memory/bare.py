@@ -1,0 +1,28 @@
+"""Copies of modules without data."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def bare_tensors(module: nn.Module) -> dict[int, Any]:
+    """A memo for ``copy.deepcopy`` by which a module's parameters and buffers are copied to the meta device.
+
+    What deepcopy finds in its memo it takes for copied already: nothing with data is ever duplicated.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        bare = torch.empty_like(parameter, device="meta", requires_grad=False)
+        memo[id(parameter)] = nn.Parameter(bare, requires_grad=parameter.requires_grad)
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return memo
+
+
+def without_data(module: nn.Module) -> nn.Module:
+    """A copy on the meta device."""
+    return copy.deepcopy(module, bare_tensors(module))
