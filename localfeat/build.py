@@ -49,6 +49,11 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
     return model
 
 
+def without_initial_weights(config: Config) -> Config:
+    """The same configuration with a backbone whose weights come from nowhere: they follow, or are not needed."""
+    return {**config, "backbone": {**config["backbone"], "pretrained": False, "weights": None}}
+
+
 def _backbone_values(group: Config) -> tuple[Config, str | None]:
     """Checked arguments of the backbone, and the file that its initial weights come from."""
     values = dict(group)

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from localfeat.build import Config, build_datamodule, build_learner, build_model, check
+from localfeat.build import Config, build_datamodule, build_learner, build_model, check, without_initial_weights
 from localfeat.config import construct
 from localfeat.efficiency import Efficiency
 from localfeat.errors import UserError
@@ -168,15 +168,13 @@ def _merged(overrides: Sequence[str], changes: Sequence[str]) -> list[str]:
 
 def _workload(config: Config, device: Target) -> Workload:
     datamodule = build_datamodule(config)
-    dataset, efficiency = config["dataset"], config["efficiency"]
-    if efficiency.get("compile"):
+    if config["efficiency"].get("compile"):
         raise UserError("efficiency.compile=true: what a compiled step needs is not known; plan without it")
     height, width = datamodule.source.image_shape
 
     def backbone() -> nn.Module:
         with torch.device("meta"):
-            initial = {**config["backbone"], "pretrained": False, "weights": None}
-            return build_model({**config, "backbone": initial}, datamodule.num_classes)
+            return build_model(without_initial_weights(config), datamodule.num_classes)
 
     return Workload(
         backbone=backbone,
@@ -188,8 +186,12 @@ def _workload(config: Config, device: Target) -> Workload:
         source_bytes=3 * height * width,
         accumulate=config["optimizer"]["accumulate"],
         ema=_averages(config, device),
-        soft_labels=bool(dataset.get("mixup") or dataset.get("cutmix")),
+        soft_labels=_soft_labels(config),
     )
+
+
+def _soft_labels(config: Config) -> bool:
+    return bool(config["dataset"].get("mixup") or config["dataset"].get("cutmix"))
 
 
 def _averages(config: Config, device: Target) -> bool:
@@ -200,11 +202,10 @@ def _averages(config: Config, device: Target) -> bool:
 def _methods(config: Config, overrides: list[str], typed: set[str], compose: Compose) -> dict[str, Method]:
     if "method" in typed:
         return {config["method"]["name"]: construct(config["method"], "method")}
-    dataset = config["dataset"]
     found: dict[str, Method] = {
         name: construct(compose([*overrides, f"method={name}"])["method"], "method") for name in METHODS
     }
-    unfit = dataset.get("mixup") or dataset.get("cutmix") or config["batch_size"] < 2
+    unfit = _soft_labels(config) or config["batch_size"] < 2
     return {name: method for name, method in found.items() if not (unfit and method.contrasts)}
 
 
@@ -221,9 +222,8 @@ def _confirmed(config: Config, device: Target) -> int:
     """Peak of a whole step of the configuration, by the learner's own loop on the meta device."""
     config = check(config)
     datamodule = build_datamodule(config)
-    initial = {**config["backbone"], "pretrained": False, "weights": None}
     with torch.device("meta"):
-        learner = build_learner({**config, "backbone": initial}, datamodule.num_classes)
+        learner = build_learner(without_initial_weights(config), datamodule.num_classes)
     return step_memory(
         learner,
         batch_size=config["batch_size"],
@@ -231,6 +231,6 @@ def _confirmed(config: Config, device: Target) -> int:
         target=device,
         precision=config["trainer"]["precision"],
         source_shape=datamodule.source.image_shape,
-        soft_labels=bool(config["dataset"].get("mixup") or config["dataset"].get("cutmix")),
+        soft_labels=_soft_labels(config),
         ema=_averages(config, device),
     ).peak_bytes

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from localfeat.build import Config, build_learner
+from localfeat.build import Config, build_learner, without_initial_weights
 from localfeat.errors import UserError
 from localfeat.learner import Learner
 
@@ -26,9 +26,8 @@ def open_learner(folder: Path, config: Config, num_classes: int, checkpoint: str
         UserError: no such checkpoint, or one of another network.
     """
     file = _checkpoint_file(folder, checkpoint)
-    initial = {**config["backbone"], "weights": None, "pretrained": False}
     plain = {"_target_": "localfeat.Efficiency"}
-    learner = build_learner({**config, "backbone": initial, "efficiency": plain}, num_classes)
+    learner = build_learner({**without_initial_weights(config), "efficiency": plain}, num_classes)
     try:
         learner.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["state_dict"])
     except Exception as error:
