@@ -127,6 +127,7 @@ def _top_level(
     logger: Config,
     callbacks: Config,
     resume: str | None = None,
+    test: bool = True,
 ) -> None:
     """The types of the top-level values."""
 

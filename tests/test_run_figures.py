@@ -366,3 +366,15 @@ def test_law_7_other_test_labels_change_nothing_but_test_figures(
         }
     pictures = [(tmp_path / name / "reconstructions.png").read_bytes() for name in ("first", "second")]
     assert pictures[0] == pictures[1]
+
+
+def test_test_false_leaves_the_test_set_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the test set was read")
+
+    monkeypatch.setattr(ImageDataModule, "test_dataloader", refuse)
+    monkeypatch.setattr(training, "_check_shares", lambda *_: None)  # asks every loader for its length
+    summary = small_run(tmp_path, "test=false")
+    assert summary["test_accuracy"] is None
+    assert summary["val_accuracy"] is not None
+    assert not any(name.startswith("test/") and value for row in metrics(tmp_path) for name, value in row.items())

@@ -35,7 +35,7 @@ class RunSummary:
     batch_size: int
     precision: str
     test_accuracy: float | None = None
-    """Top-1, 0 to 1, of the weights that were best on validation."""
+    """Top-1, 0 to 1, of the weights that were best on validation; None with ``test=false``."""
     val_accuracy: float | None = None
     """Top-1, 0 to 1, at ``best_epoch``."""
     best_epoch: int | None = None
