@@ -46,7 +46,7 @@ PLAN = Plan(
     rounds=2,
 )
 
-pytestmark = pytest.mark.timeout(300)  # all parts run in the first test's setup
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]  # all parts run in the first test's setup
 
 
 @pytest.fixture(scope="module")

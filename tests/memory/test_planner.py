@@ -53,6 +53,7 @@ def some(options: list[Option]) -> list[Option]:
     return list({(option.method, option.efficiency): option for option in options}.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["vit"])
 def test_peaks_and_largest_batches(family: str) -> None:
     found = planner(family, 40 * MIB)

@@ -139,6 +139,7 @@ def test_other_decoders(decoder: str) -> None:
     compare(composed(costs("swin", chosen), [1, 3]), true("swin", [1, 3], chosen, "cuda", "32-true"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["swin", "resnet"])
 def test_shared_measurements_are_those_of_instances_of_their_own(family: str) -> None:
     """What one method, setting or batch size has measured is never taken for another's."""
