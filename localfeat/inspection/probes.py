@@ -1,0 +1,46 @@
+"""What can be read off features: by a linear map in closed form, and by looking at neighbours."""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.linear_model import RidgeCV
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+NEIGHBOURS = 20
+RIDGES = np.logspace(-3, 5, 9)
+"""Ridge strengths to choose from: penalties on the squared weights, beside a sum over images of squared errors."""
+
+
+def standardised(train: Tensor, held_out: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Features (N, C) and (M, C) with mean 0 and standard deviation 1 over ``train``, as float64.
+
+    Constant channels become 0.
+    """
+    scaler = StandardScaler().fit(train.double().numpy())
+    return scaler.transform(train.double().numpy()), scaler.transform(held_out.double().numpy())
+
+
+def linear_probe(
+    train: np.ndarray, train_labels: np.ndarray, held_out: np.ndarray, labels: np.ndarray, num_classes: int
+) -> float:
+    """Accuracy (0 to 1) on ``held_out`` (M, C) of ridge regression on one-hot labels, fitted on ``train`` (N, C).
+
+    The strength of the ridge is the one with the least squared error over ``train`` when every image is predicted
+    by a fit to all others (leave-one-out in closed form), so the held-out images choose nothing.
+    """
+    probe = RidgeCV(alphas=RIDGES).fit(train, np.eye(num_classes)[train_labels])
+    return float((probe.predict(held_out).argmax(1) == labels).mean())
+
+
+def neighbour_accuracy(
+    train: np.ndarray, train_labels: np.ndarray, held_out: np.ndarray, labels: np.ndarray, neighbours: int = NEIGHBOURS
+) -> float:
+    """Accuracy (0 to 1) on ``held_out`` (M, C) of the class that most of the nearest images of ``train`` (N, C) have.
+
+    Nearest by cosine; every neighbour has one vote, and of classes with equally many the first one wins. All of
+    ``train`` votes if it has no more images than ``neighbours``.
+    """
+    voters = KNeighborsClassifier(min(neighbours, len(train)), metric="cosine", algorithm="brute")
+    return float((voters.fit(train, train_labels).predict(held_out) == labels).mean())
