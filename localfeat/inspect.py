@@ -30,7 +30,7 @@ python -m localfeat.inspect run=<folder> [e2e=<folder>] [split=val] [images=5000
 
 Features are means over space of what a block puts out (of a ViT's patch tokens). A linear probe is a ridge regression
 on one-hot labels in closed form, its strength chosen by leave-one-out on the training images; kNN is the vote of the 20
-nearest training images by cosine. Both see features standardised on the training images.
+nearest training images by cosine. Both see features standardised on the training images. Everything is in float32.
 """
 DEFAULTS: dict[str, Any] = {
     "run": ...,

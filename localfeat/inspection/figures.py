@@ -25,9 +25,10 @@ def accuracy_by_depth(found: Found, png: str | Path) -> None:
     axis = figure.subplots()
     style_axis(axis)
     draw_modules(axis, found["blocks"])
-    if found["reference"] is not None:
-        draw_accuracies(axis, found["reference"], found["neighbours"], QUIET, f"{other_name(found)}, ")
-    draw_accuracies(axis, found, found["neighbours"], TRAIN, f"{found['method']}, " if found["reference"] else "")
+    last, reference = len(found["blocks"]) - 1, found["reference"]
+    if reference is not None:
+        draw_accuracies(axis, reference, last, QUIET, f"{other_name(found)}, ", found["neighbours"])
+    draw_accuracies(axis, found, last, TRAIN, f"{found['method']}, " if reference else "", found["neighbours"])
     name = f"{found['method']}, classifier" if found["reference"] else "classifier"
     axis.axhline(100 * found["classifier_accuracy"], color=VALIDATION, linewidth=1.1, linestyle=":", label=name)
     ticks = range(len(found["blocks"]))
@@ -55,15 +56,23 @@ def draw_modules(axis: Axes, blocks: list[Found]) -> None:
     axis.set_xlim(-0.5, start)
 
 
-def draw_accuracies(axis: Axes, found: Found, neighbours: int, color: str, prefix: str) -> None:
-    """Linear probes as a line of filled dots, neighbours as a dashed one of hollow dots, in per cent."""
-    values = {key: [100 * block[key] for block in found["blocks"]] for key in ("linear_probe", "knn")}
-    axis.plot(
-        values["linear_probe"], color=color, linewidth=1.6, marker="o", markersize=4, label=f"{prefix}linear probe"
+def draw_accuracies(axis: Axes, found: Found, last: int, color: str, prefix: str, neighbours: int) -> None:
+    """Linear probes as a line of filled dots, neighbours as a dashed one of hollow dots, in per cent.
+
+    A network of another depth is stretched to end at block ``last``, and its legend says how many blocks it has.
+    """
+    blocks = found["blocks"]
+    places = [last * number / (len(blocks) - 1) for number in range(len(blocks))]
+    note = "" if len(blocks) - 1 == last else f" ({len(blocks) - 1} blocks)"
+    values = {key: [100 * block[key] for block in blocks] for key in ("linear_probe", "knn")}
+    (solid,) = axis.plot(
+        places, values["linear_probe"], color=color, linewidth=1.6, label=f"{prefix}linear probe{note}"
     )
-    name = f"{prefix}{neighbours} neighbours"
-    (line,) = axis.plot(values["knn"], color=color, linewidth=1.2, linestyle="--", label=name)
-    line.set(marker="o", markersize=4, markerfacecolor="white")
+    (dashed,) = axis.plot(
+        places, values["knn"], color=color, linewidth=1.2, label=f"{prefix}{neighbours} neighbours{note}"
+    )
+    solid.set(marker="o", markersize=4)
+    dashed.set(marker="o", markersize=4, markerfacecolor="white", linestyle="--")
 
 
 def cka_heat_map(found: Found, png: str | Path) -> None:

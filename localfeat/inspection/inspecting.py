@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 from localfeat.artifacts.figures import reconstruction_grid
 from localfeat.artifacts.summary import write_summary
-from localfeat.data.labelled import BatchLoader
+from localfeat.data.labelled import BatchLoader, LabelledImages
 from localfeat.errors import UserError
 from localfeat.inspection.features import Features, Network, Place, open_network, sample
 from localfeat.inspection.figures import accuracy_by_depth, cka_heat_map
@@ -18,6 +20,8 @@ from localfeat.inspection.similarity import linear_cka_matrix
 Found = dict[str, Any]
 
 PICTURES = ("accuracy_by_depth.png", "cka.png", "reconstructions.png")
+DRAWN = 8
+"""Images whose reconstructions are drawn."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def inspect_run(request: Request) -> Found:
     held_out = sample(own.datamodule, request.split, request.images)
     found, features = measured(own, train, held_out)
     reference = None if other is None else measured(other, train, held_out)
-    count = len(train.dataset)  # type: ignore[arg-type]
+    count = len(cast(LabelledImages, train.dataset))
     result = {
         "run": str(request.run),
         "method": own.name,
@@ -150,10 +154,10 @@ def _write(folder: Path, found: Found) -> None:
     cka_heat_map(found, folder / "cka.png")
 
 
-def _draw_reconstructions(network: Network, images: BatchLoader, file: Path) -> None:
-    """What the decoders make of the first images, if the method has any."""
-    raw, labels = next(iter(images))
-    raw, labels = raw[:8], labels[:8]
+def _draw_reconstructions(network: Network, loader: BatchLoader, file: Path) -> None:
+    """What the decoders, if there are any, make of images from all over the sample (which may be sorted by class)."""
+    images = cast(LabelledImages, loader.dataset)
+    raw, labels = images.fetch(torch.linspace(0, len(images) - 1, DRAWN).long().unique())
     pixels, _ = network.datamodule.prepare(raw.to(network.learner.device), labels, training=False)
     if found := network.learner.reconstruct(pixels):
         reconstruction_grid(found, raw.float() / 255, file)
