@@ -18,10 +18,9 @@ import lightning
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import WandbLogger
 from omegaconf import OmegaConf
 
-from localfeat.artifacts import wandb_logger
+from localfeat.artifacts import wandb_logger, wandb_results
 from localfeat.artifacts.callbacks import Throughput
 from localfeat.artifacts.checkpoints import BestCheckpoint
 from localfeat.artifacts.console import final_table
@@ -76,11 +75,11 @@ def train(config: Config, folder: Path, *, resume: bool) -> dict[str, Any]:
         datamodule.setup("fit")
         _check_shares(config, datamodule)
         folder.mkdir(parents=True, exist_ok=True)
+        found = _with_cuts(config, learner)
+        wandb_results.begin(trainer.loggers, found, learner, folder, resume=resume)
         if not resume:
             _clear(folder)
-        OmegaConf.save(OmegaConf.create(_with_cuts(config, learner)), folder / "config.yaml")
-        for logger in trainer.loggers[1:]:
-            logger.log_hyperparams(config)
+        OmegaConf.save(OmegaConf.create(found), folder / "config.yaml")
         trainer.fit(learner, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
         if trainer.interrupted:
             raise KeyboardInterrupt
@@ -175,13 +174,14 @@ def _batches_done(checkpoint: Path) -> int:
 def _trainer(config: Config, folder: Path, datamodule: ImageDataModule, checkpoint: Path | None) -> lightning.Trainer:
     validates = datamodule.source.has_validation() or datamodule.val_fraction > 0
     done = None if checkpoint is None else _batches_done(checkpoint)
+    loggers = build_loggers(config, folder, done, _names(config, folder))
     callbacks = build_callbacks(config["seed"], folder, validates, **config["callbacks"])
     return build_trainer(
         **config["trainer"],
         max_epochs=config["epochs"],
         default_root_dir=folder,
-        callbacks=callbacks,
-        logger=build_loggers(config, folder, done, _names(config, folder)),
+        callbacks=[*wandb_results.callbacks(loggers), *callbacks],
+        logger=loggers,
         enable_progress_bar=config["callbacks"]["progress_bar"],
     )
 
@@ -258,23 +258,11 @@ def _write(
     export_backbone(learner.backbone, folder / "backbone.safetensors", arguments=config["backbone"]["arguments"])
     images = {"learning_curves": folder / "learning_curves.png"}
     learning_curves(folder / "metrics.csv", images["learning_curves"])
-    if _draw_reconstructions(learner, datamodule, folder / "reconstructions.png"):
+    reconstructions, pixels = wandb_results.reconstructed(learner, datamodule)
+    if reconstructions:
         images["reconstructions"] = folder / "reconstructions.png"
+        reconstruction_grid(reconstructions, pixels, images["reconstructions"])
     write_summary(folder / "summary.json", summary)
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            wandb_logger.log_images(logger, images)
-            logger.experiment.summary.update(summary.to_dict())
+    wandb_results.end(trainer.loggers, summary, images, reconstructions)
     final_table(summary, folder)
     return summary.to_dict()
-
-
-def _draw_reconstructions(learner: Learner, datamodule: ImageDataModule, file: Path) -> bool:
-    """What the decoders make of validation images (training images without validation), never of test images."""
-    split = "train" if datamodule.val_dataloader() == [] else "val"
-    images, labels = next(iter(datamodule.ordered_loader(split)))
-    pixels, _ = datamodule.prepare(images[:8].to(learner.device), labels[:8], training=False)
-    found = learner.reconstruct(pixels)
-    if found:
-        reconstruction_grid(found, images[:8].float() / 255, file)
-    return bool(found)

@@ -1,19 +1,140 @@
-"""Weights & Biases: one run per job, offline without a login, never a question."""
+"""Weights & Biases: one run per job, offline without a login, never a question, and no trouble stops a training."""
 
 from __future__ import annotations
 
 import netrc
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import WandbLogger  # imports wandb only when a logger is made
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from localfeat.errors import UserError
 
 MODES = ("auto", "online", "offline", "disabled")
 DEFAULT_HOST = "https://api.wandb.ai"
+RUN_ID = Path("wandb", "run_id")
+LONGEST_TAG = 64  # characters
+
+AXIS = "trainer/global_step"
+"""What every metric is drawn against: batches from 0, the ``step`` of metrics.csv."""
+
+SUMMARIES: dict[str, str | None] = {
+    "train/*": None,
+    "train/module_*": None,
+    "val/*": None,
+    "val/accuracy": "max,last",
+    "val/loss": "min,last",
+    "test/*": None,
+    "memory/*": None,
+    "speed/*": None,
+}
+"""Families of metrics, and what W&B's table of runs shows of them (None: the last value)."""
+
+
+class RunLogger(WandbLogger):
+    """Lightning's logger with the axes above. A row of W&B's history is a step, as in metrics.csv.
+
+    The steps of a resumed run go on where its checkpoint was; of what a killed part logged later, W&B online keeps the
+    first. Once a call of W&B fails, a line on stderr says so and nothing more is logged.
+
+    Args:
+        required: refuse to begin if W&B cannot be reached, instead of logging offline.
+        reconstructions_every_n_epochs: how often to log what the decoders make of validation images; None: at the end.
+        arguments: of Lightning's logger and ``wandb.init``.
+    """
+
+    def __init__(self, *, required: bool, reconstructions_every_n_epochs: int | None = None, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        # Lightning passes this setting always, and wandb 0.31 warns that it has no effect.
+        self._wandb_init.pop("anonymous", None)
+        self.required = required
+        self.reconstructions_every_n_epochs = reconstructions_every_n_epochs
+        self.lost = False
+        self._step = 0
+
+    def begin(self, folder: Path, *, resume: bool, tags: Sequence[str] = ()) -> None:
+        """Start W&B's run for the run in ``folder``: a new one, or the same once more.
+
+        Args:
+            folder: keeps the id in ``wandb/run_id``.
+            resume: go on with the run of that id, if it is known.
+            tags: beside the user's own.
+
+        Raises:
+            UserError: W&B refuses the project, the tags …, or is ``required`` and cannot be reached.
+        """
+        own = [*(self._wandb_init.get("tags") or ()), *(tag[:LONGEST_TAG] for tag in tags)]
+        self._wandb_init["tags"] = list(dict.fromkeys(own))
+        file = folder / RUN_ID
+        if resume and file.is_file():
+            self._wandb_init["id"] = self._id = file.read_text().strip()
+        run = self._started()
+        self.attempt(define_metrics)
+        if not run.disabled:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(f"{run.id}\n")
+
+    def _started(self) -> Any:
+        """W&B's run; offline instead of online if that fails and is not ``required``."""
+        from pydantic import ValidationError
+        from wandb.errors import UsageError
+
+        try:
+            return self.experiment
+        except (UsageError, ValidationError) as error:
+            lines = [line.strip() for line in str(error).splitlines()]
+            said = lines[0] if isinstance(error, UsageError) else f"{lines[1]}: {lines[2].partition(' [type=')[0]}"
+            raise UserError(f"W&B refuses this run: {said}") from error
+        except Exception as error:  # no network, no permission, a service that does not start …
+            if self.required:
+                raise UserError(f"W&B cannot be reached ({_line(error)}): logger.mode=auto goes on offline") from error
+            _warn(f"W&B cannot be reached ({_line(error)}): this run is logged offline")
+        self._wandb_init["mode"] = "offline"
+        return self.experiment
+
+    def attempt(self, action: Callable[[Any], object]) -> None:
+        """``action(run)`` with W&B's run, which may fail without consequences for the training."""
+        if self.lost:
+            return
+        try:
+            action(self.experiment)
+        except UserError:
+            raise
+        except Exception as error:  # wandb raises errors of its own, OSError, and plain subclasses of Exception
+            self.lost = True
+            _warn(f"W&B has failed ({_line(error)}): nothing more is logged there, and the run goes on without it")
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Add ``metrics`` to the row of ``step`` (None: to the latest row)."""
+        self._step = self._step if step is None else step
+        self.attempt(lambda run: run.log({**metrics, AXIS: self._step}, step=self._step))
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
+        """Add to the run's configuration, nested as it is."""
+        self.attempt(lambda _: super(RunLogger, self).log_hyperparams(params))
+
+
+def define_metrics(run: Any) -> None:
+    """Tell W&B's run what to draw metrics against, and what of them to show in tables."""
+    for name, summary in SUMMARIES.items():
+        run.define_metric(name, step_metric=AXIS, summary=summary)
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def wandb_logger(
@@ -25,26 +146,33 @@ def wandb_logger(
     job_type: str | None = None,
     save_dir: str | Path = ".",
     mode: str = "auto",
-) -> WandbLogger:
-    """Lightning's logger for a run of its own, which begins when the first thing is logged.
+    reconstructions_every_n_epochs: int | None = None,
+) -> RunLogger:
+    """The logger for a run of its own, which begins with ``begin()`` or when the first thing is logged.
 
-    Metrics are plotted against ``trainer/global_step``, which Lightning counts in batches. Call ``finish()`` after
-    the job, or the next one in this process would log into the same run.
+    Call ``finish()`` after the job, or the next one in this process would log into the same run.
 
     Args:
         project: W&B's project; likewise ``entity``, ``group``, ``name``, ``tags``, ``job_type``.
         save_dir: where the folder ``wandb/`` goes; made if it does not exist.
         mode: "auto" obeys the variable WANDB_MODE if it is set, else is online with a login (WANDB_API_KEY or a netrc
-            entry) and offline without one; offline runs can be sent later with ``wandb sync``.
+            entry) and offline without one, or if W&B cannot be reached; "online" insists. Offline runs can be sent
+            later with ``wandb sync``.
+        reconstructions_every_n_epochs: pictures of reconstructions during training, too; None: only at the end.
 
     Raises:
-        UserError: an unknown mode, or "online" without a login.
+        UserError: an unknown mode, "online" without a login, a number below 1.
     """
     from wandb import Settings
 
+    every = reconstructions_every_n_epochs
+    if every is not None and every < 1:
+        raise UserError(f"logger.reconstructions_every_n_epochs={every}: it must be at least 1, or null")
     Path(save_dir).mkdir(parents=True, exist_ok=True)
     # The mode goes to wandb.init: Lightning's offline=True would set WANDB_MODE for the rest of the process.
-    logger = WandbLogger(
+    return RunLogger(
+        required=mode == "online",
+        reconstructions_every_n_epochs=every,
         project=project,
         entity=entity,
         group=group,
@@ -55,9 +183,6 @@ def wandb_logger(
         mode=resolve_mode(mode),
         settings=Settings(silent=True, console="off"),
     )
-    # Lightning passes this setting always, and wandb 0.31 warns that it has no effect.
-    logger._wandb_init.pop("anonymous", None)
-    return logger
 
 
 def resolve_mode(mode: str) -> str | None:
@@ -103,7 +228,18 @@ def finish() -> None:
     Also stops wandb's service process, which leaves WANDB_SERVICE in the environment as long as it runs.
     """
     import wandb
+    from wandb.sdk.lib.module import unset_globals
 
+    failed: Exception | None = None
     if wandb.run is not None:
-        wandb.finish()  # no ``quiet``: a TypeError in wandb 0.31
-    wandb.teardown()
+        try:
+            wandb.finish()  # no ``quiet``: a TypeError in wandb 0.31
+        except Exception as error:
+            failed = error
+    try:
+        wandb.teardown()
+    except Exception as error:
+        failed = failed or error
+    if failed:  # its service has died: what that had not written is lost, and the run would be the next job's, too
+        unset_globals()
+        _warn(f"W&B has not finished properly ({_line(failed)})")
