@@ -56,7 +56,7 @@ def plan(
     if (device, config["trainer"]["precision"]) == ("cpu", "16-mixed"):
         raise UserError("trainer.precision=16-mixed needs a GPU: use bf16-mixed")
     allowed = int(budget * (1 - margin))
-    workload = _workload(config, device)
+    workload = workload_of(config, device)
     methods, efficiencies = _methods(config, overrides, typed, compose), _efficiencies(config, typed, compose)
     planner = Planner(workload, methods, efficiencies, allowed)
     options = list(planner.options(*_split(config, typed, planner.blocks)))
@@ -166,7 +166,12 @@ def _merged(overrides: Sequence[str], changes: Sequence[str]) -> list[str]:
     return [*filter(stays, overrides), *changes]
 
 
-def _workload(config: Config, device: Target) -> Workload:
+def workload_of(config: Config, device: Target) -> Workload:
+    """The run that a configuration describes, without what the planner chooses.
+
+    Raises:
+        UserError: a step whose needs are not known.
+    """
     datamodule = build_datamodule(config)
     if config["efficiency"].get("compile"):
         raise UserError("efficiency.compile=true: what a compiled step needs is not known; plan without it")

@@ -1,0 +1,132 @@
+"""The folder of a study on disk: a folder for every job, the jobs' logs and locks, and ``study.json``."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from localfeat.errors import UserError
+from localfeat.studies.study import Job, Study, read_grid
+
+State = Literal["new", "unfinished", "finished", "running"]
+
+NEUTRAL = ("dataset.root", "dataset.download", "dataset.num_workers", "dataset.in_memory", "output_dir")
+NEUTRAL_PARTS = ("logger", "callbacks.progress_bar", "callbacks.checkpoint_every_")
+"""Keys that can change no result: a job may have other values of them than when it was begun."""
+
+
+class StudyFolder:
+    """Where the runs of a study lie: ``<path>/<job>/``, their output in ``<path>/logs/<job>.log``.
+
+    Args:
+        path: of the folder, which need not exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+        self.logs = self.path / "logs"
+
+    def run(self, name: str) -> Path:
+        """Folder of a job's run."""
+        return self.path / name
+
+    def log(self, name: str) -> Path:
+        """What a job has printed, all attempts one after the other."""
+        return self.logs / f"{name}.log"
+
+    def state(self, name: str) -> State:
+        """What there is of a job; one that another process trains is running, whatever lies in its folder."""
+        return "running" if self.is_locked(name) else self.left(name)
+
+    def left(self, name: str) -> Literal["new", "unfinished", "finished"]:
+        """What the job's processes have left: its summary, or a checkpoint to go on from, or nothing of use."""
+        if (self.run(name) / "summary.json").is_file():
+            return "finished"
+        return "unfinished" if (self.run(name) / "checkpoints" / "last.ckpt").is_file() else "new"
+
+    def lock(self, name: str) -> int | None:
+        """A file descriptor that keeps every other process from the job while it is open; None if one has it.
+
+        A child process that inherits it holds the lock too, also after its parent's death.
+        """
+        self.logs.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.logs / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        return descriptor
+
+    def is_locked(self, name: str) -> bool:
+        """Whether a process trains this job now."""
+        if not (self.logs / f"{name}.lock").exists():
+            return False
+        descriptor = self.lock(name)
+        if descriptor is not None:
+            os.close(descriptor)
+        return descriptor is None
+
+    def check(self, jobs: Iterable[Job]) -> None:
+        """Refuse jobs whose folders hold something else.
+
+        Raises:
+            UserError: a folder with a run by other overrides, or one that does not say by which.
+        """
+        for job in jobs:
+            folder = self.run(job.name)
+            if self.left(job.name) != "new" and (found := _difference(_recorded(folder), job.overrides)):
+                raise UserError(
+                    f"{folder} holds a run of another configuration ({found}); "
+                    "give the study another folder=<folder>, or move this one away"
+                )
+
+    def seconds(self, names: Iterable[str]) -> list[float]:
+        """How long finished jobs trained."""
+        found = [json.loads((self.run(name) / "summary.json").read_text()).get("seconds") for name in names]
+        return [seconds for seconds in found if seconds is not None]
+
+    def write_study(self, study: Study, jobs: Sequence[Job]) -> None:
+        """Write ``study.json``; jobs of earlier sweeps stay in it if there are runs of them."""
+        from localfeat.artifacts.summary import write_atomically
+
+        now = [job.to_dict() for job in jobs]
+        names = {job.name for job in jobs}
+        earlier = [job for job in self._noted() if job["name"] not in names and self.run(job["name"]).is_dir()]
+        content = {"name": study.name, "question": study.question, "jobs": [*now, *earlier]}
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(self.path / "study.json", text.encode())
+
+    def _noted(self) -> list[dict[str, Any]]:
+        try:
+            found: list[dict[str, Any]] = json.loads((self.path / "study.json").read_text())["jobs"]
+            return [job for job in found if isinstance(job["name"], str)]
+        except (OSError, ValueError, KeyError, TypeError):  # none yet, or not one of ours
+            return []
+
+
+def _recorded(folder: Path) -> list[str] | None:
+    """What the run was begun by; None if it does not say."""
+    from localfeat.config import typed_overrides
+
+    return typed_overrides(folder) if (folder / ".hydra" / "overrides.yaml").is_file() else None
+
+
+def _difference(recorded: Sequence[str] | None, asked: Sequence[str]) -> str | None:
+    """The first difference that matters, in words."""
+    if recorded is None:
+        return "it has no .hydra/overrides.yaml"
+    had, has = _values(recorded), _values(asked)
+    for key in {**has, **had}:
+        if had.get(key) != has.get(key):
+            return f"{had.get(key) or f'no {key}'}, now {has.get(key) or f'no {key}'}"
+    return None
+
+
+def _values(overrides: Sequence[str]) -> dict[str, str]:
+    grid = {key: values[0].lstrip("+") for key, values in read_grid(overrides).items()}
+    return {key: value for key, value in grid.items() if key not in NEUTRAL and not key.startswith(NEUTRAL_PARTS)}
