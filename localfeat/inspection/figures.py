@@ -49,7 +49,7 @@ def draw_modules(axis: Axes, blocks: list[Found]) -> None:
         end = max(place for place, block in enumerate(blocks) if block["module"] == module) + 0.5
         if module % 2 and count > 1:
             axis.axvspan(start, end, color="#f0f0ee", linewidth=0, zorder=0)
-        name = f"module {module}" if count <= 4 else str(module)
+        name = f"module {module}" if count <= 4 or module == 1 else str(module)
         where = axis.get_xaxis_transform()
         axis.text((start + end) / 2, 1.02, name, transform=where, ha="center", fontsize=8, color=INK)
         start = end

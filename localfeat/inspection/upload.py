@@ -20,16 +20,20 @@ def upload(found: dict[str, Any], config: Config, folder: Path) -> None:
         found: what inspection.json holds.
         config: of the inspected run: project, group, tags and mode are those of its own W&B logger, if it had one.
         folder: where the pictures lie.
+
+    Raises:
+        UserError: W&B refuses the run's settings.
     """
     logger = wandb_logger.wandb_logger(**_settings(found, config), save_dir=folder)
     try:
+        logger.begin(folder, resume=False)
         about = {key: found[key] for key in ("run", "split", "images", "train_images", "checkpoint")}
         logger.log_hyperparams({**config, "inspection": about})
         rows = [[str(block[key]) if key == "block" else block[key] for key in COLUMNS] for block in found["blocks"]]
         logger.log_table("inspection/blocks", columns=COLUMNS, data=rows)
         pictures = {f"inspection/{Path(name).stem}": folder / name for name in PICTURES if (folder / name).is_file()}
         wandb_logger.log_images(logger, pictures)
-        logger.experiment.summary.update(_figures(found))
+        logger.attempt(lambda run: run.summary.update(_figures(found)))
     finally:
         wandb_logger.finish()
 
