@@ -12,7 +12,6 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.seed import isolate_rng
 from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -130,13 +129,12 @@ def results_table(summary: RunSummary) -> Table:
 def reconstructed(learner: Learner, datamodule: ImageDataModule) -> tuple[list[Any], Tensor]:
     """What the decoders make of some validation images (training images without validation), and these images.
 
-    Never test images. The pixels (B, 3, H, W) lie in [0, 1]. Random numbers of the run are left as they are.
+    Never test images. The pixels (B, 3, H, W) lie in [0, 1].
     """
     split = "train" if datamodule.val_dataloader() == [] else "val"
-    with isolate_rng():
-        images, labels = next(iter(datamodule.ordered_loader(split)))
-        pixels, _ = datamodule.prepare(images[:SHOWN].to(learner.device), labels[:SHOWN], training=False)
-        return learner.reconstruct(pixels), images[:SHOWN].float() / 255
+    images, labels = next(iter(datamodule.ordered_loader(split)))
+    pixels, _ = datamodule.prepare(images[:SHOWN].to(learner.device), labels[:SHOWN], training=False)
+    return learner.reconstruct(pixels), images[:SHOWN].float() / 255
 
 
 def log_reconstructions(logger: RunLogger, found: Sequence[Reconstructed], step: int | None = None) -> None:
