@@ -20,6 +20,8 @@ from omegaconf import DictConfig
 from localfeat.studies.folder import StudyFolder
 from localfeat.studies.study import Job
 
+PROGRAM = (sys.executable, "-m", "localfeat.run")
+
 
 @dataclass(frozen=True)
 class RunJob:
@@ -33,6 +35,8 @@ class RunJob:
         folder: of the study.
         sweep: identifies this sweep among those that work in the folder.
         cwd: where the jobs are run, for relative paths in their overrides.
+        pid: of the sweep.
+        program: that runs a job.
     """
 
     jobs: tuple[Job, ...]
@@ -40,6 +44,7 @@ class RunJob:
     sweep: str
     cwd: str = field(default_factory=os.getcwd)
     pid: int = field(default_factory=os.getpid)
+    program: tuple[str, ...] = field(default_factory=lambda: PROGRAM)
 
     @property
     def events(self) -> Path:
@@ -80,7 +85,7 @@ class RunJob:
         arguments = [f"resume={folder}"] if resume else [*job.overrides, f"hydra.run.dir={folder}"]
         with self.folder.log(job.name).open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "localfeat.run", *arguments],
+                [*self.program, *arguments],
                 cwd=self.cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
