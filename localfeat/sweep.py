@@ -174,23 +174,20 @@ def run(request: Request) -> int:
 
 def _launch(task: RunJob, pending: Sequence[int], request: Request, progress: Progress) -> int | None:
     """Run the pending jobs; the signal that ended it, if one did."""
-    remote = (
-        request.values["launcher"] == "submitit_slurm"
-    )  # there jobs may begin after the sweep has left: not after a stop
+    launcher = request.values["launcher"]
     try:
         with progress.following(), ending_jobs_on_signals(progress):
-            launch(task, pending, request.values["launcher"], request.launcher_options)
+            for error in launch(task, pending, launcher, request.launcher_options):
+                report(f"a job could not be run: {type(error).__name__}: {' '.join(str(error).split())}")
     except Stopped as stopped:
         return stopped.signum
-    except UserError:
-        raise
     except Exception as error:  # of the launcher's own: jobs that it lost count as failed
         if not progress.running and not progress.ended:
             raise
-        report(f"launcher={request.values['launcher']}: {' '.join(str(error).split())}")
+        report(f"launcher={launcher}: {type(error).__name__}: {' '.join(str(error).split())}")
     finally:
         task.events.unlink(missing_ok=True)
-        if not remote:
+        if launcher != "submitit_slurm":  # it may begin jobs after we have left, but not after a stop
             task.stop.unlink(missing_ok=True)
     return None
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from localfeat.studies import launch
+from localfeat.studies import launch, task
 from tests.studies.sweeps import E2E, K2, K4, Place, until
 
 PENDING = "localfeat.sweep study=mine/study.yaml folder=out"
@@ -45,6 +45,14 @@ def test_every_job_leaves_a_run(place: Place, capfd: pytest.CaptureFixture[str])
         "command": "python -m localfeat.run epochs=3 method=feature_recon split=k2 seed=0",
     }
     assert [job["name"] for job in study["jobs"]] == [E2E, K2, K4]
+
+
+def test_a_job_that_cannot_be_run(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    place.patch.setattr(task, "PROGRAM", ("/nowhere/python",))
+    assert place.sweep("method=e2e") == 1
+    printed = capfd.readouterr()
+    assert printed.err.startswith("error: a job could not be run: FileNotFoundError: ")
+    assert "0 of 1 jobs done, 1 failed" in printed.out
 
 
 def test_finished_jobs_are_left_alone(place: Place, capfd: pytest.CaptureFixture[str]) -> None:

@@ -32,8 +32,8 @@ def check_launcher(name: str) -> None:
         raise UserError(f"launcher={name} is not installed: pip install 'localfeat[sweep]'")
 
 
-def launch(task: RunJob, indices: Sequence[int], launcher: str, options: Sequence[str]) -> None:
-    """Run ``task`` for these of its jobs; returns when all have ended.
+def launch(task: RunJob, indices: Sequence[int], launcher: str, options: Sequence[str]) -> list[Exception]:
+    """Run ``task`` for these of its jobs; returns when all have ended, with what kept jobs from being run at all.
 
     Args:
         launcher: a key of ``PLUGINS``.
@@ -43,12 +43,14 @@ def launch(task: RunJob, indices: Sequence[int], launcher: str, options: Sequenc
         UserError: an option that the launcher does not have.
     """
     from hydra.core.plugins import Plugins
+    from hydra.core.utils import JobStatus
     from hydra.types import HydraContext
 
     with _configuration(task, launcher, options) as (config_loader, callbacks, config):
         context = HydraContext(config_loader=config_loader, callbacks=callbacks)
         plugin = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
-        plugin.launch([[f"index={index}"] for index in indices], initial_job_idx=0)
+        returned = plugin.launch([[f"index={index}"] for index in indices], initial_job_idx=0)
+    return [job._return_value for job in returned if job.status == JobStatus.FAILED]  # .return_value would raise it
 
 
 @contextmanager

@@ -49,7 +49,8 @@ class Place:
         patch.setattr(task, "PROGRAM", PROGRAM)
 
     def sweep(self, *typed: str) -> int:
-        """In this process; the exit code."""
+        """In this process, without composing the jobs' configurations, which takes the most time; the exit code."""
+        self.patch.setattr("localfeat.sweep.compose_all", lambda jobs: [])
         return call(self.patch, "localfeat.sweep", *AGAIN, *typed)
 
     def start(self, *typed: str) -> subprocess.Popen[str]:
