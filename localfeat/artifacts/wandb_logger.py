@@ -40,8 +40,8 @@ SUMMARIES: dict[str, str | None] = {
 class RunLogger(WandbLogger):
     """Lightning's logger with the axes above. A row of W&B's history is a step, as in metrics.csv.
 
-    The steps of a resumed run go on where its checkpoint was; of what a killed part logged later, W&B online keeps the
-    first. Once a call of W&B fails, a line on stderr says so and nothing more is logged.
+    The steps of a resumed run go on where its checkpoint was; what W&B online has of them already is not logged again.
+    Once a call of W&B fails, a line on stderr says so and nothing more is logged.
 
     Args:
         required: refuse to begin if W&B cannot be reached, instead of logging offline.
@@ -113,8 +113,12 @@ class RunLogger(WandbLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Add ``metrics`` to the row of ``step`` (None: to the latest row)."""
-        self._step = self._step if step is None else step
-        self.attempt(lambda run: run.log({**metrics, AXIS: self._step}, step=self._step))
+        self.attempt(lambda run: self._log(run, metrics, step))
+
+    def _log(self, run: Any, metrics: Mapping[str, Any], step: int | None) -> None:
+        self._step = max(self._step, run.starting_step) if step is None else step
+        if self._step >= run.starting_step:
+            run.log({**metrics, AXIS: self._step}, step=self._step)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:

@@ -137,7 +137,9 @@ def test_configuration_is_complete(folder: Path) -> None:
         "blocks_per_module": summary["split"],
         "parameters": summary["parameters"],
     }
-    assert config["environment"] == {name: summary[name] for name in ("versions", "hardware", "commit", "command")}
+    same = ("versions", "hardware", "command")
+    assert {name: config["environment"][name] for name in same} == {name: summary[name] for name in same}
+    assert "commit" in config["environment"], "when the run began: summary.json has that of its end"
 
 
 def test_run_is_found_by_study_name_and_tags(folder: Path) -> None:
@@ -260,6 +262,32 @@ def test_a_resumed_run_goes_on_as_the_same(
     assert together.keys() == wanted.keys()
     assert all(together[step] == pytest.approx(wanted[step]) for step in wanted)
     assert metrics(tmp_path / "cut") == metrics(plain)
+
+
+class Online:
+    """A run that W&B's server has six steps of. Nothing else of it is needed."""
+
+    starting_step = 6
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, Any]]] = []
+
+    def log(self, row: dict[str, Any], step: int) -> None:
+        self.rows.append((step, row))
+
+
+def test_steps_that_the_server_has_are_not_sent_again(folder: Path, tmp_path: Path) -> None:
+    logger, online = wandb_logger("study", save_dir=tmp_path), Online()
+    logger.attempt = lambda action: action(online)  # type: ignore[method-assign]
+    for step in (4, 5):
+        logger.log_metrics({"val/loss": 1.0}, step)
+    logger.log_metrics({"pictures": 1.0})
+    logger.log_metrics({"val/loss": 2.0}, 7)
+    logger.log_metrics({"tables": 1.0})
+    assert [(step, *row) for step, row in online.rows] == [
+        (6, "pictures", AXIS), (7, "val/loss", AXIS), (7, "tables", AXIS)
+    ]  # fmt: skip
+    assert all(row[AXIS] == step for step, row in online.rows)
 
 
 def test_a_new_run_in_the_same_folder_is_another_one(folder: Path, tmp_path: Path) -> None:
