@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from localfeat.reporting.provenance import notes, provenance
 from localfeat.reporting.rows import Row, Table
 from localfeat.reporting.runs import Material, Run
-from localfeat.reporting.words import command, relative
+from localfeat.reporting.words import command
 
 Line = dict[str, Any]
 
@@ -77,18 +76,18 @@ def _column(name: str) -> str:
     return name.replace(" ", "_")
 
 
-def runs_csv(material: Material, tables: Sequence[Table], output: Path) -> str:
-    """Every run with the row that it is part of; folders relative to where the report lies."""
-    return _csv([_run(material, t, row, run, output) for t in tables for row in t.rows for run in row.runs])
+def runs_csv(material: Material, tables: Sequence[Table]) -> str:
+    """Every run with the row that it is part of; folders from the one that was given."""
+    return _csv([_run(material, t, row, run) for t in tables for row in t.rows for run in row.runs])
 
 
-def _run(material: Material, table: Table, row: Row, run: Run, output: Path) -> Line:
+def _run(material: Material, table: Table, row: Row, run: Run) -> Line:
     study = material.study_of(run)
     summary = run.summary
     return {
         **_place(table, row),
         "study": None if study is None else study.name,
-        "folder": relative(run.folder, output),
+        "folder": material.name_of(run.folder),
         "seed": run.seed,
         "accuracy": run.accuracy,
         **{name: summary.get(name) for name in MEASURED},

@@ -27,17 +27,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a page: background, text, quiet text, grid, and what mixes with the methods' colours."""
+    """Colours of a page: background, text, quiet text, grid, and how much white the methods' colours get.
+
+    ``lift`` for all of them, up to ``fade`` more from row to row of a method.
+    """
 
     page: str
     ink: str
     quiet: str
     grid: str
     lift: float
+    fade: float
 
 
-LIGHT = Theme(page="#ffffff", ink="#1c2128", quiet="#656d76", grid="#e4e7eb", lift=0.0)
-DARK = Theme(page="#161b22", ink="#e6edf3", quiet="#8d96a0", grid="#2b323b", lift=0.35)
+LIGHT = Theme(page="#ffffff", ink="#1c2128", quiet="#656d76", grid="#e4e7eb", lift=0.0, fade=0.45)
+DARK = Theme(page="#161b22", ink="#e6edf3", quiet="#8d96a0", grid="#2b323b", lift=0.3, fade=0.25)
 
 COLOURS = {
     "e2e": "#57606a",
@@ -50,6 +54,8 @@ OTHERS = ("#c2255c", "#5f7a00", "#00838f", "#a0522d")
 LINES = ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)))
 MARKERS = ("o", "s", "D", "^")
 
+BANDS = ": mean over seeds, and one standard deviation either side"
+
 Draw = Callable[[Theme], "Figure"]
 
 
@@ -61,7 +67,8 @@ def plots(table: Table) -> Iterator[tuple[Picture, Draw]]:
         caption = "Accuracy against peak memory. Up and to the left is better; the line is the Pareto front."
         yield _picture(name, "memory", caption, table), lambda theme: _memory(table, theme)
     if learning_curves(table):
-        caption = "Validation accuracy over training: mean over seeds, and one standard deviation either side."
+        bands = any(curve.std for curve in learning_curves(table))
+        caption = f"Validation accuracy over training{BANDS if bands else ''}."
         yield _picture(name, "curves", caption, table), lambda theme: _curves(table, theme)
     if depth_curves(table, "linear_probe"):
         caption = "What the features of each block tell of the class; dots end a local module."
@@ -82,6 +89,7 @@ def rendered(figure: Figure, kind: str) -> bytes:
     file = BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "localfeat", "svg.fonttype": "path"}):
         figure.savefig(file, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
+    figure.set_layout_engine("none")  # it stays as it is now laid out, which takes most of the time
     return file.getvalue()
 
 
@@ -92,7 +100,7 @@ def colour(row: Row, table: Table, theme: Theme) -> str:
     methods = list(dict.fromkeys(other.method for other in table.rows if other.method not in COLOURS))
     base = COLOURS.get(row.method) or OTHERS[methods.index(row.method) % len(OTHERS)]
     own = [other for other in table.rows if other.method == row.method]
-    share = theme.lift + 0.45 * (own.index(row) / max(1, len(own) - 1)) * (1 - theme.lift)
+    share = theme.lift + theme.fade * own.index(row) / max(1, len(own) - 1)
     red, green, blue = (part + (1 - part) * share for part in to_rgb(base))
     return to_hex((red, green, blue))
 
@@ -108,7 +116,7 @@ def _figure(theme: Theme, panels: int = 1, rows: int = 1) -> tuple[Figure, list[
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     layout = ConstrainedLayoutEngine(h_pad=0.06, w_pad=0.06, wspace=0.04)
-    figure = Figure(figsize=(7.2, 3.7 + 0.21 * rows), layout=layout, facecolor=theme.page)
+    figure = Figure(figsize=(6.6, 3.6 + 0.21 * rows), layout=layout, facecolor=theme.page)
     axes = figure.subplots(1, panels, squeeze=False).ravel().tolist()
     for axis in axes:
         axis.set_facecolor(theme.page)
@@ -252,11 +260,13 @@ def _weight_lines(axes: Sequence[Axes], weights: Weights, table: Table, theme: T
     methods = ", ".join(dict.fromkeys(row.method for row in weights.rows))
     numbers = ", ".join(str(row.number) for row in weights.rows)
     name = f"{methods}, K={weights.rows[0].modules} (row{'s' if len(weights.rows) > 1 else ''} {numbers})"
+    several = len({row.method for row in weights.rows}) > 1
+    shade = theme.ink if several else colour(weights.rows[0], table, theme)
     for axis, values in zip(axes, (weights.reconstruction, weights.supervision), strict=True):
         axis.plot(
             range(1, len(values or ()) + 1),
             values or (),
-            color=colour(weights.rows[0], table, theme),
+            color=shade,
             lw=1.8,
             ls=LINES[index % len(LINES)],
             marker=MARKERS[index % len(MARKERS)],

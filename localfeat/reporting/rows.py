@@ -173,12 +173,15 @@ def tables(runs: Sequence[Run], order: dict[Path, int] | None = None) -> list[Ta
     """The tables that ``runs`` make.
 
     Args:
-        order: where a study has each run's folder; rows follow it, others by method, modules and name.
+        order: where a study has each run's folder; rows follow it, others by method, modules and name. Tables of one
+            dataset stand together, test accuracy first.
     """
     groups: dict[Any, list[Run]] = {}
     for run in sorted(runs, key=lambda run: _place(run, order or {})):
         groups.setdefault(frozen(of_table(settings(run))), []).append(run)
-    found = [_rows(group) for group in groups.values()]
+    datasets = list(dict.fromkeys(dataset_name(group[0]) for group in groups.values()))
+    together = sorted(groups.values(), key=lambda group: (datasets.index(dataset_name(group[0])), group[0].split))
+    found = [_rows(group) for group in together]
     shared = [of_table(group[0].settings) for group in found]
     titles = _titles(found, shared)
     numbered = enumerate(zip(titles, shared, found, strict=True), start=1)

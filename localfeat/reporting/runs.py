@@ -88,17 +88,25 @@ class Material:
     Attributes:
         unfinished: folders of runs without summary.json.
         left_out: one line for every folder that could not be used.
+        given: the folders that all this lies below.
     """
 
     runs: list[Run] = field(default_factory=list)
     studies: list[Study] = field(default_factory=list)
     unfinished: list[Path] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    given: list[Path] = field(default_factory=list)
 
     def order(self) -> dict[Path, int]:
         """Where the studies have each run's folder."""
         folders = [(study.folder / job).resolve() for study in self.studies for job in study.jobs]
         return {folder: index for index, folder in reversed(list(enumerate(folders)))}
+
+    def name_of(self, folder: Path) -> str:
+        """``folder`` from the given one that it lies in, so that a report holds no path of the machine."""
+        own = folder.resolve()
+        tops = [top.resolve() for top in self.given if own.is_relative_to(top.resolve())]
+        return own.relative_to(tops[0].parent).as_posix() if tops else folder.name
 
     def study_of(self, run: Run) -> Study | None:
         """The study that the run is a job of."""
@@ -121,8 +129,8 @@ def read_material(folders: Iterable[str | Path]) -> Material:
     Raises:
         UserError: a folder that does not exist, or no finished run at all.
     """
-    found, given, seen = Material(), [Path(folder) for folder in folders], set[Path]()
-    for top in given:
+    found, seen = Material(given=[Path(folder) for folder in folders]), set[Path]()
+    for top in found.given:
         if not top.is_dir():
             raise UserError(f"{top}: there is no such folder")
         for folder, names in _folders(top):
@@ -130,7 +138,7 @@ def read_material(folders: Iterable[str | Path]) -> Material:
                 seen.add(folder.resolve())
                 _take(found, folder, names)
     if not found.runs:
-        where = ", ".join(map(str, given)) or "no folder given"
+        where = ", ".join(map(str, found.given)) or "no folder given"
         raise UserError("; ".join([f"{where}: no finished run (config.yaml and summary.json)", *found.left_out]))
     return found
 

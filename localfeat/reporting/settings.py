@@ -119,10 +119,10 @@ def _text(value: Any) -> str:
 def varying(rows: Sequence[Settings]) -> list[str]:
     """Keys in which ``rows`` differ, in the order of the configuration.
 
-    A row without a key differs from those with it, unless its method makes no use of the key.
+    A row without a key differs from those with it, unless nothing that it uses has such a key.
     """
     keys = dict.fromkeys(key for row in rows for key in row)
-    return [key for key in keys if len({_text(row.get(key, UNSET)) for row in rows if not _explained(key, row)}) > 1]
+    return [key for key in keys if len({_text(r.get(key, UNSET)) for r in rows if not _useless(key, r, rows)}) > 1]
 
 
 def labels(rows: Sequence[Settings]) -> list[str]:
@@ -144,16 +144,18 @@ def _named(row: Settings, rows: Sequence[Settings], shared: Sequence[str]) -> li
         for key, value in row.items()
         if below(key, ["method"]) and key in defaults and _text(value) != _text(defaults[key])
     ]
-    keys = [*dict.fromkeys([*changed, *differing])]
-    keys += [key for key in shared if not _explained(key, row)]
+    keys = [key for key in dict.fromkeys([*row, *differing]) if key in changed or key in differing]
+    keys = [key for key in [*keys, *shared] if not _useless(key, row, rows)]
     found = [_setting(key, row.get(key, UNSET), rows) for key in keys]
     alike = {other[BLOCKS] for other in own if len(other[BLOCKS]) == len(row[BLOCKS])}
     return [*found, f"blocks={'+'.join(map(str, row[BLOCKS]))}"] if len(alike) > 1 else found
 
 
-def _explained(key: str, row: Settings) -> bool:
-    """Whether ``row`` has no ``key`` because its method does not use it."""
-    return key not in row and key in unused({**row, key: None})
+def _useless(key: str, row: Settings, rows: Sequence[Settings]) -> bool:
+    """Whether ``row`` has no ``key`` because its method does not use it, or no class like its own has it."""
+    target = f"{key.split('.')[0]}._target_"
+    alike = [other for other in rows if other.get(target) == row.get(target)]
+    return key not in row and (key in unused({**row, key: None}) or not any(key in other for other in alike))
 
 
 def _setting(key: str, value: Any, rows: Sequence[Settings]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 
 from localfeat.reporting.provenance import Notes
 from localfeat.reporting.rows import Row, Table
@@ -15,8 +14,9 @@ EMPTY = (None, "{}")
 
 
 def title(material: Material) -> str:
-    """The studies' names."""
-    return ", ".join(dict.fromkeys(study.name for study in material.studies)) or "localfeat report"
+    """The studies' names; without studies those of the folders."""
+    names = [study.name for study in material.studies] or [folder.resolve().name for folder in material.given]
+    return ", ".join(dict.fromkeys(names))
 
 
 def questions(material: Material) -> list[str]:
@@ -74,7 +74,9 @@ def missing(material: Material) -> list[str]:
     """One line for every job, run or folder that the report could not use."""
     found = [f"{study.name}: {job}" for study in material.studies for job in study.missing()]
     jobs = {(study.folder / job).resolve() for study in material.studies for job in study.jobs}
-    found += [f"{folder} (has not ended)" for folder in material.unfinished if folder.resolve() not in jobs]
+    found += [
+        f"{material.name_of(folder)} (has not ended)" for folder in material.unfinished if folder.resolve() not in jobs
+    ]
     return found + material.left_out
 
 
@@ -84,11 +86,3 @@ def progress(material: Material) -> str:
     lost = sum(len(study.missing()) for study in material.studies)
     done = f", {jobs - lost} of {counted(jobs, 'job')} finished" if jobs else ""
     return f"{counted(len(material.runs), 'run')}{done}"
-
-
-def relative(folder: Path, output: Path) -> str:
-    """``folder`` as seen from the report, so that nothing of the machine is in it; its name if it lies elsewhere."""
-    try:
-        return folder.resolve().relative_to(output.resolve().parent).as_posix()
-    except ValueError:
-        return folder.name

@@ -32,7 +32,7 @@ def write_report(material: Material, output: Path) -> list[Table]:
         for name, text in (
             ("report.md", markdown(material, found, pictures)),
             ("report.csv", rows_csv(found)),
-            ("runs.csv", runs_csv(material, found, output)),
+            ("runs.csv", runs_csv(material, found)),
             ("report.tex", latex(found)),
             ("report.html", html(material, found, drawn)),
         ):

@@ -1,0 +1,97 @@
+"""Folders that are damaged, half done or not of one run are named and left out; studies know what is missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from localfeat.errors import UserError
+from localfeat.reporting import read_material, read_runs
+from localfeat.reporting.rows import tables
+from localfeat.reporting.words import missing, progress
+from tests.reporting.written import edit_summary, write_study, written_run
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """Two runs, ``good`` and ``bad``."""
+    for name in ("good", "bad"):
+        written_run(tmp_path / name, ["dataset=cifar10", "seed=0"], [0.5, 0.6], test_accuracy=0.625)
+    return tmp_path
+
+
+def cut(folder: Path, name: str) -> None:
+    text = (folder / name).read_text()
+    (folder / name).write_text(text[: len(text) // 2])
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "summary.json cannot be read": lambda folder: cut(folder, "summary.json"),
+    "summary.json cannot be read (it holds": lambda folder: (folder / "summary.json").write_text("[1]"),
+    "it has no config.yaml": lambda folder: (folder / "config.yaml").unlink(),
+    "config.yaml cannot be read": lambda folder: (folder / "config.yaml").write_text("a: [1"),
+    "its config.yaml has no dataset": lambda folder: (folder / "config.yaml").write_text("seed: 1"),
+    "metrics.csv has no val/accuracy 0.6": lambda folder: (folder / "metrics.csv").unlink(),
+    "metrics.csv has no test/accuracy 0.9": lambda folder: edit_summary(folder, test_accuracy=0.9),
+    "neither a test nor a validation": lambda folder: edit_summary(folder, test_accuracy=None, val_accuracy=None),
+    "metrics.csv cannot be read": lambda folder: (folder / "metrics.csv").write_text("step,val/accuracy\n1,x\n"),
+    "it has no parameters": lambda folder: (folder / "summary.json").write_text(
+        json.dumps({k: v for k, v in json.loads((folder / "summary.json").read_text()).items() if k != "parameters"})
+    ),
+}
+
+
+@pytest.mark.parametrize("said", DAMAGE)
+def test_a_damaged_folder_is_named_in_one_line_and_left_out(runs: Path, said: str) -> None:
+    DAMAGE[said](runs / "bad")
+    material = read_material([runs])
+    assert [run.folder.name for run in material.runs] == ["good"]
+    (line,) = material.left_out
+    assert said in line and "bad" in line and "\n" not in line
+    assert missing(material) == [line]
+    with pytest.raises(UserError, match=r"no finished run.*bad"):
+        read_runs([runs / "bad"])
+
+
+def test_a_run_that_has_not_ended_is_named(runs: Path) -> None:
+    (runs / "bad" / "summary.json").unlink()
+    assert missing(read_material([runs])) == [f"{runs.name}/bad (has not ended)"]
+
+
+def test_what_lies_in_a_runs_folder_is_no_run(runs: Path) -> None:
+    for name in ("wandb/offline-run-1/files", ".hydra", "inspection", "checkpoints"):
+        place = runs / "good" / name
+        place.mkdir(parents=True)
+        (place / "config.yaml").write_text("seed: 1")
+    (runs / "wandb").mkdir()
+    (runs / "wandb" / "config.yaml").write_text("seed: 1")
+    material = read_material([runs])
+    assert len(material.runs) == 2 and missing(material) == []
+
+
+def test_a_study_says_what_is_missing_and_how_far_it_came(tmp_path: Path) -> None:
+    jobs = [f"method={name}" for name in ("feature_recon", "e2e", "greedy_ce", "image_recon", "greedy_contrast")]
+    write_study(tmp_path / "mine", "What?", jobs)
+    for job in jobs[:4]:
+        written_run(tmp_path / "mine" / job, ["dataset=cifar10", job], [0.5], test_accuracy=0.5)
+    for job in jobs[2:4]:
+        (tmp_path / "mine" / job / "summary.json").unlink()
+    (tmp_path / "mine" / jobs[3] / "checkpoints").mkdir()
+    (tmp_path / "mine" / jobs[3] / "checkpoints" / "last.ckpt").write_bytes(b"")
+    material = read_material([tmp_path])
+    assert missing(material) == [
+        "mine: method=greedy_ce (unfinished, no checkpoint yet)",
+        "mine: method=image_recon (unfinished, has a checkpoint)",
+        "mine: method=greedy_contrast (not begun)",
+    ]
+    assert progress(material) == "2 runs, 2 of 5 jobs finished"
+    (table,) = tables(material.runs, material.order())
+    assert [row.method for row in table.rows] == ["feature_recon", "e2e"]  # the study's order
+
+
+def test_a_damaged_study_is_named(runs: Path) -> None:
+    (runs / "study.json").write_text('{"name": "x"}')
+    assert "study.json is not a study's" in missing(read_material([runs]))[0]
