@@ -26,7 +26,8 @@ from localfeat.errors import UserError
 from localfeat.run import run
 from tests.artifacts.test_wandb_logger import records
 from tests.wandb_account import without_login
-from tests.whole_runs import BATCHES, checkpoint, composed, exported, metrics, small_run
+from tests.wandb_server import serving
+from tests.whole_runs import BATCHES, TIMED, checkpoint, composed, exported, metrics, small_run
 
 WANDB = ["logger=wandb", "logger.group=study", "logger.name=job", "logger.tags=[mine,digits]"]
 
@@ -261,6 +262,29 @@ def test_a_resumed_run_goes_on_as_the_same(
     wanted = logged(tmp_path / "cut")
     assert together.keys() == wanted.keys()
     assert all(together[step] == pytest.approx(wanted[step]) for step in wanted)
+    assert metrics(tmp_path / "cut") == metrics(plain)
+
+
+@pytest.mark.slow
+def test_online_a_resumed_run_goes_on_as_the_same(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_little(monkeypatch)
+    with serving() as (server, address):
+        monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+        monkeypatch.setenv("WANDB_BASE_URL", address)
+        with monkeypatch.context() as cut:
+            during_the_second_epoch(cut, power_cut)
+            with pytest.raises(PowerCutError):
+                small_run(tmp_path / "cut", *WANDB)
+        (sent,) = server.rows.values()
+        assert [row["_step"] for row in sent] == list(range(BATCHES + 2)), "two batches behind the checkpoint"
+        run(composed(f"resume={tmp_path / 'cut'}"), tmp_path)
+    (run_id,) = server.rows
+    assert run_id == (tmp_path / "cut" / "wandb" / "run_id").read_text().strip()
+    rows, wanted = server.rows[run_id], logged(tmp_path / "cut")
+    assert [row["_step"] for row in rows] == [row[AXIS] for row in rows] == list(wanted), "none twice, none left out"
+    for row in rows:
+        untimed = {k: v for k, v in wanted[row["_step"]].items() if k not in TIMED}
+        assert {name: row[name] for name in untimed} == pytest.approx(untimed)
     assert metrics(tmp_path / "cut") == metrics(plain)
 
 
