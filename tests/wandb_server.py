@@ -31,6 +31,10 @@ class Server(ThreadingHTTPServer):
             return {"upsertBucket": {"bucket": self.bucket(name), "inserted": inserted}}
         if operation == "RunResumeStatus":
             return {"model": {**PROJECT, "bucket": self.bucket(name)} if name in self.rows else None}
+        if operation == "ArtifactType":  # a table's, before it is sent for the first time
+            return {"project": {"artifact": None}}
+        if operation == "CreateArtifact":
+            return {"createArtifact": {"artifact": {"id": "a", "state": "COMMITTED", "artifactSequence": {"id": "s"}}}}
         if operation == "CreateRunFiles":
             return {"createRunFiles": {"runID": name, "uploadHeaders": [], "files": []}}
         return {"viewer": VIEWER} if operation == "Viewer" else {}

@@ -266,7 +266,9 @@ def test_a_resumed_run_goes_on_as_the_same(
 
 
 @pytest.mark.slow
-def test_online_a_resumed_run_goes_on_as_the_same(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_online_a_resumed_run_goes_on_as_the_same(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     draw_little(monkeypatch)
     with serving() as (server, address):
         monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
@@ -278,6 +280,7 @@ def test_online_a_resumed_run_goes_on_as_the_same(plain: Path, tmp_path: Path, m
         (sent,) = server.rows.values()
         assert [row["_step"] for row in sent] == list(range(BATCHES + 2)), "two batches behind the checkpoint"
         run(composed(f"resume={tmp_path / 'cut'}"), tmp_path)
+    assert "warning: W&B" not in capfd.readouterr().err
     (run_id,) = server.rows
     assert run_id == (tmp_path / "cut" / "wandb" / "run_id").read_text().strip()
     rows, wanted = server.rows[run_id], logged(tmp_path / "cut")
@@ -285,6 +288,7 @@ def test_online_a_resumed_run_goes_on_as_the_same(plain: Path, tmp_path: Path, m
     for row in rows:
         untimed = {k: v for k, v in wanted[row["_step"]].items() if k not in TIMED}
         assert {name: row[name] for name in untimed} == pytest.approx(untimed)
+    assert "results.path" in rows[-1] or rows[-1]["results"]["nrows"] == 1
     assert metrics(tmp_path / "cut") == metrics(plain)
 
 
