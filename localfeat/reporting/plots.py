@@ -218,7 +218,14 @@ def _lines(axis: Axes, found: Sequence[Curve], table: Table, theme: Theme) -> No
     ends = [(curve.x[-1], curve.mean[-1], str(curve.row.number)) for curve in found]
     for (x, _, number), y in zip(ends, spread(axis, [end[1] for end in ends]), strict=True):
         axis.annotate(
-            number, (x, y), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8, color=theme.ink
+            number,
+            (x, y),
+            annotation_clip=False,
+            xytext=(7, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=theme.ink,
         )
 
 
@@ -242,34 +249,33 @@ def _depth(table: Table, theme: Theme) -> Figure:
 
 def _weights(table: Table, theme: Theme) -> Figure:
     found = loss_weights(table)
-    panels = ("Reconstruction, λ", "Supervision, γ")
-    figure, axes = _figure(theme, panels=2, rows=len(found))
-    for index, weights in enumerate(found):
-        _weight_lines(axes, weights, table, theme, index)
-    for axis, name in zip(axes, panels, strict=True):
+    panels = {"Supervision, γ": [weights.supervision for weights in found]}
+    if any(weights.reconstruction for weights in found):
+        panels = {"Reconstruction, λ": [weights.reconstruction or () for weights in found], **panels}
+    figure, axes = _figure(theme, panels=len(panels), rows=len(found))
+    for axis, (name, lines) in zip(axes, panels.items(), strict=True):
+        for index, (weights, values) in enumerate(zip(found, lines, strict=True)):
+            _weight_line(axis, weights, values, table, theme, index)
         _titles(axis, theme, name, "local module")
         axis.set_ylim(bottom=0)
         axis.margins(0.06, 0.12)
         axis.set_xticks(range(1, max(len(weights.supervision) for weights in found) + 1))
-    _legend(figure, axes[1], theme)
+    _legend(figure, axes[-1], theme)
     return figure
 
 
-def _weight_lines(axes: Sequence[Axes], weights: Weights, table: Table, theme: Theme, index: int) -> None:
+def _weight_line(axis: Axes, weights: Weights, values: Sequence[float], table: Table, theme: Theme, index: int) -> None:
     """Lines that lie upon one another stay visible: those drawn later have smaller marks and broken lines."""
     methods = ", ".join(dict.fromkeys(row.method for row in weights.rows))
     numbers = ", ".join(str(row.number) for row in weights.rows)
-    name = f"{methods}, K={weights.rows[0].modules} (row{'s' if len(weights.rows) > 1 else ''} {numbers})"
     several = len({row.method for row in weights.rows}) > 1
-    shade = theme.ink if several else colour(weights.rows[0], table, theme)
-    for axis, values in zip(axes, (weights.reconstruction, weights.supervision), strict=True):
-        axis.plot(
-            range(1, len(values or ()) + 1),
-            values or (),
-            color=shade,
-            lw=1.8,
-            ls=LINES[index % len(LINES)],
-            marker=MARKERS[index % len(MARKERS)],
-            ms=max(4, 8 - index),
-            label=name,
-        )
+    axis.plot(
+        range(1, len(values) + 1),
+        values,
+        color=theme.ink if several else colour(weights.rows[0], table, theme),
+        lw=1.8,
+        ls=LINES[index % len(LINES)],
+        marker=MARKERS[index % len(MARKERS)],
+        ms=max(4, 8 - index),
+        label=f"{methods}, K={weights.rows[0].modules} (row{'s' if len(weights.rows) > 1 else ''} {numbers})",
+    )

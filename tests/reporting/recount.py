@@ -217,7 +217,6 @@ def known_strings(world: World) -> set[str]:
         "2^30",
         "top-1",
         "K=4",
-        "20 nearest",
     }
     for run in world.runs:
         summary = run.summary
