@@ -67,6 +67,7 @@ def train(config: Config, folder: Path, *, resume: bool) -> dict[str, Any]:
     _quiet()
     config = check(config)
     checkpoint = _last_checkpoint(folder) if resume else None
+    surroundings = environment()  # now: a commit made while the run trains is not what ran
     with _clean_process(config["seed"]):
         datamodule = build_datamodule(config)
         trainer = _trainer(config, folder, datamodule, checkpoint)
@@ -84,7 +85,7 @@ def train(config: Config, folder: Path, *, resume: bool) -> dict[str, Any]:
         if trainer.interrupted:
             raise KeyboardInterrupt
         best = _load_best(learner, folder, trainer)
-        summary = _summarise(config, folder, trainer, learner, best)
+        summary = _summarise(config, folder, trainer, learner, best, surroundings)
         if config.get("test", True):  # runs of earlier versions do not have the key
             summary.test_accuracy = trainer.test(learner, datamodule=datamodule, verbose=False)[0]["test/accuracy"]
         summary.classes = datamodule.class_names
@@ -215,7 +216,12 @@ def _callback(trainer: lightning.Trainer, kind: type[_C]) -> _C:
 
 
 def _summarise(
-    config: Config, folder: Path, trainer: lightning.Trainer, learner: Learner, best: BestCheckpoint | None
+    config: Config,
+    folder: Path,
+    trainer: lightning.Trainer,
+    learner: Learner,
+    best: BestCheckpoint | None,
+    surroundings: dict[str, Any],
 ) -> RunSummary:
     speed, memory = _callback(trainer, Throughput), _callback(trainer, PeakMemory)
     backbone = config["backbone"]
@@ -241,7 +247,7 @@ def _summarise(
         parameters=learner.parameter_counts(),
         module_losses={name.removeprefix("train/"): value for name, value in losses.items()},
         overrides=typed_overrides(folder),
-        **environment(),
+        **surroundings,
     )
 
 

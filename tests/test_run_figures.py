@@ -378,3 +378,17 @@ def test_test_false_leaves_the_test_set_alone(tmp_path: Path, monkeypatch: pytes
     assert summary["test_accuracy"] is None
     assert summary["val_accuracy"] is not None
     assert not any(name.startswith("test/") and value for row in metrics(tmp_path) for name, value in row.items())
+
+
+def test_the_commit_is_the_one_that_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    surroundings = {"versions": {}, "hardware": {}, "command": ""}
+    monkeypatch.setattr(training, "environment", lambda: {**surroundings, "commit": {"id": "what ran"}})
+    fit = training.lightning.Trainer.fit
+
+    def fit_and_commit(*arguments: Any, **named: Any) -> None:
+        fit(*arguments, **named)
+        monkeypatch.setattr(training, "environment", lambda: {**surroundings, "commit": {"id": "made meanwhile"}})
+
+    monkeypatch.setattr(training.lightning.Trainer, "fit", fit_and_commit)
+    draw_nothing(monkeypatch)
+    assert small_run(tmp_path, "epochs=1")["commit"] == {"id": "what ran"}
