@@ -12,6 +12,7 @@ from typing import Any
 
 from localfeat.build import Config, build_datamodule, check
 from localfeat.config import construct
+from localfeat.data import ImageDataModule
 from localfeat.efficiency import Efficiency
 from localfeat.memory.balance import balanced_cuts
 from localfeat.memory.balanced_split import BalancedSplit
@@ -66,9 +67,8 @@ class Costs:
         return planner.work(costs.segment(0, planner.blocks)) / config["batch_size"]
 
     def _planner(self, config: Config) -> Planner:
-        datamodule = build_datamodule(config)
-        data = datamodule.num_classes, datamodule.source.image_shape
-        key = _key(_network(config), config["decoder"], data, target(config))
+        classes, shape, _ = data_facts(_data(config), lambda: build_datamodule(config))
+        key = _key(_network(config), config["decoder"], classes, shape, target(config))
         method: Method = construct(config["method"], "method")
         if key not in self._planners:
             plain = {**config, "efficiency": {**config["efficiency"], "compile": False}}
@@ -119,10 +119,25 @@ def _key(*parts: object) -> str:
     return json.dumps(parts, sort_keys=True, default=str)
 
 
+_FACTS: dict[str, tuple[int, tuple[int, int], int | None]] = {}
+
+
+def data_facts(key: str, make: Callable[[], ImageDataModule]) -> tuple[int, tuple[int, int], int | None]:
+    """Classes, height and width, training images; asked once, since an image folder reads all its names for it."""
+    if key not in _FACTS:
+        made = make()
+        _FACTS[key] = made.num_classes, made.source.image_shape, made.source.size("train")
+    return _FACTS[key]
+
+
+def _data(config: Config) -> str:
+    return _key(*(config["dataset"][name] for name in ("source", "root", "image_size")))
+
+
 def images_to_train(config: Config) -> int | None:
     """Images that go through training, epochs counted; None if the data have to be read for it."""
     name = config["dataset"]["source"]
-    count = TRAINING_IMAGES.get(name) or build_datamodule(config).source.size("train")
+    count = TRAINING_IMAGES.get(name) or data_facts(_data(config), lambda: build_datamodule(config))[2]
     if count is None:
         return None
     held_out = round(count * config["dataset"]["val_fraction"])

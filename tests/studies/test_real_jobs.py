@@ -36,7 +36,7 @@ ONE = [
     "backbone.pretrained=false",
     *(f"trainer.limit_{stage}_batches=1" for stage in ("train", "val", "test")),
 ]
-NOT_EQUAL = ("seconds", "images_per_second", "command")
+NOT_EQUAL = ("seconds", "images_per_second", "command", "commit")
 
 
 class InProcess:

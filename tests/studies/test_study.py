@@ -155,7 +155,7 @@ def test_a_study_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.Monk
 def test_jobs_of_our_studies_are_different_configurations(file: Path) -> None:
     """Every job can be composed, no two of them are the same run, and the file names its command."""
     jobs = load_study(str(file)).jobs()
-    configurations = [str(plain(composed(*job.overrides))) for job in (jobs[0], jobs[-1])]
+    configurations = [str(plain(composed(*job.overrides, "dataset.root=data"))) for job in (jobs[0], jobs[-1])]
     assert len(set(configurations)) == 2 and len({job.overrides for job in jobs}) == len(jobs)
     assert file.read_text().startswith(f"# python -m localfeat.sweep study={file.parent.name}\n")
 
