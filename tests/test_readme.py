@@ -41,6 +41,8 @@ def extra_arguments(command: str) -> list[str]:
     """What makes a training command small; nothing for the others."""
     if "localfeat.plan" in command:
         return ["method=feature_recon", "split=k4"]  # what is typed is not searched
+    if "localfeat.sweep" in command:
+        return [*SMALL, "method=e2e", "seed=0"]  # one job of 36
     if "localfeat.run" not in command or "--" in command.replace("--config-dir", "") or "resume=" in command:
         return []
     if "dataset=cifar10 " in command:  # the paper's setting stays what it is: Swin-T at 224 px
@@ -85,8 +87,9 @@ def test_command(
     printed = capsys.readouterr()
     assert code == 0, printed.err
     assert not printed.err or "error" not in printed.err
-    jobs = {"-m": 24, "--help": 0, "--cfg": 0}.get(arguments[0], 1) if module == "localfeat.run" else 0
-    assert len({*(place / "outputs").rglob("summary.json")} - before) == jobs
+    jobs = {"-m": 24, "--help": 0, "--cfg": 0}.get(arguments[0], 1)
+    trains = module == "localfeat.run" or (module == "localfeat.sweep" and "dry=true" not in arguments)
+    assert len({*(place / "outputs").rglob("summary.json")} - before) == jobs * trains
     assert printed.out.strip()
 
 
