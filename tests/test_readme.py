@@ -66,7 +66,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", PYTHON)
+def marked(command: str) -> object:
+    """The sweep of 24 jobs takes half a minute: tests/test_sweep.py has one of its groups in the default suite."""
+    return pytest.param(command, marks=[pytest.mark.slow] if " -m dataset=" in command else [])
+
+
+@pytest.mark.parametrize("command", [marked(command) for command in PYTHON])
 @pytest.mark.timeout(300)
 def test_command(
     command: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -44,7 +44,10 @@ def printed_conf_dir(folder: Path, added: Path | None = None) -> Path:
 def test_wheel_carries_every_config_file(wheel: Path) -> None:
     expected = {f"localfeat/{path.relative_to(ROOT)}" for path in ROOT.glob("conf/**/*.yaml")}
     assert any(name.count("/") > 2 for name in expected), "no nested configuration to check"
-    assert {name for name in names_in(wheel) if name.endswith(".yaml")} == expected
+    packaged = {f"localfeat/reporting/{name}" for name in ("published.yaml", "page.html.j2", "page.css")}
+    names = set(names_in(wheel))
+    assert {name for name in names if name.endswith(".yaml")} == expected | {"localfeat/reporting/published.yaml"}
+    assert packaged <= names
 
 
 def test_wheel_carries_every_module(wheel: Path) -> None:
