@@ -32,6 +32,7 @@ SHORT = ["experiment=smoke", "trainer=cpu", *TINY_SWIN, "callbacks.progress_bar=
 HEAVY = ["torch", "torchvision", "lightning", "timm", "wandb", "matplotlib", "sklearn", "numpy", "torchmetrics"]
 CONTRASTS = "method=feature_recon contrasts images by their class, which mixup and cutmix blur: set dataset.mixup=0"
 BATCHES = "it must be a number of batches from 1 on, a share like 0.1, or null for all"
+METHOD_FILES = "e2e, feature_recon, feature_recon_ce, greedy_ce, greedy_contrast, image_recon, image_recon_ce"
 SYNTAX = "not key=value (a list is [1,2]; text with special characters stands in quotes)"
 
 KEYS_AND_GROUPS = {
@@ -48,9 +49,9 @@ KEYS_AND_GROUPS = {
     "+dataset.mean=[0,0,0]": "dataset.mean: there is no such key",
     "+epochs=3": "+epochs: there is such a key already; leave out the +",
     "~method.temperature": "~method.temperature: keys cannot be removed; give them another value",
-    "method=foo": "method=foo: it is one of e2e, feature_recon, feature_recon_ce, greedy_ce, greedy_contrast, image_recon, image_recon_ce",
+    "method=foo": f"method=foo: it is one of {METHOD_FILES}",
     "dataset=mnist": "dataset=mnist: it is one of cifar10, cifar100, digits, image_folder, stl10, svhn",
-    "method=null": "method=null: it is one of e2e, feature_recon, feature_recon_ce, greedy_ce, greedy_contrast, image_recon, image_recon_ce",
+    "method=null": f"method=null: it is one of {METHOD_FILES}",
     "epochs": f"epochs: {SYNTAX}",
     "epochs=[1": f"epochs=[1: {SYNTAX}",
     "=3": "=3: not key=value",
