@@ -1,7 +1,8 @@
-"""Where numbers go in a plot so that they can be read: beside their points and not on one another."""
+"""Where numbers and names go in a plot so that they can be read: not on one another, and not over its edge."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -42,10 +43,40 @@ def _crowding(place: tuple[float, float], taken: Sequence[tuple[float, float]]) 
     return sum(max(0.0, ROOM - max(abs(place[0] - x), abs(place[1] - y))) for x, y in taken)
 
 
+def wrapped(text: str, width: float, size: float, indent: str = "") -> str:
+    """``text`` in lines of at most ``width`` points, broken at spaces and within what is longer than a line.
+
+    Args:
+        size: of the font, in points.
+        indent: before every line but the first.
+    """
+    lines = [""]
+    for word in re.findall(r" *[^ ]+", text):
+        if _width(lines[-1] + word, size) > width and lines[-1].strip():
+            lines.append(indent)
+            word = word.lstrip()
+        for part in [word] if _width(lines[-1] + word, size) <= width else word:
+            if _width(lines[-1] + part, size) > width and lines[-1] != indent:
+                lines.append(indent)
+            lines[-1] += part
+    return "\n".join(lines)
+
+
+def _width(text: str, size: float) -> float:
+    """In points, as matplotlib's own font has it."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    return float(text_to_path.get_text_width_height_descent(text, FontProperties(size=size), ismath=False)[0])
+
+
 def spread(axis: Axes, values: Sequence[float], gap: float = 0.042) -> list[float]:
-    """``values`` moved apart so that neighbours are ``gap`` of the axis's height apart, as little as that takes."""
+    """``values`` moved apart so that neighbours are ``gap`` of the axis's height apart, as little as that takes.
+
+    All stay within the axis; where it is too low for that many, they are nearer to each other.
+    """
     low, high = axis.get_ylim()
-    least = gap * (high - low)
+    least = min(gap, 1 / max(1, len(values) - 1)) * (high - low)
     order = sorted(range(len(values)), key=values.__getitem__)
     groups: list[tuple[float, list[int]]] = []  # centre, members in order
     for index in order:
@@ -58,6 +89,9 @@ def spread(axis: Axes, values: Sequence[float], gap: float = 0.042) -> list[floa
     for centre, members in groups:
         for rank, index in enumerate(members):
             placed[index] = centre + (rank - (len(members) - 1) / 2) * least
+    for rank, index in enumerate(order):  # as many as are below or above still need their room
+        placed[index] = max(placed[index], low + rank * least)
+        placed[index] = min(placed[index], high - (len(order) - 1 - rank) * least)
     return [placed[index] for index in range(len(values))]
 
 

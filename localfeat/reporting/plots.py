@@ -8,7 +8,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING
 
 from localfeat.reporting.documents import Picture
-from localfeat.reporting.labels import place_numbers, spread
+from localfeat.reporting.labels import place_numbers, spread, wrapped
 from localfeat.reporting.rows import Row, Table
 from localfeat.reporting.series import (
     Curve,
@@ -53,6 +53,12 @@ COLOURS = {
 OTHERS = ("#c2255c", "#5f7a00", "#00838f", "#a0522d")
 LINES = ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)))
 MARKERS = ("o", "s", "D", "^")
+
+WIDTH = 6.6  # inches
+LEGEND = 9  # points, of its text
+HANDLE = 2.4  # what stands before a name, in units of the text's size
+NAME = 0.92 * (72 * WIDTH - (HANDLE + 2.6) * LEGEND)  # points that are left for a name; drawn, letters are whole pixels
+FIGURE_SPACE = "\u2007"  # as wide as a digit
 
 BANDS = ": mean over seeds, and one standard deviation either side"
 
@@ -110,13 +116,14 @@ def _style(row: Row, table: Table) -> int:
     return own.index(row) % len(LINES)
 
 
-def _figure(theme: Theme, panels: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of one width with ``panels`` beside each other and room for a legend of ``rows`` lines below."""
+def _figure(theme: Theme, names: Sequence[str], panels: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of one width with ``panels`` beside each other and room for a legend of ``names`` below."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     layout = ConstrainedLayoutEngine(h_pad=0.06, w_pad=0.06, wspace=0.04)
-    figure = Figure(figsize=(6.6, 3.6 + 0.21 * rows), layout=layout, facecolor=theme.page)
+    lines = sum(name.count("\n") + 1 for name in names)
+    figure = Figure(figsize=(WIDTH, 3.6 + 0.06 * len(names) + 0.15 * lines), layout=layout, facecolor=theme.page)
     axes = figure.subplots(1, panels, squeeze=False).ravel().tolist()
     for axis in axes:
         axis.set_facecolor(theme.page)
@@ -143,21 +150,23 @@ def _legend(figure: Figure, axis: Axes, theme: Theme) -> None:
         loc="outside lower left",
         ncols=columns,
         frameon=False,
-        fontsize=9,
+        fontsize=LEGEND,
         labelcolor=theme.ink,
-        handlelength=2.4,
+        handlelength=HANDLE,
     )
 
 
 def _name(row: Row, table: Table) -> str:
-    """Number and label; with the number of modules where a label stands more than once."""
+    """Number and label, as many lines as it takes; with the number of modules where a label stands more than once."""
     alike = [other for other in table.rows if other.label == row.label]
-    return f"{row.number}  {row.label}" + (f", K={row.modules}" if len(alike) > 1 else "")
+    number = str(row.number).rjust(len(str(table.rows[-1].number)), FIGURE_SPACE)
+    name = f"{number}  {row.label}" + (f", K={row.modules}" if len(alike) > 1 else "")
+    return wrapped(name, NAME, LEGEND, indent=f"{FIGURE_SPACE * len(number)}  ")
 
 
 def _memory(table: Table, theme: Theme) -> Figure:
     points = memory_points(table)
-    figure, (axis,) = _figure(theme, rows=len(points))
+    figure, (axis,) = _figure(theme, [_name(point.row, table) for point in points])
     front = pareto_front(points)
     axis.step(
         [p.memory for p in front], [p.accuracy for p in front], where="post", color=theme.quiet, lw=1.2, ls=(0, (4, 3))
@@ -186,7 +195,7 @@ def _memory(table: Table, theme: Theme) -> Figure:
 
 def _curves(table: Table, theme: Theme) -> Figure:
     found = learning_curves(table)
-    figure, (axis,) = _figure(theme, rows=len(found))
+    figure, (axis,) = _figure(theme, [_name(curve.row, table) for curve in found])
     _lines(axis, found, table, theme)
     _titles(axis, theme, "Validation accuracy, %", "epochs")
     _whole_numbers(axis)
@@ -238,7 +247,7 @@ def _whole_numbers(axis: Axes) -> None:
 def _depth(table: Table, theme: Theme) -> Figure:
     panels = (("linear_probe", "Linear probe, %"), ("knn", "20 nearest neighbours, %"))
     found = depth_curves(table, "linear_probe")
-    figure, axes = _figure(theme, panels=2, rows=len(found))
+    figure, axes = _figure(theme, [_name(curve.row, table) for curve in found], panels=2)
     for axis, (probe, name) in zip(axes, panels, strict=True):
         _lines(axis, depth_curves(table, "knn" if probe == "knn" else "linear_probe"), table, theme)
         _titles(axis, theme, name, "block (0: patch embeddings)")
@@ -252,7 +261,7 @@ def _weights(table: Table, theme: Theme) -> Figure:
     panels = {"Supervision, γ": [weights.supervision for weights in found]}
     if any(weights.reconstruction for weights in found):
         panels = {"Reconstruction, λ": [weights.reconstruction or () for weights in found], **panels}
-    figure, axes = _figure(theme, panels=len(panels), rows=len(found))
+    figure, axes = _figure(theme, [_weights_name(weights) for weights in found], panels=len(panels))
     for axis, (name, lines) in zip(axes, panels.items(), strict=True):
         for index, (weights, values) in enumerate(zip(found, lines, strict=True)):
             _weight_line(axis, weights, values, table, theme, index)
@@ -266,8 +275,6 @@ def _weights(table: Table, theme: Theme) -> Figure:
 
 def _weight_line(axis: Axes, weights: Weights, values: Sequence[float], table: Table, theme: Theme, index: int) -> None:
     """Lines that lie upon one another stay visible: those drawn later have smaller marks and broken lines."""
-    methods = ", ".join(dict.fromkeys(row.method for row in weights.rows))
-    numbers = ", ".join(str(row.number) for row in weights.rows)
     several = len({row.method for row in weights.rows}) > 1
     axis.plot(
         range(1, len(values) + 1),
@@ -277,5 +284,13 @@ def _weight_line(axis: Axes, weights: Weights, values: Sequence[float], table: T
         ls=LINES[index % len(LINES)],
         marker=MARKERS[index % len(MARKERS)],
         ms=max(4, 8 - index),
-        label=f"{methods}, K={weights.rows[0].modules} (row{'s' if len(weights.rows) > 1 else ''} {numbers})",
+        label=_weights_name(weights),
     )
+
+
+def _weights_name(weights: Weights) -> str:
+    """Methods, number of modules and rows."""
+    methods = ", ".join(dict.fromkeys(row.method for row in weights.rows))
+    numbers = ", ".join(str(row.number) for row in weights.rows)
+    rows = f"(row{'s' if len(weights.rows) > 1 else ''} {numbers})"
+    return wrapped(f"{methods}, K={weights.rows[0].modules} {rows}", NAME, LEGEND, indent="  ")

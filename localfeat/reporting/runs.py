@@ -13,9 +13,9 @@ from typing import Any
 from localfeat.artifacts.metrics_csv import FILE_NAME, read_rows
 from localfeat.config import saved_config
 from localfeat.errors import UserError
+from localfeat.reporting.checks import complaint, is_inspection
 
 NOT_RUNS = {"wandb", "checkpoints", "inspection", "logs"}
-NEEDED = ("method", "dataset", "backbone", "split", "seed", "epochs", "parameters", "versions", "hardware")
 TOLERANCE = 1e-6  # between summary.json and metrics.csv: one keeps float32 as text, the other as JSON
 
 
@@ -59,12 +59,11 @@ class Run:
 
     @cached_property
     def inspection(self) -> dict[str, Any] | None:
-        """What ``python -m localfeat.inspect`` found in this run, if it was called."""
-        file = self.folder / "inspection" / "inspection.json"
-        if not file.is_file():
+        """What ``python -m localfeat.inspect`` found in this run, if it was called; a damaged file counts as none."""
+        try:
+            return _inspection(self.folder)
+        except UserError:  # which the report names
             return None
-        found: dict[str, Any] = json.loads(file.read_text())
-        return found
 
 
 @dataclass(frozen=True)
@@ -158,6 +157,7 @@ def _take(found: Material, folder: Path, files: set[str]) -> None:
             found.studies.append(_study(folder))
         if "summary.json" in files:
             found.runs.append(_run(folder))
+            _inspection(folder)
         elif "config.yaml" in files:
             saved_config(folder)
             found.unfinished.append(folder)
@@ -192,14 +192,23 @@ def _run(folder: Path) -> Run:
     """
     summary = _json(folder / "summary.json")
     config = saved_config(folder)
-    lost = [key for key in NEEDED if key not in summary] + [key for key in ("seed", "batch_size") if key not in config]
-    if lost:
-        raise UserError(f"{folder} is left out: it has no {', '.join(lost)}")
+    if wrong := complaint(config, summary):
+        raise UserError(f"{folder} is left out: {wrong}")
     run = Run(folder, config, {"test_accuracy": None, "val_accuracy": None, **summary})
     if run.summary["test_accuracy"] is None and run.summary["val_accuracy"] is None:
         raise UserError(f"{folder} is left out: it has neither a test nor a validation accuracy")
     _check_against_metrics(run)
     return run
+
+
+def _inspection(folder: Path) -> dict[str, Any] | None:
+    file = folder / "inspection" / "inspection.json"
+    if not file.is_file():
+        return None
+    found = _json(file)
+    if not is_inspection(found):
+        raise UserError(f"{file} is left out: it is not what localfeat.inspect writes")
+    return found
 
 
 def _check_against_metrics(run: Run) -> None:

@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from localfeat.config import construct
+from localfeat.errors import UserError
 from localfeat.reporting.cells import GIB
 from localfeat.reporting.rows import Row, Table
 from localfeat.reporting.runs import Run
@@ -124,7 +125,10 @@ def _weights(run: Run) -> tuple[tuple[float, ...] | None, tuple[float, ...]] | N
     modules = len(run.blocks)
     if modules < 2 or str(config.get("_target_")).rsplit(".", 1)[-1] != "Method":
         return None
-    method = construct(dict(config), "method")
+    try:
+        method = construct(dict(config), "method")
+    except UserError:  # a method of another version, with other keys
+        return None
     if type(method) is not Method or not method.local:
         return None
     shape = FeatureShape("NCHW", 1, 1, 1)  # weights do not depend on it

@@ -93,7 +93,7 @@ def dataset_name(run: Run) -> str:
     """The dataset; of an image folder also the folder's name, as the source does not say which data it holds."""
     dataset = run.config["dataset"]
     source = str(dataset["source"])
-    return f"{source} {Path(str(dataset['root'])).name}" if source == "image_folder" else source
+    return f"{source} {Path(str(dataset.get('root'))).name}" if source == "image_folder" else source
 
 
 def of_table(found: Settings) -> Settings:

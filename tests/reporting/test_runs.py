@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from localfeat.errors import UserError
 from localfeat.reporting import read_material, read_runs
+from localfeat.reporting.plots import plots
 from localfeat.reporting.rows import tables
+from localfeat.reporting.series import loss_weights
 from localfeat.reporting.words import missing, progress
 from tests.reporting.written import edit_summary, write_study, written_run
 
@@ -28,6 +32,11 @@ def cut(folder: Path, name: str) -> None:
     (folder / name).write_text(text[: len(text) // 2])
 
 
+def edit_config(folder: Path, **values: Any) -> None:
+    config = OmegaConf.load(folder / "config.yaml")
+    OmegaConf.save(OmegaConf.merge(config, values), folder / "config.yaml")
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "summary.json cannot be read": lambda folder: cut(folder, "summary.json"),
     "summary.json cannot be read (it holds": lambda folder: (folder / "summary.json").write_text("[1]"),
@@ -38,6 +47,12 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "metrics.csv has no test/accuracy 0.9": lambda folder: edit_summary(folder, test_accuracy=0.9),
     "neither a test nor a validation": lambda folder: edit_summary(folder, test_accuracy=None, val_accuracy=None),
     "metrics.csv cannot be read": lambda folder: (folder / "metrics.csv").write_text("step,val/accuracy\n1,x\n"),
+    "it has no image_size": lambda folder: edit_config(folder, image_size=None),
+    "config.yaml says seed: x": lambda folder: edit_config(folder, seed="x"),
+    "summary.json says overrides: [1]": lambda folder: edit_summary(folder, overrides=[1]),
+    "summary.json says peak_memory_bytes: 3 GiB": lambda folder: edit_summary(folder, peak_memory_bytes="3 GiB"),
+    "summary.json says commit.id: 7": lambda folder: edit_summary(folder, commit={"id": 7}),
+    "it has no parameters.backbone": lambda folder: edit_summary(folder, parameters={"auxiliary": 1, "total": 1}),
     "it has no parameters": lambda folder: (folder / "summary.json").write_text(
         json.dumps({k: v for k, v in json.loads((folder / "summary.json").read_text()).items() if k != "parameters"})
     ),
@@ -54,6 +69,28 @@ def test_a_damaged_folder_is_named_in_one_line_and_left_out(runs: Path, said: st
     assert missing(material) == [line]
     with pytest.raises(UserError, match=r"no finished run.*bad"):
         read_runs([runs / "bad"])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"blocks": [1]}', '{"blocks": [{"block": 0, "knn": 0.5}]}'])
+def test_a_damaged_inspection_is_named_and_its_run_stays(runs: Path, text: str) -> None:
+    (runs / "bad" / "inspection").mkdir()
+    (runs / "bad" / "inspection" / "inspection.json").write_text(text)
+    material = read_material([runs])
+    assert len(material.runs) == 2 and [run.inspection for run in material.runs] == [None, None]
+    (line,) = material.left_out
+    assert "inspection.json" in line and "\n" not in line
+
+
+def test_runs_of_other_versions_have_their_row(runs: Path) -> None:
+    """Keys that were not there yet, and one of a method that is not there any more."""
+    config = OmegaConf.load(runs / "bad" / "config.yaml")
+    for key in ("test", "efficiency", "callbacks", "logger"):
+        config.pop(key)
+    config.method.no_longer = 1
+    OmegaConf.save(config, runs / "bad" / "config.yaml")
+    (table,) = tables(read_runs([runs]))
+    assert len(table.rows) == 2 and len(list(plots(table))) >= 2
+    assert [weights.rows for weights in loss_weights(table)] == [(table.rows[1],)]
 
 
 def test_a_run_that_has_not_ended_is_named(runs: Path) -> None:

@@ -102,3 +102,33 @@ def test_numbers_at_the_ends_of_curves_are_moved_apart_and_stay_in_order() -> No
     ordered = sorted(placed)
     assert min(b - a for a, b in pairwise(ordered)) >= 4 - 1e-9
     assert mean(placed[:3]) == pytest.approx(mean([50, 50.5, 49.9]))
+
+
+def test_numbers_at_the_ends_of_many_curves_stay_within_the_axis() -> None:
+    axis = Figure().subplots()
+    axis.set_ylim(10, 20)
+    placed = spread(axis, [19.9] * 20 + [10.0] * 10, gap=0.06)
+    assert min(placed) >= 10 and max(placed) <= 20 + 1e-9
+    assert min(b - a for a, b in pairwise(sorted(placed))) == pytest.approx(10 / 29)
+
+
+def test_no_name_in_a_legend_is_cut_off(tmp_path: Path) -> None:
+    """However long a label is, it stands within the figure, whole."""
+    settings = [f"method.width={64 + i}" for i in range(10)] + ["method.supervision_weight=[0.125,0.25]"]
+    longest = ["batch_size=4096", "optimizer.lr=0.000123", f"optimizer.name={'very_long_name' * 8}", "decoder=deconv"]
+    for index, setting in enumerate(settings):
+        more = [setting, *(longest if index % 2 else [])]
+        own = ["dataset=cifar10", "epochs=3", "method=feature_recon", "seed=0", *more]
+        written_run(tmp_path / str(index), own, CURVES[0], test_accuracy=0.5 + index / 100)
+    (table,) = tables(read_runs([tmp_path]))
+    for picture, draw in plots(table):
+        figure = draw(LIGHT)
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        for text in legend.get_texts():
+            edge = text.get_window_extent()
+            assert edge.x0 >= 0 and edge.x1 <= figure.bbox.x1 and edge.y0 >= 0, (picture.stem, text.get_text())
+        assert legend.get_window_extent().y1 < figure.axes[0].get_window_extent().y0
+        if picture.stem != "1_weights":
+            names = ["".join(text.get_text().split()) for text in legend.get_texts()]
+            assert names == [f"{row.number}{row.label}".replace(" ", "") for row in table.rows]
