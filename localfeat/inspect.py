@@ -25,12 +25,13 @@ python -m localfeat.inspect run=<folder> [e2e=<folder>] [split=val] [images=5000
   train_images  how many training images, not augmented, the probes are fitted on
   checkpoint    best (on validation) or last
   root          where the dataset lies now, if it has moved since the run
-  output        where the results go; run/inspection unless given
+  output        where the results go; <run>/inspection unless given, where reports look for them
   wandb         true: also send the results to W&B (offline without a login)
 
 Features are means over space of what a block puts out (of a ViT's patch tokens). A linear probe is a ridge regression
 on one-hot labels in closed form, its strength chosen by leave-one-out on the training images; kNN is the vote of the 20
 nearest training images by cosine. Both see features standardised on the training images. Everything is in float32.
+In the table | ends a module, and CKA (0 to 1) compares with the other network's features after the same block.
 """
 DEFAULTS: dict[str, Any] = {
     "run": ...,

@@ -17,7 +17,8 @@ python -m localfeat.report <folder> [<folder> …] [output=report]
   output    gets report.html (one page, self-contained), report.md, report.tex, report.csv (a line for each row of
             the tables), runs.csv (a line for each run) and plots/
 
-Runs that differ in nothing but the seed are one row: mean ± sample standard deviation (number of seeds).
+Runs that differ in nothing but the seed are one row: mean ± sample standard deviation (number of seeds). Accuracy by
+depth is drawn for rows of which every run was inspected (python -m localfeat.inspect).
 """
 
 

@@ -26,11 +26,13 @@ python -m localfeat.sweep study=<name or study.yaml> [folder=outputs/studies/<st
 Runs every job of a study in a process of its own. The same command again goes on where it stopped: finished jobs are
 left alone, those cut short resume from their last checkpoint, failed ones begin anew.
 
-  study     below experiments/, or the path of a study.yaml
+  study     a name below experiments/, or a file of your own: my_study/study.yaml, with a question, overrides of every
+            job (a list) and jobs (a list of lines as method=e2e,greedy_ce seed=0,1: all combinations)
   folder    of the study: a folder for every job, logs/<job>.log, study.json
   launcher  basic (one after the other), joblib (side by side: hydra.launcher.n_jobs=2), submitit_local,
             submitit_slurm (hydra.launcher.partition=gpu hydra.launcher.timeout_min=600 hydra.launcher.gpus_per_node=1)
-  dry       true: all jobs with state, predicted peak memory and estimated time; nothing is run
+  dry       true: all jobs with state, predicted peak memory (of a GPU, unless trainer=cpu) and estimated time of
+            training steps; nothing is run
   speed     of a dry run: images per second of end-to-end training of the study's smallest backbone on your machine,
             instead of a measurement on this one
   job       only this one; study=… job=… is what a machine of a cluster or a W&B agent is told
