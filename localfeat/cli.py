@@ -15,7 +15,7 @@ from localfeat.errors import UserError
 
 @contextmanager
 def one_line_errors() -> Iterator[Callable[[Exception], str | None]]:
-    """Turn mistakes in what was asked for into one line and exit code 2.
+    """Turn mistakes in what was asked for into one line and exit code 2, Ctrl-C into one line and exit code 130.
 
     Yields what explains them, for those who have to go on after one. With the environment variable HYDRA_FULL_ERROR=1
     nothing is explained or caught.
@@ -33,6 +33,9 @@ def one_line_errors() -> Iterator[Callable[[Exception], str | None]]:
             raise
         report(line)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)  # 128 + SIGINT, as shells count
     finally:
         os.environ.pop("HYDRA_FULL_ERROR", None)
         if before is not None:

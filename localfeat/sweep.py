@@ -100,6 +100,8 @@ def read_request(arguments: Sequence[str]) -> Request:
 
 def _check(values: dict[str, Any], overrides: Sequence[str]) -> None:
     for override in overrides:
+        if override.endswith("="):
+            raise UserError(f"{override}: give a value")
         key = override.lstrip("+").partition("=")[0]
         if key == "resume" or key.partition(".")[0].partition("/")[0] == "hydra":
             raise UserError(f"{override}: the sweep sets this itself; hydra.launcher.* configures the launcher")
@@ -185,6 +187,8 @@ def _launch(task: RunJob, pending: Sequence[int], request: Request, progress: Pr
         return stopped.signum
     except Exception as error:  # of the launcher's own: jobs that it lost count as failed
         if not progress.running and not progress.ended:
+            if isinstance(error, ValueError | TypeError):  # of an option that it takes but cannot use
+                raise UserError(f"launcher={launcher}: {error} (hydra.launcher.*)") from error
             raise
         report(f"launcher={launcher}: {type(error).__name__}: {' '.join(str(error).split())}")
     finally:

@@ -73,7 +73,10 @@ def test_the_others_survive_a_failure(place: Place, capfd: pytest.CaptureFixture
     out = capfd.readouterr().out
     log = place.folder / "out" / "logs" / f"{E2E}.log"
     assert "it failed" in log.read_text()
-    assert f"{E2E} FAILED" in out and f"(exit code 1): {log} | 0 done, 1 failed, 0 running, 2 left" in out
+    assert (
+        f"{E2E} FAILED" in out
+        and f"(exit code 1, error: it failed): {log} | 0 done, 1 failed, 0 running, 2 left" in out
+    )
     assert f"{K2} FAILED" in out and "(killed, perhaps for lack of memory)" in out
     assert f"{K4} FAILED" in out and "(exit code 0)" in out
     assert out.splitlines()[-5:-1] == [
@@ -164,6 +167,70 @@ def test_a_folder_with_other_runs_is_refused(place: Place, capfd: pytest.Capture
     assert "it has no .hydra/overrides.yaml" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("summary.json", ""), ("summary.json", "[]"), ("summary.json", b"\xff"), (".hydra/overrides.yaml", "- [a")],
+)
+def test_a_damaged_file_of_a_finished_job_is_one_line(
+    file: str, content: str | bytes, place: Place, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is run, and nothing is overwritten."""
+    assert place.sweep("method=e2e") == 0
+    damaged = place.job(E2E) / file
+    damaged.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for typed in ([], ["dry=true"]):
+        capfd.readouterr()
+        assert place.sweep(*typed) == 2
+        printed = capfd.readouterr()
+        assert printed.err.startswith(f"error: {damaged} ") and printed.err.count("\n") == 1 and not printed.out
+    assert place.attempts() == [["anew"], [], []]
+
+
+def test_a_folder_that_cannot_be_written_to(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    (place.folder / "out").write_text("a file")
+    assert place.sweep() == 2
+    assert capfd.readouterr().err == f"error: folder={place.folder / 'out'} cannot be written to (Not a directory)\n"
+    assert (place.folder / "out").read_text() == "a file"
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_told_to_stop_while_a_job_starts(name: str, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    """The process that nobody has heard of yet is ended with the others."""
+    place.behave(e2e=[1, "wait"])
+    begin = task.RunJob._start
+
+    def interrupted(*given: Any, **named: Any) -> Any:
+        process = begin(*given, **named)
+        signal.raise_signal(getattr(signal, name))
+        return process
+
+    place.patch.setattr(task.RunJob, "_start", interrupted)
+    assert place.sweep() == 128 + getattr(signal, name)
+    assert "ending 1 running jobs" in capfd.readouterr().out
+    assert place.attempts()[1:] == [[], []]
+    place.patch.setattr(task.RunJob, "_start", begin)
+    (place.folder / "go").touch()
+    assert place.sweep() == 0
+    assert "elsewhere" in (out := capfd.readouterr().out) and " 0 elsewhere, 3 to run" in out
+
+
+def test_ctrl_c_before_the_first_job_is_one_line(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    place.patch.setattr("localfeat.sweep.run", interrupt)
+    assert place.sweep() == 130
+    assert capfd.readouterr().err == "interrupted\n"
+
+
+def test_a_folder_with_any_name(place: Place) -> None:
+    place.patch.setitem(os.environ, "PYTHONUTF8", "1")
+    folder = 'my folder, it\'s "größer"=1 [a] {b} $c'
+    assert place.sweep(f"folder={folder}") == 0
+    assert len(list((place.folder / folder).glob("*/summary.json"))) == 3
+    assert place.sweep(f"folder={folder}") == 0
+
+
 def test_what_changes_no_result_may_differ(place: Place) -> None:
     assert place.sweep("method=e2e") == 0
     assert place.sweep("dataset.root=/elsewhere", "dataset.num_workers=1", "callbacks.progress_bar=false") == 0
@@ -202,6 +269,13 @@ LINES = {
     "study=mine/study.yaml hydra.run.dir=x": "hydra.run.dir=x: the sweep sets this itself",
     "study=mine/study.yaml epoch=3": "epoch: there is no such key; did you mean epochs?",
     "study=mine/study.yaml method=foo": "method=foo: it is one of e2e, feature_recon, ",
+    "study=": "study=: there is no ",
+    "study=mine/study.yaml job=": "job=: ",
+    "study=mine/study.yaml seed=": "seed=: give a value",
+    "study=mine/study.yaml launcher=": "launcher=: it is one of",
+    "study=mine/study.yaml speed=": "speed=: images per second",
+    "study=mine/study.yaml method=e2e launcher=joblib hydra.launcher.n_jobs=0": "launcher=joblib: n_jobs == 0",
+    "study=mine/study.yaml method=e2e launcher=joblib hydra.launcher.n_jobs=two": "Error merging override hydra.launcher.n_",
     "study=mine/study.yaml hydra.launcher.n_job=2 launcher=joblib": "hydra.launcher.n_job",
 }
 

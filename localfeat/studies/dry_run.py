@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from localfeat.build import Config
@@ -45,7 +43,7 @@ def rows(jobs: Sequence[Job], configs: Sequence[Config], folder: StudyFolder, sp
     """
     costs, configs = Costs(), checked(configs)
     states = [folder.state(job.name) for job in jobs]
-    figures = [_finished(folder.run(job.name)) if folder.left(job.name) == "finished" else None for job in jobs]
+    figures = [_finished(folder.summary(job.name)) if folder.left(job.name) == "finished" else None for job in jobs]
     known = [(config, run) for config, run in zip(configs, figures, strict=True) if run is not None]
     speeds = Speeds(costs, known, speed, images_per_second, cheapest(configs, costs))
     found = []
@@ -61,8 +59,7 @@ def _estimate(config: Config, speeds: Speeds) -> tuple[float | None, str | None]
     return (None, None) if images is None or speed is None else (images / speed[0], speed[1])
 
 
-def _finished(folder: Path) -> Finished | None:
-    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+def _finished(summary: Mapping[str, Any]) -> Finished | None:
     speed, seconds = summary.get("images_per_second"), summary.get("seconds")
     return Finished(speed, seconds) if speed and seconds else None
 

@@ -75,10 +75,12 @@ class StudyFolder:
         """Refuse jobs whose folders hold something else.
 
         Raises:
-            UserError: a folder with a run by other overrides, or one that does not say by which.
+            UserError: a folder with a run by other overrides, one that does not say by which, a damaged summary.
         """
         for job in jobs:
             folder = self.run(job.name)
+            if self.left(job.name) == "finished":
+                self.summary(job.name)
             if self.left(job.name) != "new" and (found := _difference(_recorded(folder), job.overrides)):
                 raise UserError(
                     f"{folder} holds a run of another configuration ({found}); "
@@ -87,11 +89,30 @@ class StudyFolder:
 
     def seconds(self, names: Iterable[str]) -> list[float]:
         """How long finished jobs trained."""
-        found = [json.loads((self.run(name) / "summary.json").read_text()).get("seconds") for name in names]
+        found = [self.summary(name).get("seconds") for name in names]
         return [seconds for seconds in found if seconds is not None]
 
+    def summary(self, name: str) -> dict[str, Any]:
+        """What a finished job's summary.json holds.
+
+        Raises:
+            UserError: a damaged file.
+        """
+        file = self.run(name) / "summary.json"
+        try:
+            found = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be read ({error}); without it the job goes on or begins anew") from error
+        if not isinstance(found, dict):
+            raise UserError(f"{file} holds no summary; without it the job goes on or begins anew")
+        return found
+
     def write_study(self, study: Study, jobs: Sequence[Job]) -> None:
-        """Write ``study.json``; jobs of earlier sweeps stay in it if there are runs of them."""
+        """Write ``study.json``; jobs of earlier sweeps stay in it if there are runs of them.
+
+        Raises:
+            UserError: a folder that cannot be written to.
+        """
         from localfeat.artifacts.summary import write_atomically
 
         now = [job.to_dict() for job in jobs]
@@ -99,7 +120,11 @@ class StudyFolder:
         earlier = [job for job in self._noted() if job["name"] not in names and self.run(job["name"]).is_dir()]
         content = {"name": study.name, "question": study.question, "jobs": [*now, *earlier]}
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(self.path / "study.json", text.encode())
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / "study.json", text.encode())
+        except OSError as error:
+            raise UserError(f"folder={self.path} cannot be written to ({error.strerror})") from error
 
     def _noted(self) -> list[dict[str, Any]]:
         try:
@@ -113,7 +138,13 @@ def _recorded(folder: Path) -> list[str] | None:
     """What the run was begun by; None if it does not say."""
     from localfeat.config import typed_overrides
 
-    return typed_overrides(folder) if (folder / ".hydra" / "overrides.yaml").is_file() else None
+    file = folder / ".hydra" / "overrides.yaml"
+    if not file.is_file():
+        return None
+    try:
+        return typed_overrides(folder)
+    except Exception as error:  # of YAML's reader, OmegaConf or the file system
+        raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]})") from error
 
 
 def _difference(recorded: Sequence[str] | None, asked: Sequence[str]) -> str | None:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from localfeat.studies.task import RunJob
@@ -97,7 +98,7 @@ class Progress:
         self.ended[job] = outcome
         if outcome == "done" and "seconds" in event:
             self.seconds.append(event["seconds"])
-        self._say(job, _ending(event, str(self.task.folder.log(job))))
+        self._say(job, _ending(event, self.task.folder.log(job)))
 
     def _say(self, job: str, what: str) -> None:
         done, failed = self.finished + len(self.of("done")), len(self.of("failed"))
@@ -109,7 +110,7 @@ class Progress:
         print(line, flush=True)
 
 
-def _ending(event: dict[str, Any], log: str) -> str:
+def _ending(event: dict[str, Any], log: Path) -> str:
     outcome, code = event["outcome"], event.get("code")
     if outcome == "running":
         return "is being trained by another process"
@@ -118,7 +119,16 @@ def _ending(event: dict[str, Any], log: str) -> str:
     took = f"in {duration(event['seconds'])}"
     if outcome != "failed":
         return f"{outcome} {took}"
-    return f"FAILED {took} ({_reason(code)}): {log}"
+    return f"FAILED {took} ({_reason(code)}{_last_error(log)}): {log}"
+
+
+def _last_error(log: Path) -> str:
+    """What the job said was wrong, if that is the last thing that it said."""
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return f", {lines[-1]}" if lines and lines[-1].startswith("error: ") else ""
 
 
 def _reason(code: int | None) -> str:

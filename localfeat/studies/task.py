@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,18 +65,21 @@ class RunJob:
         job = self.jobs[cfg.index]
         if self.stop.exists():
             return "stopped"
-        lock = self.folder.lock(job.name)
-        if lock is None:
-            return self._end(job, "running")
-        try:
-            left = self.folder.left(job.name)
-            if left == "finished":
-                return self._end(job, "done")
-            begun = time.time()
-            process = self._start(job, lock, resume=left == "unfinished")
-        finally:
-            os.close(lock)  # from here on the child alone holds it
-        self._note(job, event="begin", pid=process.pid, host=socket.gethostname())
+        with _signals_later():  # or nobody would know of the child
+            lock = self.folder.lock(job.name)
+            if lock is None:
+                return self._end(job, "running")
+            try:
+                left = self.folder.left(job.name)
+                if left == "finished":
+                    return self._end(job, "done")
+                begun = time.time()
+                process = self._start(job, lock, resume=left == "unfinished")
+                self._note(job, event="begin", pid=process.pid, host=socket.gethostname())
+            finally:
+                os.close(lock)  # from here on the child alone holds it
+        if self.stop.exists():  # the sweep was told to stop before it could know of this process
+            process.send_signal(signal.SIGTERM)
         code = process.wait()
         finished = code == 0 and self.folder.left(job.name) == "finished"
         outcome = "done" if finished else "stopped" if self.stop.exists() else "failed"
@@ -105,6 +110,23 @@ class RunJob:
             os.write(descriptor, line.encode())  # one call: whole lines, whoever else writes
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def _signals_later() -> Iterator[None]:
+    """Ctrl-C and SIGTERM to the main thread take effect after this."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: caught.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in caught:
+            signal.raise_signal(number)
 
 
 def quoted(text: str) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 def main(arguments: list[str]) -> None:
     values = dict(argument.split("=", 1) for argument in arguments)
     resumed = "resume" in values
-    folder = Path(values["resume" if resumed else "hydra.run.dir"].strip("'"))
+    folder = Path(values["resume" if resumed else "hydra.run.dir"][1:-1].replace("\\'", "'"))
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "attempts.txt").open("a") as file:
         file.write("resume\n" if resumed else "anew\n")
@@ -41,7 +41,7 @@ def behave(folder: Path, epoch: int) -> None:
         return
     (folder / "here").touch()
     if what == "fail":
-        sys.exit("it failed")
+        sys.exit("error: it failed")
     if what == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "nothing":
