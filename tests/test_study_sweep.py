@@ -275,7 +275,7 @@ LINES = {
     "study=mine/study.yaml launcher=": "launcher=: it is one of",
     "study=mine/study.yaml speed=": "speed=: images per second",
     "study=mine/study.yaml method=e2e launcher=joblib hydra.launcher.n_jobs=0": "launcher=joblib: n_jobs == 0",
-    "study=mine/study.yaml method=e2e launcher=joblib hydra.launcher.n_jobs=two": "Error merging override hydra.launcher.n_",
+    "study=mine/study.yaml method=e2e launcher=joblib hydra.launcher.n_jobs=two": "Error merging override",
     "study=mine/study.yaml hydra.launcher.n_job=2 launcher=joblib": "hydra.launcher.n_job",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -137,8 +138,16 @@ def test_a_job_that_was_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(metrics(whole)) > 3
 
 
+def reported(folder: Path, output: Path, patch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """The rows of a study's report, without what was timed and the commit, which may be made in between."""
+    assert call(patch, "localfeat.report", str(folder), f"output={output}") == 0
+    lines = list(csv.DictReader((output / "report.csv").open()))
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "commit", "notes")} for line in lines]
+
+
 @pytest.mark.slow
-def test_a_sweep_killed_half_way(tmp_path: Path) -> None:
+@pytest.mark.timeout(900)  # eight processes that import torch
+def test_a_sweep_killed_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """kill -9 of the sweep and of its job; restarted, the study is that of a sweep that nothing happened to."""
     study = study_file(tmp_path, "['method=e2e,greedy_ce,feature_recon split=k2']")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
@@ -164,3 +173,6 @@ def test_a_sweep_killed_half_way(tmp_path: Path) -> None:
     sweep("whole").communicate()
     for job in load_study(study).jobs():
         assert equal_parts(tmp_path / "out" / job.name) == equal_parts(tmp_path / "whole" / job.name)
+    monkeypatch.setattr("localfeat.reporting.write.plots", lambda table: ())
+    found, expected = (reported(tmp_path / name, tmp_path / f"report_{name}", monkeypatch) for name in ("out", "whole"))
+    assert found == expected and [row["method"] for row in found] == ["e2e", "greedy_ce", "feature_recon"]
