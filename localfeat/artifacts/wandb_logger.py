@@ -76,6 +76,8 @@ class RunLogger(WandbLogger):
             self._wandb_init["id"] = self._id = file.read_text().strip()
         run = self._started()
         self.attempt(define_metrics)
+        if run.offline:
+            print(f"W&B: offline, in {folder / 'wandb'}; wandb sync <folder of the run in there> sends it")
         if not run.disabled:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(f"{run.id}\n")
