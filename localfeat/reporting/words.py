@@ -11,6 +11,7 @@ from localfeat.reporting.settings import Settings, below, shown_value
 
 TOLD = ("backbone", "batch_size", "trainer.precision", "optimizer.lr", "optimizer.weight_decay", "dataset.augmentation")
 EMPTY = (None, "{}")
+LIMITS = ("trainer.max_steps", "trainer.limit_train_batches", "trainer.limit_val_batches", "trainer.limit_test_batches")
 
 
 def title(material: Material) -> str:
@@ -41,6 +42,8 @@ def facts(table: Table, notes: Notes) -> list[tuple[str, str]]:
         ("Versions", ", ".join(versions)),
         ("Memory counted by", notes.usual["memory counted by"]),
     ]
+    if limits := _limits(table.common()):
+        found.insert(0, ("Not whole epochs or splits", ", ".join(limits)))
     if table.split == "validation":
         found.insert(0, ("Not test accuracy", VALIDATION))
     return found
@@ -54,6 +57,11 @@ VALIDATION = (
 
 def _told(common: Settings) -> list[str]:
     kept = {key: value for key, value in common.items() if below(key, TOLD) and value not in EMPTY}
+    return [f"{key}={shown_value(value)}" for key, value in kept.items()]
+
+
+def _limits(common: Settings) -> list[str]:
+    kept = {key: common[key] for key in LIMITS if common.get(key) not in (None, -1)}
     return [f"{key}={shown_value(value)}" for key, value in kept.items()]
 
 
