@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -67,10 +68,19 @@ def _percent(value: float) -> str:
     return f"{100 * value:.2f}"
 
 
-def _points(value: float | None) -> Cell:
+def _points(value: float | None, *, clear: bool = False) -> Cell:
+    """A difference in points; coloured only if it is ``clear``, so that noise does not look like a result."""
     if value is None:
         return Cell(NOTHING)
-    return Cell(signed(value), tone=_tone(signed(value)))
+    return Cell(signed(value), tone=_tone(signed(value)) if clear else "")
+
+
+def _clear(row: Row, other: Row | None) -> bool:
+    """Whether two means lie more than two standard errors of their difference apart; never with a single seed."""
+    if other is None or row.std is None or other.std is None:
+        return False
+    error = math.sqrt(row.std**2 / len(row.accuracy_of_seed) + other.std**2 / len(other.accuracy_of_seed))
+    return abs(row.mean - other.mean) > 2 * error
 
 
 def signed(value: float) -> str:
@@ -155,8 +165,8 @@ FIRST = (
 )
 VERSUS = Column(
     "vs e2e, points",
-    "accuracy less that of end-to-end training in the same table",
-    lambda table, row, notes: _points(table.to_baseline(row)),
+    "accuracy less that of end-to-end training in the table; coloured beyond two standard errors of the difference",
+    lambda table, row, notes: _points(table.to_baseline(row), clear=_clear(row, table.baseline(row))),
 )
 MEMORY = Column("memory GiB", "peak of a training step, the most that any seed needed; 1 GiB is 2^30 bytes", _memory)
 SAVED = Column("under e2e", "peak memory saved against end-to-end training in the same table", _saved)
