@@ -50,6 +50,8 @@ def main() -> None:
     """The command line."""
     with one_line_errors():
         arguments = parse_arguments(USAGE, DEFAULTS)
+        if empty := [key for key, value in arguments.items() if value == ""]:
+            raise UserError(f"{empty[0]}= is empty: give a value")
         if arguments["wandb"] not in ("true", "false"):
             raise UserError(f"wandb={arguments['wandb']}: it is true or false")
         saved_config(arguments["run"])  # refused before what takes seconds to import

@@ -266,7 +266,9 @@ def changed(run: Path, folder: Path, **dataset: Any) -> Path:
         (["run={runs}/local", "train_images=1"], "train_images=1: it must be at least 2"),
         (["run={runs}/local", "checkpoint=first"], "checkpoint=first: it is best or last"),
         (["run={runs}/local", "wandb=yes"], "wandb=yes: it is true or false"),
-        (["run={runs}/local", "output={runs}/local/config.yaml"], "config.yaml: it cannot be made (File exists)"),
+        (["run={runs}/local", "output={runs}/local/config.yaml"], "config.yaml: it cannot be written to (File exists)"),
+        (["run={runs}/local", "output="], "output= is empty"),
+        (["run={runs}/local", "output=taken"], "output=taken: it cannot be written to (Is a directory)"),
         (["run={runs}/local", "e2e=other_seed"], "with dataset.seed=1 (run: 0) it was trained on validation images"),
         (["run={runs}/local", "e2e=other_data"], "e2e=other_data: its dataset is svhn, that of run is digits"),
         (["run=no_validation"], "there is no validation split: val_fraction=0"),
@@ -281,6 +283,7 @@ def test_mistakes_are_one_line(
     tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken" / "inspection.json").mkdir(parents=True)
     changed(runs / "e2e", tmp_path / "other_seed", seed=1)
     changed(runs / "e2e", tmp_path / "other_data", source="svhn")
     changed(runs / "e2e", tmp_path / "no_validation", val_fraction=0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, cast
 
 import torch
@@ -140,12 +141,19 @@ def _check_comparable(own: Network, other: Network, request: Request) -> None:
 
 
 def _make_folder(folder: Path) -> None:
+    """Make it, without what an earlier inspection left (half of it would pass for this one's), and write to it.
+
+    Raises:
+        UserError: one of these cannot be done, which should not show after minutes of measuring.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for name in ("inspection.json", *PICTURES):
+            (folder / name).unlink(missing_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        raise UserError(f"output={folder}: it cannot be made ({error.strerror})") from error
-    for name in ("inspection.json", *PICTURES):
-        (folder / name).unlink(missing_ok=True)  # half of an earlier inspection would pass for this one's
+        raise UserError(f"output={folder}: it cannot be written to ({error.strerror})") from error
 
 
 def _write(folder: Path, found: Found) -> None:

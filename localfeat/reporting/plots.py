@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -58,6 +59,7 @@ WIDTH = 6.6  # inches
 LEGEND = 9  # points, of its text
 HANDLE = 2.4  # what stands before a name, in units of the text's size
 NAME = 0.92 * (72 * WIDTH - (HANDLE + 2.6) * LEGEND)  # points that are left for a name; drawn, letters are whole pixels
+USUAL = 0.75  # of the rows: what more of them have tells none from the others
 FIGURE_SPACE = "\u2007"  # as wide as a digit
 
 BANDS = ": mean over seeds, and one standard deviation either side"
@@ -157,10 +159,15 @@ def _legend(figure: Figure, axis: Axes, theme: Theme) -> None:
 
 
 def _name(row: Row, table: Table) -> str:
-    """Number and label, as many lines as it takes; with the number of modules where a label stands more than once."""
+    """Number and label, as many lines as it takes; with the number of modules where a label stands more than once.
+
+    A setting that nearly all rows name with one value is left to the table.
+    """
+    common = Counter(word for other in table.rows for word in set(other.label.split(" ")) if "=" in word)
+    told = " ".join(word for word in row.label.split(" ") if common[word] <= USUAL * len(table.rows))
     alike = [other for other in table.rows if other.label == row.label]
     number = str(row.number).rjust(len(str(table.rows[-1].number)), FIGURE_SPACE)
-    name = f"{number}  {row.label}" + (f", K={row.modules}" if len(alike) > 1 else "")
+    name = f"{number}  {told}" + (f", K={row.modules}" if len(alike) > 1 else "")
     return wrapped(name, NAME, LEGEND, indent=f"{FIGURE_SPACE * len(number)}  ")
 
 

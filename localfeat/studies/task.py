@@ -123,8 +123,8 @@ def _signals_later() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for which, handler in before.items():
+            signal.signal(which, handler)
         for number in caught:
             signal.raise_signal(number)
 

@@ -83,7 +83,7 @@ def test_a_damaged_inspection_is_named_and_its_run_stays(runs: Path, text: str) 
 
 def test_runs_of_other_versions_have_their_row(runs: Path) -> None:
     """Keys that were not there yet, and one of a method that is not there any more."""
-    config = OmegaConf.load(runs / "bad" / "config.yaml")
+    config: Any = OmegaConf.load(runs / "bad" / "config.yaml")
     for key in ("test", "efficiency", "callbacks", "logger"):
         config.pop(key)
     config.method.no_longer = 1
