@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import shlex
 import sys
 import uuid
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from localfeat.cli import check_arguments, one_line_errors, report
-from localfeat.config import unknown_key
+from localfeat.config import known_keys, unknown_key
 from localfeat.errors import UserError
 from localfeat.studies.folder import StudyFolder
 from localfeat.studies.launch import check_launcher, launch
@@ -105,6 +106,8 @@ def _check(values: dict[str, Any], overrides: Sequence[str]) -> None:
         key = override.lstrip("+").partition("=")[0]
         if key == "resume" or key.partition(".")[0].partition("/")[0] == "hydra":
             raise UserError(f"{override}: the sweep sets this itself; hydra.launcher.* configures the launcher")
+        if difflib.get_close_matches(key, OWN, cutoff=0.75) and key not in known_keys([]):
+            raise UserError(unknown_key(key, list(OWN)))  # a mistyped key of the sweep's own, and none of the runs'
     check_arguments(list(overrides))
     if values["dry"] not in ("true", "false"):
         raise UserError(f"dry={values['dry']}: it is true or false")
