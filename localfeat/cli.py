@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from localfeat.errors import UserError
+from localfeat.errors import RunFailed, Stopped, UserError, contexts
 
 
 @contextmanager
 def one_line_errors() -> Iterator[Callable[[Exception], str | None]]:
-    """Turn mistakes in what was asked for into one line and exit code 2, Ctrl-C into one line and exit code 130.
+    """Turn what is no fault of ours into one line and an exit code.
 
-    Yields what explains them, for those who have to go on after one. With the environment variable HYDRA_FULL_ERROR=1
-    nothing is explained or caught.
+    2: a mistake in what was asked for. 1: a run that failed. 128 + the signal's number: a command that was stopped
+    (130 for Ctrl-C). Yields what explains the first two, for those who have to go on after one. With the environment
+    variable HYDRA_FULL_ERROR=1 nothing is explained or caught.
     """
     before = os.environ.get("HYDRA_FULL_ERROR")
     if before == "1":
@@ -32,10 +34,12 @@ def one_line_errors() -> Iterator[Callable[[Exception], str | None]]:
         if line is None:
             raise
         report(line)
-        sys.exit(2)
+        sys.exit(exit_code(error))
+    except Stopped as stopped:  # whoever raised it has said so
+        sys.exit(128 + stopped.signum)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)  # 128 + SIGINT, as shells count
+        sys.exit(128 + signal.SIGINT)
     finally:
         os.environ.pop("HYDRA_FULL_ERROR", None)
         if before is not None:
@@ -47,12 +51,22 @@ def report(line: str) -> None:
     print(f"error: {line}", file=sys.stderr)
 
 
+def exit_code(error: Exception) -> int:
+    """What a command ends with after an error that ``explain`` has a line for."""
+    return 1 if isinstance(_own(error), RunFailed) else 2
+
+
+def _own(error: Exception) -> UserError | RunFailed | None:
+    """The latest of our exceptions behind ``error``."""
+    return next((e for e in contexts(error) if isinstance(e, UserError | RunFailed)), None)
+
+
 def explain(error: Exception) -> str | None:
-    """The one line for a mistake of the user's, ``None`` for a fault of ours."""
+    """The one line for a mistake of the user's or a run that failed, ``None`` for a fault of ours."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    own = next((e for e in _with_contexts(error) if isinstance(e, UserError)), None)
+    own = _own(error)
     if own is error or (own and isinstance(error, OmegaConfBaseException)):  # or of a function that conf/ calls
         return _own_line(str(own))
     if isinstance(error, HydraException | OmegaConfBaseException):
@@ -60,12 +74,6 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, OSError) and _while_hydra_prepares(error):
         return f"output_dir: {error.filename} cannot be written to ({error.strerror})"
     return None
-
-
-def _with_contexts(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__context__
 
 
 def _while_hydra_prepares(error: Exception) -> bool:

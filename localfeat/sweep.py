@@ -13,10 +13,10 @@ from typing import Any
 
 from localfeat.cli import check_arguments, one_line_errors, report
 from localfeat.config import known_keys, unknown_key
-from localfeat.errors import UserError
+from localfeat.errors import Stopped, UserError
 from localfeat.studies.folder import StudyFolder
 from localfeat.studies.launch import check_launcher, launch
-from localfeat.studies.progress import Progress, Stopped, ending_jobs_on_signals
+from localfeat.studies.progress import Progress, ending_jobs_on_signals
 from localfeat.studies.study import Job, Study, load_study, read_grid
 from localfeat.studies.task import RunJob, quoted
 

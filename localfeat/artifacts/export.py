@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from localfeat.artifacts.summary import write_atomically
 from localfeat.errors import UserError
+from localfeat.writing import write_whole
 
 NESTED_UNDER = ("state_dict", "model")
 SHOWN_KEYS = 3
@@ -70,7 +70,7 @@ def export_backbone(
         std=tuple(std if std is not None else own.get("std", ())),
     )
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in vars(file).items()}
-    write_atomically(Path(path), save(separate_tensors(backbone.state_dict()), metadata={"format": "pt", **metadata}))
+    write_whole(path, save(separate_tensors(backbone.state_dict()), metadata={"format": "pt", **metadata}))
     return file
 
 

@@ -9,12 +9,13 @@ import platform
 import shlex
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from localfeat.writing import write_whole
 
 VERSIONED = ("torch", "lightning", "timm", "torchvision", "localfeat")
 NOT_FINITE = "not_finite"
@@ -161,7 +162,7 @@ def write_summary(path: str | Path, summary: RunSummary | Mapping[str, Any]) -> 
     if not_finite:
         plain[NOT_FINITE] = not_finite
     text = json.dumps(plain, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    write_atomically(Path(path), text.encode())
+    write_whole(path, text.encode())
     return not_finite
 
 
@@ -181,23 +182,3 @@ def to_json(value: Any, name: str, not_finite: list[str]) -> Any:
     if isinstance(value, list | tuple):
         return [to_json(item, f"{name}.{index}", not_finite) for index, item in enumerate(value)]
     raise TypeError(f"summary value {name!r} is a {type(value).__name__}, which JSON cannot hold")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces ``path`` in one step: a reader, or a crash, sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def current_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from localfeat.artifacts.summary import write_atomically
 from localfeat.errors import UserError
 from localfeat.reporting.csv_files import rows_csv, runs_csv
 from localfeat.reporting.documents import latex, markdown
@@ -13,6 +12,7 @@ from localfeat.reporting.page import Drawn, html
 from localfeat.reporting.plots import DARK, LIGHT, plots, rendered
 from localfeat.reporting.rows import Table, tables
 from localfeat.reporting.runs import Material
+from localfeat.writing import write_whole
 
 PLOT = re.compile(r"\d+_(memory|curves|depth|weights)\.(png|svg)")
 
@@ -36,7 +36,7 @@ def write_report(material: Material, output: Path) -> list[Table]:
             ("report.tex", latex(found)),
             ("report.html", html(material, found, drawn)),
         ):
-            write_atomically(output / name, text.encode())
+            write_whole(output / name, text.encode())
     except OSError as error:
         raise UserError(f"output={output}: {error.filename} cannot be written to ({error.strerror})") from error
     return found
@@ -48,8 +48,8 @@ def _draw(table: Table, folder: Path) -> list[Drawn]:
     for picture, draw in plots(table):
         light = draw(LIGHT)
         svg = rendered(light, "svg")
-        write_atomically(folder / f"{picture.stem}.png", rendered(light, "png"))
-        write_atomically(folder / f"{picture.stem}.svg", svg)
+        write_whole(folder / f"{picture.stem}.png", rendered(light, "png"))
+        write_whole(folder / f"{picture.stem}.svg", svg)
         found.append(Drawn(picture, svg, rendered(draw(DARK), "svg")))
     return found
 

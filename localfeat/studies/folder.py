@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from localfeat.errors import UserError
 from localfeat.studies.study import Job, Study, read_grid
+from localfeat.writing import write_whole
 
 State = Literal["new", "unfinished", "finished", "running"]
 
@@ -113,8 +114,6 @@ class StudyFolder:
         Raises:
             UserError: a folder that cannot be written to.
         """
-        from localfeat.artifacts.summary import write_atomically
-
         now = [job.to_dict() for job in jobs]
         names = {job.name for job in jobs}
         earlier = [job for job in self._noted() if job["name"] not in names and self.run(job["name"]).is_dir()]
@@ -122,7 +121,7 @@ class StudyFolder:
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / "study.json", text.encode())
+            write_whole(self.path / "study.json", text.encode())
         except OSError as error:
             raise UserError(f"folder={self.path} cannot be written to ({error.strerror})") from error
 

@@ -14,21 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from localfeat.errors import Stopped
 from localfeat.studies.task import RunJob
 
 POLL = 0.1  # seconds
-
-
-class Stopped(BaseException):
-    """The sweep was told to stop. Not an ``Exception``: no launcher may take it for a failed job.
-
-    Attributes:
-        signum: of the signal that said so.
-    """
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
 
 
 class Progress:
