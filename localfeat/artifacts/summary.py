@@ -54,6 +54,10 @@ class RunSummary:
     """Number of parameters by part: backbone, auxiliary, total, module_1, …"""
     module_losses: dict[str, float] = field(default_factory=dict)
     """Mean training loss of every local module over the last epoch."""
+    skipped_steps: dict[str, int] = field(default_factory=dict)
+    """Steps that a module did not take since its loss or gradient was not finite: module_1, …; all parts of the run."""
+    scaler_skips: int | None = None
+    """Steps left out since 16-bit gradients overflowed, all modules together; None without a loss scale."""
     classes: list[str] = field(default_factory=list)
     """Class names, in the order of the classifier's outputs."""
     versions: dict[str, str | None] = field(default_factory=dict)
