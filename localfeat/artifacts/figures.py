@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from localfeat.artifacts.metrics_csv import read_series
 from localfeat.errors import UserError
+from localfeat.writing import failing_in_one_line, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,6 +49,7 @@ def learning_curves(metrics_csv: str | Path, png: str | Path) -> None:
 
     Raises:
         UserError: the file holds no training or validation figures.
+        RunFailed: ``png`` cannot be written.
     """
     series = read_series(metrics_csv)
     terms = module_terms(series)
@@ -60,7 +63,7 @@ def learning_curves(metrics_csv: str | Path, png: str | Path) -> None:
         draw_module_panel(axis, term, by_module, last=max(max(modules) for modules in terms.values()))
     if terms:
         draw_module_legend(figure, axes[len(panels) :])
-    figure.savefig(png, dpi=150)
+    save(figure, png)
 
 
 def module_terms(series: dict[str, Points]) -> dict[str, dict[int, Points]]:
@@ -172,6 +175,9 @@ def reconstruction_grid(
         images_pixels: (B, 3, H, W) in [0, 1].
         png: the file to write.
         max_images: columns at most.
+
+    Raises:
+        RunFailed: ``png`` cannot be written.
     """
     count = min(max_images, len(images_pixels))
     rows: list[tuple[str, Tensor]] = [("input", images_pixels[:count])]
@@ -229,4 +235,12 @@ def draw_rows(rows: Sequence[tuple[str, Tensor]], png: str | Path) -> None:
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
         row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8, color=INK, labelpad=6)
-    figure.savefig(png, dpi=150)
+    save(figure, png)
+
+
+def save(figure: Figure, png: str | Path) -> None:
+    """Draw ``figure`` and write it whole: a crash leaves no half picture."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=150)
+    with failing_in_one_line(png):
+        write_whole(png, drawn.getvalue())

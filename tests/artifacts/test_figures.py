@@ -15,7 +15,8 @@ from torch import Tensor
 from localfeat.artifacts import figures
 from localfeat.artifacts.figures import as_pixels, learning_curves, module_terms, reconstruction_grid, running_mean
 from localfeat.artifacts.metrics_csv import MetricsCsv, read_series
-from localfeat.errors import UserError
+from localfeat.errors import RunFailed, UserError
+from tests.small_disk import fill, small_disk
 
 
 @dataclass
@@ -161,3 +162,17 @@ def test_grid_has_a_row_for_the_input_and_two_per_module(tmp_path: Path, monkeyp
     ]
     assert all(pixels.shape[:2] == (6, 3) for _, pixels in rows)
     assert imread(tmp_path / "grid.png").std() > 0.1
+
+
+def test_pictures_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    images, entry = sample("image")
+    with small_disk(tmp_path / "disk", 64) as disk:
+        metrics = write_metrics(tmp_path, batches=2)
+        (disk / "old.png").write_bytes(b"old")
+        fill(disk)
+        for name in ("old.png", "new.png"):
+            with pytest.raises(RunFailed, match=rf"{name} cannot be written \(No space left on device\)$"):
+                learning_curves(metrics, disk / name)
+            with pytest.raises(RunFailed, match=rf"{name} cannot be written \(No space left on device\)$"):
+                reconstruction_grid([entry], images[:2], disk / name)
+        assert (disk / "old.png").read_bytes() == b"old" and {p.name for p in disk.iterdir()} == {"old.png", "filler"}
