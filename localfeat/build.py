@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
-from localfeat.artifacts.callbacks import LogShortRuns, SeedEachBatch, Throughput
+from localfeat.artifacts.callbacks import LogShortRuns, RandomStates, SeedEachBatch, StopOnSignal, Throughput
 from localfeat.artifacts.checkpoints import AveragedWeights, BestCheckpoint, LastCheckpoint
 from localfeat.artifacts.console import RunProgress
 from localfeat.artifacts.export import load_backbone_weights
@@ -25,6 +25,8 @@ from localfeat.errors import UserError
 from localfeat.learner import Learner
 from localfeat.network import build_backbone, model_name
 from localfeat.objectives import Method
+from localfeat.run_folder import CHECKPOINTS
+from localfeat.stopping import StopRequest
 
 Config = dict[str, Any]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -101,7 +103,7 @@ def check(config: Config) -> Config:
         raise UserError(f"seed={checked['seed']}: it must lie between 0 and {2**32 - 1}")
     checked["trainer"] = check_types(build_trainer, config["trainer"], "trainer")
     checked["callbacks"] = check_types(
-        build_callbacks, config["callbacks"], "callbacks", ("seed", "folder", "validates")
+        build_callbacks, config["callbacks"], "callbacks", ("seed", "folder", "validates", "stop")
     )
     _backbone_values(config["backbone"])
     for part in ("split", "decoder", "optimizer", "efficiency"):
@@ -153,6 +155,7 @@ def build_callbacks(
     seed: int,
     folder: Path,
     validates: bool,
+    stop: StopRequest | None = None,
     checkpoint_every_n_epochs: int = 1,
     checkpoint_every_n_batches: int | None = None,
     progress_bar: bool = True,
@@ -165,6 +168,7 @@ def build_callbacks(
         seed: of every batch's random numbers.
         folder: of the run.
         validates: whether there is a validation split to choose the best epoch by.
+        stop: what signals have asked for; None: nobody handles signals.
         checkpoint_every_n_epochs: how often ``checkpoints/last.ckpt`` is written.
         checkpoint_every_n_batches: also within epochs.
         progress_bar: ``False`` for none.
@@ -177,18 +181,26 @@ def build_callbacks(
     _check_callbacks(checkpoint_every_n_epochs, checkpoint_every_n_batches, early_stopping, ema)
     if early_stopping is not None and not validates:
         raise UserError(f"callbacks.early_stopping={early_stopping}: it needs validation, dataset.val_fraction above 0")
-    found: list[Callback] = [SeedEachBatch(seed), LogShortRuns(), Throughput(), PeakMemory()]
+    stop = stop or StopRequest()
+    found: list[Callback] = [
+        StopOnSignal(stop),
+        RandomStates(),
+        SeedEachBatch(seed),
+        LogShortRuns(),
+        Throughput(),
+        PeakMemory(),
+    ]
     if progress_bar:
         found.append(RunProgress())
     if ema is not None:
         found.append(AveragedWeights(decay=ema))
     if early_stopping is not None:
         found.append(EarlyStopping("val/accuracy", patience=early_stopping, mode="max"))
-    checkpoints = folder / "checkpoints"
+    checkpoints = folder / CHECKPOINTS
     if validates:
         found.append(BestCheckpoint(checkpoints))
     found.append(
-        LastCheckpoint(checkpoints, epochs=checkpoint_every_n_epochs, batches=checkpoint_every_n_batches)
+        LastCheckpoint(checkpoints, epochs=checkpoint_every_n_epochs, batches=checkpoint_every_n_batches, stop=stop)
     )  # the last of all: it saves what the others know
     return found
 
@@ -205,9 +217,9 @@ def _check_callbacks(epochs: int, batches: int | None, early_stopping: int | Non
         raise UserError(f"callbacks.ema={ema}: a decay lies between 0 and 1")
 
 
-def build_loggers(config: Config, folder: Path, resume_from: int | None, names: Mapping[str, Any]) -> list[Logger]:
+def build_loggers(config: Config, folder: Path, names: Mapping[str, Any]) -> list[Logger]:
     """``metrics.csv`` always, and the logger chosen; ``names`` fill what the user left open."""
-    found: list[Logger] = [MetricsCsv(folder, resume_from_step=resume_from)]
+    found: list[Logger] = [MetricsCsv(folder)]
     chosen = config["logger"]
     if chosen:
         filled = {key: names.get(key) if value is None else value for key, value in chosen.items()}

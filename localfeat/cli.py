@@ -53,7 +53,8 @@ def report(line: str) -> None:
 
 def exit_code(error: Exception) -> int:
     """What a command ends with after an error that ``explain`` has a line for."""
-    return 1 if isinstance(_own(error), RunFailed) else 2
+    own = _own(error)
+    return 2 if isinstance(own, UserError) or (own is None and _surroundings_line(error) is None) else 1
 
 
 def _own(error: Exception) -> UserError | RunFailed | None:
@@ -73,6 +74,18 @@ def explain(error: Exception) -> str | None:
         return _hydra_line(error)
     if isinstance(error, OSError) and _while_hydra_prepares(error):
         return f"output_dir: {error.filename} cannot be written to ({error.strerror})"
+    return _surroundings_line(error)
+
+
+def _surroundings_line(error: Exception) -> str | None:
+    """What is wrong with the machine: files, memory, a worker process that was killed."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno is not None and not _while_hydra_prepares(error):
+        return f"{error.filename or 'a file or pipe'}: {error.strerror}"
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+        return f"out of memory ({text.split('. ')[0] or 'in Python'}): python -m localfeat.plan shows what fits"
+    if re.match(r"DataLoader worker \(pid.*\) (is killed|exited)", text):
+        return f"{text.split('. ')[0]}: perhaps for lack of memory (dataset.num_workers=0 has none)"
     return None
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import importlib
 import inspect
 import re
 import typing
@@ -18,8 +17,16 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from localfeat import trust
 from localfeat.errors import UserError
+from localfeat.literal import read_yaml
 from localfeat.paths import conf_dir
+
+_PARTIAL = "_partial_"
+
+
+AUTO = "auto"
+"""``resume=auto``: go on with the run that the same command began; begin it if there is none."""
 
 
 def register_resolvers() -> None:
@@ -31,7 +38,7 @@ def register_resolvers() -> None:
 
 def _run_dir(resume: object, output_dir: object, name: object) -> str:
     """The folder that Hydra makes for a run; none for a run to resume, which has one (or is refused)."""
-    if resume is not None:
+    if resume not in (None, AUTO):
         return "."
     if output_dir is None or str(output_dir).strip() == "":
         raise UserError("output_dir is empty: give the folder that gets a folder for every run, e.g. outputs")
@@ -40,13 +47,18 @@ def _run_dir(resume: object, output_dir: object, name: object) -> str:
 
 def _hydra_subdir(resume: object) -> str | None:
     """Where Hydra notes what was typed; a run that goes on keeps the note of what began it."""
-    return ".hydra" if resume is None else None
+    return ".hydra" if resume in (None, AUTO) else None
 
 
 def typed_overrides(folder: Path) -> list[str]:
     """What was typed to begin the run in ``folder``, as Hydra noted it (for a job of a sweep: that job's choices)."""
     file = folder / ".hydra" / "overrides.yaml"
-    return [str(override) for override in OmegaConf.load(file)] if file.is_file() else []
+    if not file.is_file():
+        return []
+    found = read_yaml(file)
+    if not isinstance(found, list):
+        raise UserError(f"{file} cannot be read: it holds no list")
+    return [str(override) for override in found if not str(override).startswith("resume=")]
 
 
 def _linear_lr(lr: float, images: int, batch_size: int, accumulate: int) -> float:
@@ -73,8 +85,11 @@ def construct(node: dict[str, Any], key: str, **extra: Any) -> Any:
         UserError: see :func:`target_and_values`.
     """
     target, values = target_and_values(node, key, extra)
-    partial = node.get("_partial_", False)
-    return functools.partial(target, **values, **extra) if partial else target(**values, **extra)
+    if node.get(_PARTIAL):
+        return functools.partial(target, **values, **extra)
+    made = target(**values, **extra)
+    trust.check_fits(made, node["_target_"], key)
+    return made
 
 
 def target_and_values(
@@ -83,24 +98,17 @@ def target_and_values(
     """What ``construct`` calls and the checked arguments for it, of which ``extra`` come from elsewhere.
 
     Raises:
-        UserError: no such target, an argument that it does not take or that is missing, a value of another type.
+        UserError: no such target or one that is not trusted, an argument that it does not take or that is missing, a
+            value of another type.
     """
     if not isinstance(node, dict) or "_target_" not in node:
         raise UserError(f"{key}={shown(node)}: it is a group of values, one of them _target_ (see --cfg job)")
-    target = _imported(node["_target_"], key)
-    values = {name: value for name, value in node.items() if name not in ("_target_", "_partial_")}
-    return target, check_types(target, values, key, extra, partial=node.get("_partial_", False))
-
-
-def _imported(path: object, key: str) -> Callable[..., Any]:
-    module, _, name = str(path).rpartition(".")
-    try:
-        target: Callable[..., Any] = getattr(importlib.import_module(module or "builtins"), name)
-    except (ModuleNotFoundError, AttributeError) as error:
-        if isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{error.name}."):
-            raise  # it is there, and something that it imports is not
-        raise UserError(f"{key}._target_={path}: there is nothing of that name to import") from error
-    return target
+    partial = key == "decoder"  # made once for each module, with what is known there
+    if node.get(_PARTIAL, False) is not partial:
+        raise UserError(f"{key}.{_PARTIAL}={shown(node.get(_PARTIAL, False))}: it must be {shown(partial)}")
+    target = trust.find(node["_target_"], key)
+    values = {name: value for name, value in node.items() if name not in ("_target_", _PARTIAL)}
+    return target, check_types(target, values, key, extra, partial=partial)
 
 
 def _annotations(target: Callable[..., Any]) -> dict[str, Any]:
@@ -208,7 +216,7 @@ def unknown_key(key: str, known: list[str]) -> str:
 
 
 def saved_config(folder: str | Path) -> dict[str, Any]:
-    """The resolved configuration that a run left in its folder.
+    """The resolved configuration that a run left in its folder, as it stands there: nothing is looked up.
 
     Raises:
         UserError: no run's folder, or one whose file cannot be read.
@@ -216,11 +224,10 @@ def saved_config(folder: str | Path) -> dict[str, Any]:
     file = Path(folder) / "config.yaml"
     if not file.is_file():
         raise UserError(f"{folder} is not the folder of a run: it has no config.yaml")
-    try:
-        config = plain(typing.cast(DictConfig, OmegaConf.load(file)))
-    except Exception as error:
-        raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
-    missing = [group for group in ("dataset", "backbone", "split", "method") if group not in config]
+    config = read_yaml(file)
+    if not isinstance(config, dict):
+        raise UserError(f"{file} cannot be read: it holds no keys with values")
+    missing = [group for group in ("dataset", "backbone", "split", "method") if not isinstance(config.get(group), dict)]
     if missing:
         raise UserError(f"{folder} is not the folder of a run: its config.yaml has no {', '.join(missing)}")
     return config

@@ -6,7 +6,9 @@ Only light modules are imported here, so that ``--help`` and ``--cfg job`` answe
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,49 +20,104 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from localfeat.cli import check_arguments, one_line_errors, report
-from localfeat.config import plain, register_resolvers, saved_config
-from localfeat.errors import UserError
+from localfeat.cli import check_arguments, exit_code, one_line_errors, report
+from localfeat.config import AUTO, plain, register_resolvers, saved_config
+from localfeat.errors import RunFailed, Stopped, UserError
 from localfeat.paths import conf_dir
+from localfeat.stopping import report_stop, requeue
 
 
 def run(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
-    """Train what ``cfg`` says and leave everything about it in ``folder``; returns what summary.json holds.
+    """Train what ``cfg`` says and leave everything about it in a folder; returns what summary.json holds.
+
+    Args:
+        cfg: the configuration. With ``resume=<folder>`` nothing else in it counts: the run there goes on. With
+            ``resume=auto`` the newest run of the same configuration goes on, or is the result if it has ended.
+        folder: of a new run.
 
     Raises:
         UserError: a configuration that cannot be.
+        RunFailed: something around the run is not as it should be, like a full disk.
+        Stopped: by a signal.
     """
+    if cfg.resume is None:
+        return _train(plain(cfg), Path(folder), resume=False)
+    if cfg.resume == AUTO:
+        return _go_on_or_begin({**plain(cfg), "resume": None}, Path(folder))
+    resumed = str(cfg.resume)
+    if not resumed:
+        raise UserError("resume= is empty: give the folder of a run that was cut short, or auto")
+    return _train(saved_config(resumed), Path(resumed), resume=True)
+
+
+def _go_on_or_begin(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    from localfeat.resuming import earlier_run
+    from localfeat.run_folder import has_ended
+    from localfeat.runs import read_summary
+
+    found = earlier_run(config, folder)
+    if found is None:
+        return _train(config, folder, resume=False)
+    if found != folder:
+        _discard(folder)
+    if has_ended(found):
+        print(f"{found}: this run has ended, there is nothing left to do (without resume=auto another one begins)")
+        return read_summary(found)
+    print(f"{found}: goes on")
+    return _train(saved_config(found), found, resume=True)
+
+
+def _train(config: dict[str, Any], folder: Path, *, resume: bool) -> dict[str, Any]:
+    """Train; whatever ends it before its end is told together with how to go on."""
     from localfeat.training import train
 
-    if cfg.resume is not None:
-        resumed = str(cfg.resume)
-        if not resumed:
-            raise UserError("resume= is empty: give the folder of a run that was cut short")
-        return train(saved_config(resumed), Path(resumed), resume=True)
-    return train(plain(cfg), Path(folder), resume=False)
+    try:
+        return train(config, folder, resume=resume)
+    except (RunFailed, Stopped) as end:
+        way = f"; go on with: python -m localfeat.run resume={shlex.quote(str(folder))}" if _can_go_on(folder) else ""
+        if isinstance(end, RunFailed):
+            raise RunFailed(f"{end}{way}") from end
+        print(f"stopped by {signal.Signals(end.signum).name}{way}", file=sys.stderr)
+        raise
 
 
-def _attempt(cfg: DictConfig, explain: Callable[[Exception], str | None]) -> str | None:
-    """One job. What is wrong with it, if the user can mend it: a sweep goes on with its other jobs."""
+def _can_go_on(folder: Path) -> bool:
+    from localfeat.run_folder import CONFIG, has_ended
+
+    return (folder / CONFIG).is_file() and not has_ended(folder)
+
+
+def _attempt(cfg: DictConfig, explain: Callable[[Exception], str | None]) -> tuple[str, int] | None:
+    """One job. What is wrong with it and the exit code for it: a sweep goes on with its other jobs."""
     job = HydraConfig.get()
     folder, multirun = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
     try:
         if cfg.resume is not None:
-            _check_resume(list(job.overrides.task), multirun)
+            _check_resume(str(cfg.resume), list(job.overrides.task), multirun)
         run(cfg, folder)
         return None
+    except Stopped as stopped:
+        _leave(cfg, folder, multirun)
+        if cfg.resume is not None and (line := requeue(stopped.signum)):
+            report_stop(line)
+        raise
     except Exception as error:
         line = explain(error)
         if line is None:
             raise
-        if cfg.resume is None or multirun:
-            _discard(folder)
-        return f"job {job.job.num} ({job.job.override_dirname}): {line}" if multirun else line
+        _leave(cfg, folder, multirun)
+        return f"job {job.job.num} ({job.job.override_dirname}): {line}" if multirun else line, exit_code(error)
 
 
-def _check_resume(overrides: list[str], multirun: bool) -> None:
+def _leave(cfg: DictConfig, folder: Path, multirun: bool) -> None:
+    """A folder that holds nothing of a run goes."""
+    if folder.is_dir() and (cfg.resume in (None, AUTO) or multirun):
+        _discard(folder)
+
+
+def _check_resume(resume: str, overrides: list[str], multirun: bool) -> None:
     others = [override for override in overrides if not override.startswith("resume=")]
-    if multirun or others:
+    if resume != AUTO and (multirun or others):
         raise UserError(f"resume=<folder> takes the run's own configuration: leave out {' '.join(others) or '-m'}")
 
 
@@ -77,19 +134,20 @@ def _discard(folder: Path) -> None:
 
 def main() -> None:
     """The command line."""
-    refused: list[str] = []
+    refused: list[int] = []
 
     def job(cfg: DictConfig) -> None:
-        if line := _attempt(cfg, explain):
+        if ended := _attempt(cfg, explain):
+            line, code = ended
             report(line)
-            refused.append(line)
+            refused.append(code)
 
     with one_line_errors() as explain:
         check_arguments(sys.argv[1:])
         register_resolvers()
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
         if refused:
-            sys.exit(2)
+            sys.exit(max(refused))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+from localfeat.artifacts.checkpoint_files import read_checkpoint
 from localfeat.build import Config, build_learner, without_initial_weights
 from localfeat.errors import UserError
 from localfeat.learner import Learner
+from localfeat.run_folder import CHECKPOINTS
 
 
 def open_learner(folder: Path, config: Config, num_classes: int, checkpoint: str) -> Learner:
@@ -23,13 +25,14 @@ def open_learner(folder: Path, config: Config, num_classes: int, checkpoint: str
         checkpoint: ``best`` (on validation; the last one of a run without validation) or ``last``.
 
     Raises:
-        UserError: no such checkpoint, or one of another network.
+        UserError: no such checkpoint, a damaged one, or one of another network.
     """
     file = _checkpoint_file(folder, checkpoint)
+    state = read_checkpoint(file)["state_dict"]
     plain = {"_target_": "localfeat.Efficiency"}
     learner = build_learner({**without_initial_weights(config), "efficiency": plain}, num_classes)
     try:
-        learner.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["state_dict"])
+        learner.load_state_dict(state)
     except Exception as error:
         raise UserError(f"{file} cannot be loaded into this run's network: {str(error).splitlines()[0]}") from error
     return learner.eval().to("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,7 +55,7 @@ def _checkpoint_file(folder: Path, checkpoint: str) -> Path:
     if checkpoint not in ("best", "last"):
         raise UserError(f"checkpoint={checkpoint}: it is best or last")
     names = ["best", "last"] if checkpoint == "best" else ["last"]
-    files = [folder / "checkpoints" / f"{name}.ckpt" for name in names]
+    files = [folder / CHECKPOINTS / f"{name}.ckpt" for name in names]
     for file in files:
         if file.is_file():
             return file

@@ -9,7 +9,7 @@ import random
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,11 +21,13 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 
 from localfeat.artifacts import wandb_logger, wandb_results
-from localfeat.artifacts.callbacks import Throughput
+from localfeat.artifacts.callbacks import StopOnSignal, Throughput
+from localfeat.artifacts.checkpoint_files import WholeCheckpointIO, newest_sound, read_checkpoint
 from localfeat.artifacts.checkpoints import BestCheckpoint
 from localfeat.artifacts.console import final_table
 from localfeat.artifacts.export import export_backbone
 from localfeat.artifacts.figures import learning_curves, reconstruction_grid
+from localfeat.artifacts.metrics_csv import MetricsCsv
 from localfeat.artifacts.peak_memory import PeakMemory
 from localfeat.artifacts.summary import RunSummary, environment, write_summary
 from localfeat.build import (
@@ -39,18 +41,13 @@ from localfeat.build import (
 )
 from localfeat.config import typed_overrides
 from localfeat.data import ImageDataModule
-from localfeat.errors import UserError
+from localfeat.errors import RunFailed, Stopped, UserError
 from localfeat.learner import Learner
+from localfeat.locks import sole_run
 from localfeat.network import model_name
-
-RESULTS = (
-    "checkpoints/best.ckpt",
-    "checkpoints/last.ckpt",
-    "backbone.safetensors",
-    "summary.json",
-    "learning_curves.png",
-    "reconstructions.png",
-)
+from localfeat.run_folder import BEST, CHECKPOINTS, CONFIG, LAST, PREVIOUS, SUMMARY, has_ended, left_to_go_on
+from localfeat.stopping import StopRequest
+from localfeat.writing import failing_in_one_line, remove_parts, write_whole
 
 _C = TypeVar("_C", bound=Callback)
 
@@ -58,38 +55,103 @@ _C = TypeVar("_C", bound=Callback)
 def train(config: Config, folder: Path, *, resume: bool) -> dict[str, Any]:
     """Run ``config`` (plain values, all resolved) in ``folder``; returns what summary.json holds.
 
+    SIGINT, SIGTERM, SIGUSR1 and SIGHUP end it: while it trains, when the batch under way is in ``last.ckpt``.
+
     Args:
-        resume: go on from ``folder/checkpoints/last.ckpt``.
+        resume: go on with the run in ``folder`` from its newest sound checkpoint, or from its beginning if it was cut
+            short before the first one.
 
     Raises:
-        UserError: before anything is trained or overwritten, if the configuration cannot be.
+        UserError: before anything is trained or overwritten, if the configuration cannot be, or if ``folder`` holds
+            a run already.
+        RunFailed: something around the run is not as it should be, like a full disk.
+        Stopped: by a signal.
     """
     _quiet()
     config = check(config)
-    checkpoint = _last_checkpoint(folder) if resume else None
+    stop = StopRequest()
+    with stop.listening(), _clean_process(config["seed"]):
+        return _train(config, folder, stop, resume=resume)
+
+
+def _train(config: Config, folder: Path, stop: StopRequest, *, resume: bool) -> dict[str, Any]:
     surroundings = environment()  # now: a commit made while the run trains is not what ran
-    with _clean_process(config["seed"]):
-        datamodule = build_datamodule(config)
-        trainer = _trainer(config, folder, datamodule, checkpoint)
-        learner = build_learner(config, datamodule.num_classes)
-        datamodule.prepare_data()  # last: what is to be refused should not wait for a download
-        datamodule.setup("fit")
-        _check_shares(config, datamodule)
-        folder.mkdir(parents=True, exist_ok=True)
+    _check_folder(folder, resume=resume)
+    datamodule = build_datamodule(config)
+    trainer = _trainer(config, folder, datamodule, stop)
+    learner = build_learner(config, datamodule.num_classes)
+    datamodule.prepare_data()  # last: what is to be refused should not wait for a download
+    datamodule.setup("fit")
+    _check_shares(config, datamodule)
+    with ExitStack() as stack:
+        with failing_in_one_line(folder):
+            stack.enter_context(sole_run(folder))
+            checkpoint = _begin(folder, trainer, resume=resume)
         found = _with_cuts(config, learner)
         wandb_results.begin(trainer.loggers, found, learner, folder, resume=resume)
-        if not resume:
-            _clear(folder)
-        OmegaConf.save(OmegaConf.create(found), folder / "config.yaml")
-        trainer.fit(learner, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
+        with failing_in_one_line(folder / CONFIG):
+            write_whole(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(found)).encode())
+        _fit(trainer, learner, datamodule, checkpoint, stop)
         best = _load_best(learner, folder, trainer)
         summary = _summarise(config, folder, trainer, learner, best, surroundings)
         if config.get("test", True):  # runs of earlier versions do not have the key
             summary.test_accuracy = trainer.test(learner, datamodule=datamodule, verbose=False)[0]["test/accuracy"]
         summary.classes = datamodule.class_names
-        return _write(config, folder, summary, trainer, learner, datamodule)
+        with failing_in_one_line(folder):
+            return _write(config, folder, summary, trainer, learner, datamodule)
+
+
+def _check_folder(folder: Path, *, resume: bool) -> None:
+    """Refuse to train where a run would be damaged."""
+    if has_ended(folder):
+        if resume:
+            raise UserError(f"resume={folder}: this run has ended, its summary.json is there")
+        raise UserError(f"{folder} holds a run that has ended: give another folder, or move this one away")
+    if not resume and left_to_go_on(folder):
+        raise UserError(f"{folder} holds a run that was cut short: resume={folder} goes on with it, or move it away")
+
+
+def _begin(folder: Path, trainer: lightning.Trainer, *, resume: bool) -> Path | None:
+    """Put the folder in order, now that nobody else trains there; returns what to go on from."""
+    _check_folder(folder, resume=resume)  # another process may have been there meanwhile
+    for place in (folder, folder / CHECKPOINTS):
+        remove_parts(place)
+    if not resume:
+        (folder / CHECKPOINTS / BEST).unlink(missing_ok=True)  # of one that was killed before its first last.ckpt
+        return None
+    checkpoint, batches = newest_sound(folder)
+    if checkpoint is None:
+        print(f"{folder}: no checkpoint yet, the run begins at its beginning")
+        (folder / CHECKPOINTS / BEST).unlink(missing_ok=True)
+    for logger in trainer.loggers:
+        if isinstance(logger, MetricsCsv):
+            logger.resume_from_step = batches
+    return checkpoint
+
+
+def _fit(
+    trainer: lightning.Trainer,
+    learner: Learner,
+    datamodule: ImageDataModule,
+    checkpoint: Path | None,
+    stop: StopRequest,
+) -> None:
+    """Train until the end, or until a signal.
+
+    Raises:
+        UserError: also for a checkpoint that is sound and not this run's.
+    """
+    try:
+        trainer.fit(learner, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    except (UserError, RunFailed, OSError):
+        raise
+    except Exception as error:
+        if checkpoint is None or _callback(trainer, StopOnSignal).began:
+            raise
+        line = str(error).strip().splitlines() or [""]
+        raise UserError(f"{checkpoint} does not fit this run ({type(error).__name__}: {line[0]})") from error
+    if (signum := stop()) is not None:  # it came after the last batch
+        raise Stopped(signum)
 
 
 def _with_cuts(config: Config, learner: Learner) -> Config:
@@ -111,12 +173,6 @@ def _check_shares(config: Config, datamodule: ImageDataModule) -> None:
         share = config["trainer"].get(f"limit_{split}_batches")
         if isinstance(share, float) and share < 1 and int(share * len(loader())) < 1 <= len(loader()):
             raise UserError(f"trainer.limit_{split}_batches={share}: less than one of {len(loader())} batches")
-
-
-def _clear(folder: Path) -> None:
-    """Remove what an earlier run left here: half of it would pass for this one's. ``metrics.csv`` is kept aside."""
-    for name in RESULTS:
-        (folder / name).unlink(missing_ok=True)
 
 
 def _quiet() -> None:
@@ -142,11 +198,15 @@ def _clean_process(seed: int) -> Iterator[None]:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     environment = dict(os.environ)
+    exit_code = 0
     try:
         yield
+    except BaseException as error:
+        exit_code = 128 + error.signum if isinstance(error, Stopped) else 1
+        raise
     finally:
         if "wandb" in sys.modules:
-            wandb_logger.finish()
+            wandb_logger.finish(exit_code)
         for name in os.environ.keys() - environment.keys():  # Lightning sets one for deterministic runs
             del os.environ[name]
         os.environ.update(environment)
@@ -156,33 +216,17 @@ def _clean_process(seed: int) -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
-def _last_checkpoint(folder: Path) -> Path:
-    if (folder / "summary.json").is_file():
-        raise UserError(f"resume={folder}: this run has ended, its summary.json is there")
-    checkpoint = folder / "checkpoints" / "last.ckpt"
-    if not checkpoint.is_file():
-        raise UserError(f"resume={folder}: there is no checkpoint to go on from, {checkpoint} does not exist")
-    return checkpoint
-
-
-def _batches_done(checkpoint: Path) -> int:
-    try:
-        return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
-    except Exception as error:
-        raise UserError(f"{checkpoint} cannot be read ({type(error).__name__}): it is damaged, begin anew") from error
-
-
-def _trainer(config: Config, folder: Path, datamodule: ImageDataModule, checkpoint: Path | None) -> lightning.Trainer:
+def _trainer(config: Config, folder: Path, datamodule: ImageDataModule, stop: StopRequest) -> lightning.Trainer:
     validates = datamodule.source.has_validation() or datamodule.val_fraction > 0
-    done = None if checkpoint is None else _batches_done(checkpoint)
-    loggers = build_loggers(config, folder, done, _names(config, folder))
-    callbacks = build_callbacks(config["seed"], folder, validates, **config["callbacks"])
+    loggers = build_loggers(config, folder, _names(config, folder))
+    callbacks = build_callbacks(config["seed"], folder, validates, stop, **config["callbacks"])
     return build_trainer(
         **config["trainer"],
         max_epochs=config["epochs"],
         default_root_dir=folder,
         callbacks=[*wandb_results.callbacks(loggers), *callbacks],
         logger=loggers,
+        plugins=[WholeCheckpointIO()],
         enable_progress_bar=config["callbacks"]["progress_bar"],
     )
 
@@ -204,10 +248,10 @@ def _load_best(learner: Learner, folder: Path, trainer: lightning.Trainer) -> Be
     """Put the weights into ``learner`` that were best on validation, else the last ones; returns who knows the best."""
     known = [c for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint) and c.score is not None]
     best = known[0] if known else None
-    file = folder / "checkpoints" / ("last.ckpt" if best is None else "best.ckpt")
+    file = folder / CHECKPOINTS / (LAST if best is None else BEST)
     if not file.is_file():
         raise UserError(f"{file} does not exist: nothing was trained")
-    learner.load_state_dict(torch.load(file, map_location=learner.device, weights_only=True)["state_dict"])
+    learner.load_state_dict(read_checkpoint(file)["state_dict"])
     return best
 
 
@@ -268,7 +312,8 @@ def _write(
     if reconstructions:
         images["reconstructions"] = folder / "reconstructions.png"
         reconstruction_grid(reconstructions, pixels, images["reconstructions"])
-    write_summary(folder / "summary.json", summary)
+    write_summary(folder / SUMMARY, summary)
+    (folder / CHECKPOINTS / PREVIOUS).unlink(missing_ok=True)  # only a run that is cut short goes on from it
     wandb_results.end(trainer.loggers, summary, images, reconstructions)
     final_table(summary, folder)
     return summary.to_dict()

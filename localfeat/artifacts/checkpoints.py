@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging
+
+from localfeat.errors import Stopped
+from localfeat.run_folder import BEST, LAST
 
 
 class BestCheckpoint(Checkpoint):
@@ -22,7 +25,7 @@ class BestCheckpoint(Checkpoint):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.file = folder / "best.ckpt"
+        self.file = folder / BEST
         self.score: float | None = None
         self.epoch: int | None = None
 
@@ -32,7 +35,7 @@ class BestCheckpoint(Checkpoint):
         score = float(trainer.callback_metrics["val/accuracy"])
         if self.score is None or score >= self.score:
             self.score, self.epoch = score, trainer.current_epoch
-            save_whole(trainer, self.file)
+            trainer.save_checkpoint(self.file)
 
     def state_dict(self) -> dict[str, Any]:
         return {"score": self.score, "epoch": self.epoch}
@@ -44,35 +47,45 @@ class BestCheckpoint(Checkpoint):
 class LastCheckpoint(Checkpoint):
     """Overwrites ``last.ckpt``, from which a killed run goes on, and writes it once more when the run ends.
 
-    It holds the state of the callbacks before it in the trainer's list: keep it last. A checkpoint that falls due
-    within an epoch waits for the next batch while gradients are being accumulated, as it would lose them, and at
-    the epoch's last batch for the epoch's end, as Lightning would resume without that epoch's validation.
+    It holds the state of the callbacks before it in the trainer's list: keep it last. A checkpoint that falls due at
+    an epoch's last batch waits for the epoch's end, as Lightning would resume without that epoch's validation. So
+    does a stop.
 
     Args:
         folder: where to write.
         epochs: how often, in epochs.
         batches: how often within epochs, in batches of the run; None: never.
+        stop: the signal that asks the run to stop, None as long as there is none. The run then ends with
+            ``Stopped`` when the batch under way is in ``last.ckpt``.
     """
 
-    def __init__(self, folder: Path, *, epochs: int = 1, batches: int | None = None) -> None:
-        self.file = folder / "last.ckpt"
+    def __init__(
+        self, folder: Path, *, epochs: int = 1, batches: int | None = None, stop: Callable[[], int | None] | None = None
+    ) -> None:
+        self.file = folder / LAST
         self.epochs, self.batches = epochs, batches
+        self.stop = stop or (lambda: None)
         self._due = False
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._due = self._due or (self.batches is not None and trainer.global_step % self.batches == 0)
-        if self._due and not holds_gradients(pl_module) and not trainer.is_last_batch:
-            self._save(trainer)
+        if not trainer.is_last_batch and not _reaches_max_steps(trainer):
+            self._save_or_stop(trainer, self._due)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if self._due or (trainer.current_epoch + 1) % self.epochs == 0 or is_last_epoch(trainer):
-            self._save(trainer)
+        self._save_or_stop(
+            trainer, self._due or (trainer.current_epoch + 1) % self.epochs == 0 or is_last_epoch(trainer)
+        )
 
-    def _save(self, trainer: lightning.Trainer) -> None:
-        self._due = False
-        save_whole(trainer, self.file)
+    def _save_or_stop(self, trainer: lightning.Trainer, due: bool) -> None:
+        signum = self.stop()
+        if due or signum is not None:
+            self._due = False
+            trainer.save_checkpoint(self.file)
+        if signum is not None:
+            raise Stopped(signum)
 
 
 class AveragedWeights(EMAWeightAveraging):
@@ -96,15 +109,8 @@ def holds_gradients(pl_module: lightning.LightningModule) -> bool:
 def is_last_epoch(trainer: lightning.Trainer) -> bool:
     """Whether no epoch follows the one that is just ending."""
     epochs = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
-    return trainer.should_stop or epochs or trainer.global_step == trainer.max_steps
+    return trainer.should_stop or epochs or _reaches_max_steps(trainer)
 
 
-def save_whole(trainer: lightning.Trainer, file: Path) -> None:
-    """Write a checkpoint so that a kill leaves the file before it or the new one, never a part.
-
-    Lightning itself moves a file from the folder for temporary files, which copies it if that is another disk.
-    """
-    part = file.with_name(f"{file.name}.part")
-    trainer.save_checkpoint(part)
-    if trainer.is_global_zero:
-        os.replace(part, file)
+def _reaches_max_steps(trainer: lightning.Trainer) -> bool:
+    return trainer.max_steps > 0 and trainer.global_step == trainer.max_steps

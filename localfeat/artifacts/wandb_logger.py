@@ -228,7 +228,7 @@ def log_images(logger: WandbLogger, images: Mapping[str, str | Path]) -> None:
         logger.log_image(key=name, images=[str(path)])
 
 
-def finish() -> None:
+def finish(exit_code: int = 0) -> None:
     """Closes the run of this process, if there is one, so that the next job gets its own.
 
     Also stops wandb's service process, which leaves WANDB_SERVICE in the environment as long as it runs.
@@ -239,7 +239,7 @@ def finish() -> None:
     failed: Exception | None = None
     if wandb.run is not None:
         try:
-            wandb.finish()  # no ``quiet``: a TypeError in wandb 0.31
+            wandb.finish(exit_code)  # no ``quiet``: a TypeError in wandb 0.31
         except Exception as error:
             failed = error
     try:

@@ -14,6 +14,7 @@ from localfeat.artifacts.metrics_csv import FILE_NAME, read_rows
 from localfeat.config import saved_config
 from localfeat.errors import UserError
 from localfeat.reporting.checks import complaint, is_inspection
+from localfeat.run_folder import left_to_go_on
 
 NOT_RUNS = {"wandb", "checkpoints", "inspection", "logs"}
 TOLERANCE = 1e-6  # between summary.json and metrics.csv: one keeps float32 as text, the other as JSON
@@ -232,6 +233,6 @@ def _state(folder: Path) -> str:
     """How far the run of a job came; empty when it has ended."""
     if (folder / "summary.json").is_file():
         return ""
-    if (folder / "checkpoints" / "last.ckpt").is_file():
+    if left_to_go_on(folder):
         return "unfinished, has a checkpoint"
     return "unfinished, no checkpoint yet" if (folder / "config.yaml").is_file() else "not begun"

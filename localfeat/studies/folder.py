@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from localfeat.errors import UserError
+from localfeat.locks import is_locked, try_lock
+from localfeat.resuming import is_neutral
+from localfeat.run_folder import has_ended, left_to_go_on
 from localfeat.studies.study import Job, Study, read_grid
 from localfeat.writing import write_whole
 
 State = Literal["new", "unfinished", "finished", "running"]
-
-NEUTRAL = ("dataset.root", "dataset.download", "dataset.num_workers", "dataset.in_memory", "output_dir")
-NEUTRAL_PARTS = ("logger", "callbacks.progress_bar", "callbacks.checkpoint_every_")
-"""Keys that can change no result: a job may have other values of them than when it was begun."""
 
 
 class StudyFolder:
@@ -45,9 +42,9 @@ class StudyFolder:
 
     def left(self, name: str) -> Literal["new", "unfinished", "finished"]:
         """What the job's processes have left: its summary, or a checkpoint to go on from, or nothing of use."""
-        if (self.run(name) / "summary.json").is_file():
+        if has_ended(self.run(name)):
             return "finished"
-        return "unfinished" if (self.run(name) / "checkpoints" / "last.ckpt").is_file() else "new"
+        return "unfinished" if left_to_go_on(self.run(name)) else "new"
 
     def lock(self, name: str) -> int | None:
         """A file descriptor that keeps every other process from the job while it is open; None if one has it.
@@ -55,22 +52,11 @@ class StudyFolder:
         A child process that inherits it holds the lock too, also after its parent's death.
         """
         self.logs.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.logs / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        return descriptor
+        return try_lock(self.logs / f"{name}.lock")
 
     def is_locked(self, name: str) -> bool:
         """Whether a process trains this job now."""
-        if not (self.logs / f"{name}.lock").exists():
-            return False
-        descriptor = self.lock(name)
-        if descriptor is not None:
-            os.close(descriptor)
-        return descriptor is None
+        return is_locked(self.logs / f"{name}.lock")
 
     def check(self, jobs: Iterable[Job]) -> None:
         """Refuse jobs whose folders hold something else.
@@ -159,4 +145,4 @@ def _difference(recorded: Sequence[str] | None, asked: Sequence[str]) -> str | N
 
 def _values(overrides: Sequence[str]) -> dict[str, str]:
     grid = {key: values[0].lstrip("+") for key, values in read_grid(overrides).items()}
-    return {key: value for key, value in grid.items() if key not in NEUTRAL and not key.startswith(NEUTRAL_PARTS)}
+    return {key: value for key, value in grid.items() if not is_neutral(key)}

@@ -1,0 +1,89 @@
+"""``resume=auto``: find the run that the same command began."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from localfeat.config import saved_config, shown
+from localfeat.errors import UserError
+
+NEUTRAL = ("resume", "output_dir", "dataset.root", "dataset.download", "dataset.num_workers", "dataset.in_memory")
+NEUTRAL_PARTS = ("logger", "callbacks.progress_bar", "callbacks.checkpoint_every_")
+"""Keys that can change no result: a run may have begun with other values of them."""
+
+DEPTHS = ("*/*", "*/*/*")
+"""Where runs lie in ``output_dir``: a day's folder, the run's; for sweeps, the job's in there."""
+
+
+def is_neutral(key: str) -> bool:
+    """Whether a key can change no result."""
+    return key in NEUTRAL or key.startswith(NEUTRAL_PARTS)
+
+
+def earlier_run(asked: dict[str, Any], folder: Path) -> Path | None:
+    """The newest run that ``asked`` describes, finished or not: the one in ``folder`` or one in the output folder.
+
+    Args:
+        asked: a configuration, resolved.
+        folder: where a new run would go.
+
+    Raises:
+        UserError: ``folder`` holds a run of another configuration.
+    """
+    if (folder / "config.yaml").is_file():
+        if found := difference(saved_config(folder), asked):
+            raise UserError(
+                f"resume=auto: {folder} holds a run of another configuration ({found}); give another folder"
+            )
+        return folder
+    for candidate in _newest_first(Path(asked["output_dir"])):
+        try:
+            saved = saved_config(candidate)
+        except UserError:  # another project's, or damaged: not ours to go on with
+            continue
+        if difference(saved, asked) is None:
+            return candidate
+    return None
+
+
+def _newest_first(output: Path) -> Iterator[Path]:
+    files = [file for depth in DEPTHS for file in output.glob(f"{depth}/config.yaml")]
+    yield from (file.parent for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True))
+
+
+def difference(saved: dict[str, Any], asked: dict[str, Any]) -> str | None:
+    """The first value of a saved configuration that changes results and is not what is asked for now, in words."""
+    had, has = _flat(_comparable(saved, asked)), _flat(asked)
+    for key in {**has, **had}:
+        if not is_neutral(key) and _as_number(had.get(key, ...)) != _as_number(has.get(key, ...)):
+            was, now = (f"{key}={shown(values[key])}" if key in values else f"no {key}" for values in (had, has))
+            return f"{was}, now {now}"
+    return None
+
+
+def _comparable(saved: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """A run that searched for its cuts has saved those that it found: as good as the search that is asked for."""
+    cuts = saved["split"].get("cuts")
+    if "k" in asked["split"] and cuts is not None and len(cuts) + 1 == asked["split"]["k"]:
+        return {**saved, "split": asked["split"]}
+    return saved
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _as_number(value: Any) -> Any:
+    """So that 1 is 1.0, in lists too, but not true; a checked configuration has numbers of their declared types."""
+    if isinstance(value, list | tuple):
+        return [_as_number(item) for item in value]
+    return float(value) if type(value) is int else value if isinstance(value, float) else (type(value), value)
