@@ -12,6 +12,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from localfeat import trust
 from localfeat.build import build_datamodule, build_learner, build_model, check
 from localfeat.config import construct, plain
 from localfeat.errors import UserError
@@ -213,6 +214,7 @@ def test_a_method_of_the_readers_own_with_a_field_more(tmp_path: Path, monkeypat
         "@dataclass(frozen=True)\nclass Mine(localfeat.Method):\n    margin: float = 1.0\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(trust, "_GIVEN", "readers_method")
     made = construct({"_target_": "readers_method.Mine", "name": "mine", "margin": 2, "width": 64}, "method")
     assert (made.margin, made.width, made.reconstruction_weight) == (2.0, 64, (3.0, 1.0))
     with pytest.raises(UserError, match=r"method\.margin=x: it must be a number"):
