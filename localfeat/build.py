@@ -238,12 +238,14 @@ def build_trainer(
     limit_val_batches: int | float | None = None,
     limit_test_batches: int | float | None = None,
     num_sanity_val_steps: int = 0,
+    detect_anomaly: bool = False,
     **parts: Any,
 ) -> lightning.Trainer:
     """A trainer for one device; ``parts`` are the epochs, folder, loggers and callbacks.
 
     Raises:
-        UserError: more than one device, a GPU that is not there, fp16 without a GPU, numbers out of range.
+        UserError: more than one device, a GPU that is not there, fp16 without a GPU or with anomaly detection, numbers
+            out of range.
     """
     if devices != 1:
         raise UserError(f"trainer.devices={devices}: localfeat trains on one device for now, trainer.devices=1")
@@ -252,6 +254,11 @@ def build_trainer(
         raise UserError("trainer=gpu: there is no GPU that this torch can use; trainer=cpu works everywhere")
     if precision == "16-mixed" and not cuda:
         raise UserError("trainer.precision=16-mixed needs a GPU: use bf16-mixed")
+    if precision == "16-mixed" and detect_anomaly:
+        raise UserError(
+            "trainer.detect_anomaly=true and trainer.precision=16-mixed exclude each other: 16-bit gradients overflow "
+            "now and then, which is no anomaly; use bf16-mixed or 32-true"
+        )
     if log_every_n_steps < 1:
         raise UserError(f"trainer.log_every_n_steps={log_every_n_steps}: it must be at least 1")
     if max_steps < 1 and max_steps != -1:
@@ -271,6 +278,7 @@ def build_trainer(
         limit_val_batches=limit_val_batches,
         limit_test_batches=limit_test_batches,
         num_sanity_val_steps=num_sanity_val_steps,
+        detect_anomaly=detect_anomaly,
         enable_model_summary=False,
         **parts,
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import lightning
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from localfeat.assembly import build_local_modules
+from localfeat.divergence import Batch, Divergence
 from localfeat.efficiency import Efficiency
 from localfeat.errors import UserError
 from localfeat.memory.balanced_split import BalancedSplit
 from localfeat.network import LocalModule, LocalOutput, Split, evaluating
+from localfeat.nonfinite import NonFinite, anomaly
 from localfeat.objectives import (
     ClassifierObjective,
     DecoderFactory,
@@ -30,6 +33,7 @@ from localfeat.objectives import (
     as_method,
 )
 from localfeat.optimization import Optimization, undecayed_parameters
+from localfeat.training_figures import TrainingFigures
 
 
 class Learner(lightning.LightningModule):
@@ -94,10 +98,11 @@ class Learner(lightning.LightningModule):
         )
         self.val_accuracy = MulticlassAccuracy(self.num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(self.num_classes, average="micro")
-        self.epoch_means: dict[str, float] = {}  # of the last finished training epoch
-        self._sums: dict[str, Tensor] = {}
-        self._latest: dict[str, Tensor] = {}  # the figures of the batch under way
-        self._batches = 0
+        self.figures = TrainingFigures()
+        self.nonfinite = NonFinite(self._modules_in_order)
+        self._divergence = Divergence(self.nonfinite, self.optimization.stop_after_nonfinite)
+        self._under_way = 0  # the module
+        self._gradients: dict[str, Tensor] = {}  # of a checkpoint, until training starts
         users = [i for i, m in enumerate(self._modules_in_order) if m.objective.uses_images]
         self._last_image_user = max(users, default=0)
         if self.efficiency.compile:
@@ -118,6 +123,21 @@ class Learner(lightning.LightningModule):
     def _modules_in_order(self) -> list[LocalModule]:
         return [cast(LocalModule, module) for module in self.local_modules]
 
+    @property
+    def epoch_means(self) -> dict[str, float]:
+        """Training figures of the last finished epoch, by name."""
+        return self.figures.epoch_means
+
+    @property
+    def skipped_steps(self) -> dict[str, int]:
+        """Steps that every module left out since its loss or gradient was not finite."""
+        return {f"module_{number}": count for number, count in enumerate(self.nonfinite.skipped, start=1)}
+
+    @property
+    def scaler_skips(self) -> int | None:
+        """Steps that the loss scale of 16-bit floats left out, all modules together; None without one."""
+        return self.nonfinite.scaler_skips
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of normalised images (B, 3, H, W): the plain timm model, no auxiliary parts."""
         x = images
@@ -133,11 +153,14 @@ class Learner(lightning.LightningModule):
         optimizers = self._optimizers_counting_batches()
         window = self._window(batch_index)
         steps = batch_index % self.optimization.accumulate + 1 == window or self.trainer.is_last_batch
-        self.train_modules(
-            lambda: self._prepare(batch, training=True),
-            lambda loss: self.manual_backward(loss / window),
-            lambda module: self._step(optimizers[module]) if steps else None,
-        )
+        with self._naming_anomalies(batch, batch_index):
+            self.train_modules(
+                lambda: self._prepare(batch, training=True),
+                lambda loss: self.manual_backward(loss / window),
+                lambda module: self._step(optimizers[module]) if steps else self.nonfinite.wait(module),
+            )
+        if steps:
+            self.nonfinite.count()
         if not steps:  # the trainer counts batches, also those that only accumulate
             self.trainer.fit_loop.epoch_loop.manual_optimization._on_before_step()
             self.trainer.fit_loop.epoch_loop.manual_optimization._on_after_step()
@@ -162,12 +185,15 @@ class Learner(lightning.LightningModule):
         features, labels = batch()
         images: Tensor | None = features
         for index, module in enumerate(self._modules_in_order):
+            self._under_way = index
+            self.nonfinite.begin(index)
             output: LocalOutput = module(features, images, labels)
+            self.nonfinite.see_loss(index, output.loss)
             backward(output.loss)
             features = output.features
             if index == self._last_image_user:
                 images = None
-            self._record(index, output, labels)
+            self.figures.add(index, output, labels)
             del output  # and with it the module's graph
             update(index)
 
@@ -177,10 +203,17 @@ class Learner(lightning.LightningModule):
             super().manual_backward(loss, *args, **kwargs)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip one module's gradients: Lightning calls this after unscaling, in every precision."""
+        """Check and clip one module's gradients: Lightning calls this after unscaling, in every precision."""
+        norm = self.nonfinite.before_step(self._under_way, optimizer)
         if self.optimization.gradient_clip is not None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self.optimization.gradient_clip)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.optimization.gradient_clip, norm)
+
+    def on_train_batch_end(self, outputs: Any, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """See whether the run still learns: on a GPU only where figures are logged, as that has to wait for it."""
+        if self.device.type == "cpu" or self._logs or torch.is_anomaly_enabled():
+            optimizers = [optimizer.optimizer for optimizer in self._optimizers()]
+            self._divergence.look(self._described(batch, batch_idx), optimizers)
 
     def configure_optimizers(self) -> Sequence[OptimizerLRSchedulerConfig]:
         """One AdamW and one schedule per local module."""
@@ -213,7 +246,7 @@ class Learner(lightning.LightningModule):
             scaler.set_growth_interval(2000 * len(self.local_modules))
 
     def on_train_start(self) -> None:
-        """The length of the run is known only now: set the first learning rate again."""
+        """The length of the run and the device are known only now: what depends on them is set again."""
         if not math.isfinite(self._total_batches()):
             raise UserError(
                 "the learning-rate schedule needs an end: give the Trainer max_steps, or max_epochs and loaders that "
@@ -222,15 +255,16 @@ class Learner(lightning.LightningModule):
         for scheduler in self._schedulers():
             for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
                 group["lr"] = base * self._lr_factor(scheduler.last_epoch)
+        self.nonfinite.start(self.device, getattr(self.trainer.precision_plugin, "scaler", None))
+        self._restore_gradients()
 
     def on_train_epoch_start(self) -> None:
         """Start the epoch's means afresh."""
-        self._sums, self._batches = {}, 0
+        self.figures.begin_epoch()
 
     def on_train_epoch_end(self) -> None:
         """Keep the epoch's means for the summary."""
-        if self._batches:
-            self.epoch_means = {name: float(value) / self._batches for name, value in self._sums.items()}
+        self.figures.end_epoch()
 
     def train(self, mode: bool = True) -> Learner:
         """Also tell the backbone, which is not registered."""
@@ -266,9 +300,13 @@ class Learner(lightning.LightningModule):
         return {"backbone": backbone, "auxiliary": total - backbone, "total": total, **modules}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Optimizers are saved by position: write down what the positions mean. Also the epoch's means so far."""
+        """Optimizers are saved by position: write down what they mean. Also what was counted so far."""
         checkpoint["localfeat"] = {"method": self.method.name, "blocks_per_module": self.blocks_per_module}
-        checkpoint["means"] = {"epoch": self.epoch_means, "sums": self._sums, "batches": self._batches}
+        checkpoint["means"] = self.figures.state_dict()
+        checkpoint["nonfinite"] = self.nonfinite.state_dict()
+        gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+        if gradients:  # accumulated so far
+            checkpoint["gradients"] = gradients
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of other modules."""
@@ -276,8 +314,10 @@ class Learner(lightning.LightningModule):
         saved = checkpoint.get("localfeat")
         if saved != own:
             raise UserError(f"the checkpoint was written by {saved}, and this run is {own}")
-        means = checkpoint["means"]
-        self.epoch_means, self._sums, self._batches = dict(means["epoch"]), dict(means["sums"]), means["batches"]
+        self.figures.load_state_dict(checkpoint["means"])
+        if "nonfinite" in checkpoint:  # of version 0.1 on
+            self.nonfinite.load_state_dict(checkpoint["nonfinite"])
+        self._gradients = checkpoint.get("gradients", {})
 
     # --- inner parts --------------------------------------------------------------------------------------------
 
@@ -286,13 +326,16 @@ class Learner(lightning.LightningModule):
         images, labels = batch
         return prepare(images, labels, training=training) if prepare is not None else (images, labels)
 
+    def _optimizers(self) -> list[LightningOptimizer]:
+        optimizers = self.optimizers()
+        return cast("list[LightningOptimizer]", optimizers if isinstance(optimizers, list) else [optimizers])
+
     def _optimizers_counting_batches(self) -> list[LightningOptimizer]:
         """The K optimizers, of which only the last one moves ``trainer.global_step``.
 
         Lightning counts every optimizer step and arms the counting hooks anew at each batch (Lightning #17958).
         """
-        optimizers = self.optimizers()
-        found = cast("list[LightningOptimizer]", optimizers if isinstance(optimizers, list) else [optimizers])
+        found = self._optimizers()
         for optimizer in found[:-1]:
             optimizer._on_before_step = optimizer._on_after_step = nothing
         return found
@@ -304,9 +347,33 @@ class Learner(lightning.LightningModule):
         )
 
     def _step(self, optimizer: LightningOptimizer) -> None:
+        self.nonfinite.poison(self._under_way, optimizer)
         with torch.autocast(self.device.type, enabled=False):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+    def _restore_gradients(self) -> None:
+        """Put back what a checkpoint within an accumulation window has brought."""
+        parameters = dict(self.named_parameters())
+        for name, gradient in self._gradients.items():
+            parameters[name].grad = gradient.to(parameters[name].device)
+        self._gradients = {}
+
+    @contextmanager
+    def _naming_anomalies(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Iterator[None]:
+        """One line for what anomaly detection finds."""
+        try:
+            yield
+        except RuntimeError as error:
+            operation = anomaly(error)
+            if operation is None:
+                raise
+            described = self._described(batch, batch_index)
+            raise self._divergence.anomaly(self._under_way, operation, described) from error
+
+    def _described(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Batch:
+        folder = self.trainer.default_root_dir
+        return Batch(*batch, self.trainer.current_epoch, batch_index, self.figures.latest, folder)
 
     def _window(self, batch_index: int) -> int:
         """How many batches share this batch's optimizer step."""
@@ -323,25 +390,18 @@ class Learner(lightning.LightningModule):
         total = self._total_batches()
         return self.optimization.lr_factor(batch, int(total)) if math.isfinite(total) else 0.0
 
-    def _record(self, index: int, output: LocalOutput, labels: Tensor) -> None:
-        """Add one module's figures to the epoch's sums, without waiting for the device."""
-        prefix = f"train/module_{index + 1}"
-        figures = {f"{prefix}/{name}": value for name, value in output.terms.items()}
-        figures[f"{prefix}/loss"] = output.loss.detach()
-        if output.logits is not None:
-            truth = labels.argmax(1) if labels.is_floating_point() else labels
-            figures["train/accuracy"] = (output.logits.argmax(1) == truth).float().mean()
-            figures["train/loss"] = output.terms["cross_entropy"]
-        for name, value in figures.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._latest = {**(self._latest if index else {}), **figures}
+    @property
+    def _logs(self) -> bool:
+        """Whether this batch's figures are logged."""
+        return bool(self.trainer.global_step % cast(Any, self.trainer).log_every_n_steps == 0)
 
     def _log_training(self) -> None:
-        self._batches += 1
-        if self.trainer.global_step % cast(Any, self.trainer).log_every_n_steps == 0:
+        self.figures.count()
+        if self._logs:
             lr = self._schedulers()[0].optimizer.param_groups[0]["lr"]  # get_last_lr() is 0 at the first batch
-            self.log_dict({**self._latest, "train/lr": lr}, batch_size=1)
-            self.log("loss", self._latest["train/loss"], prog_bar=True, logger=False, batch_size=1)
+            skipped = self.nonfinite.total.float()
+            self.log_dict({**self.figures.latest, "train/lr": lr, "train/skipped_steps": skipped}, batch_size=1)
+            self.log("loss", self.figures.latest["train/loss"], prog_bar=True, logger=False, batch_size=1)
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, accuracy: MulticlassAccuracy) -> None:
         images, labels = self._prepare(batch, training=False)

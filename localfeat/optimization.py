@@ -28,6 +28,8 @@ class Optimization:
         accumulate: batches per optimizer step (fewer in the last step of an epoch or run, if they do not divide).
             Gradients are averaged; contrastive losses still compare the images of one batch only, and every
             module's gradients stay allocated between batches.
+        stop_after_nonfinite: steps that one module leaves out in a row, its loss or gradient not being finite, before
+            the run ends (on a GPU at the next batch whose figures are logged); ``None`` for never.
     """
 
     lr: float = 5e-4
@@ -38,6 +40,7 @@ class Optimization:
     final_lr: float = 0.01
     gradient_clip: float | None = 5.0
     accumulate: int = 1
+    stop_after_nonfinite: int | None = 10
 
     def __post_init__(self) -> None:
         checks = {
@@ -49,6 +52,10 @@ class Optimization:
             "final_lr": (0 <= self.final_lr <= 1, "a fraction of lr in [0, 1]"),
             "gradient_clip": (self.gradient_clip is None or self.gradient_clip > 0, "above 0, or null"),
             "accumulate": (self.accumulate >= 1, "at least 1"),
+            "stop_after_nonfinite": (
+                self.stop_after_nonfinite is None or self.stop_after_nonfinite >= 1,
+                "at least 1, or null for never",
+            ),
         }
         for key, (right, wanted) in checks.items():
             if not right:

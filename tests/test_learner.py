@@ -103,6 +103,7 @@ def test_lr_factor_ends_at_final_lr_and_never_leaves_the_range() -> None:
         {"final_lr": -0.1},
         {"gradient_clip": 0.0},
         {"accumulate": 0},
+        {"stop_after_nonfinite": 0},
     ],
     ids=str,
 )
@@ -267,7 +268,7 @@ def test_logged_figures(method: str) -> None:
     model = learner(method, 4, lr=0.01)
     run.fit(model, loader(3), loader(1))
     modules = 1 if method == "e2e" else 4
-    expected = {"train/loss", "train/accuracy", "train/lr", "loss"}
+    expected = {"train/loss", "train/accuracy", "train/lr", "train/skipped_steps", "loss"}
     expected |= {f"train/module_{n}/loss" for n in range(1, modules + 1)} | {f"train/module_{modules}/cross_entropy"}
     terms = {"contrast": {"contrast"}, "cross_entropy": {"cross_entropy"}}[METHODS[method].supervision]
     terms = terms | ({"reconstruction"} if METHODS[method].target else set())
@@ -277,7 +278,7 @@ def test_logged_figures(method: str) -> None:
     assert all(math.isfinite(value) for step in metrics.steps for value in step.values())
     for name, mean in model.epoch_means.items():
         assert mean == pytest.approx(sum(step[name] for step in metrics.steps) / 3, rel=1e-5)
-    assert set(model.epoch_means) == expected - {"train/lr", "loss"}
+    assert set(model.epoch_means) == expected - {"train/lr", "train/skipped_steps", "loss"}
 
 
 def test_training_accuracy_is_that_of_the_batch() -> None:

@@ -42,13 +42,23 @@ TERMS = {
     "feature_recon": ["contrast", "reconstruction"],
 }
 KNOWN = {"step", "epoch", "memory/peak_gib", "speed/images_per_second", "speed/outside_step"} | {
-    *("train/loss", "train/accuracy", "train/lr", "val/loss", "val/accuracy", "test/loss", "test/accuracy"),
+    *(
+        "train/loss",
+        "train/accuracy",
+        "train/lr",
+        "train/skipped_steps",
+        "val/loss",
+        "val/accuracy",
+        "test/loss",
+        "test/accuracy",
+    ),
 }
 ASKED = {"method", "dataset", "backbone", "split", "decoder", "seed", "epochs", "batch_size", "precision"}
 TESTED_ELSEWHERE = {"versions", "hardware", "commit", "command", "overrides"}  # tests/artifacts/test_summary.py
 MEASURED = {
     *("test_accuracy", "val_accuracy", "best_epoch", "images_per_second", "peak_memory_bytes", "peak_memory_source"),
     *("peak_reserved_bytes", "module_peak_memory_bytes", "seconds", "parameters", "module_losses", "classes"),
+    *("skipped_steps", "scaler_skips"),
 }
 METHOD, EPOCHS, BATCH = "feature_recon", 4, 16
 WHOLE_EVALUATION = ["trainer.limit_val_batches=null", "trainer.limit_test_batches=null", f"epochs={EPOCHS}"]
@@ -169,7 +179,7 @@ def test_law_7_training_figures_are_what_the_modules_returned(finished: Any) -> 
     assert len(rows) == len(finished.steps) == EPOCHS * BATCHES
     for number, (row, seen) in enumerate(zip(rows, finished.steps, strict=True)):
         assert (int(row["step"]), int(row["epoch"])) == (number, number // BATCHES)
-        assert {name for name in row if name.startswith("train/")} == {*seen, "train/lr"}
+        assert {name for name in row if name.startswith("train/")} == {*seen, "train/lr", "train/skipped_steps"}
         for name, value in seen.items():
             assert float(row[name]) == pytest.approx(value, rel=1e-6)
 

@@ -1,0 +1,252 @@
+"""Losses and gradients that are not finite: the module's step is left out, counted, and ends the run if it goes on."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+STATISTICS = ("running_", "num_batches_tracked")
+"""How the buffers are called that a forward pass in training mode changes (BatchNorm and its kin)."""
+
+_ANOMALY = re.compile(r"Function '(\w+)' returned nan values in its (\d+)th output")
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """One thing that was not finite.
+
+    Attributes:
+        module: from 1.
+        term: of its loss, ``loss`` for the sum alone, or ``gradient``.
+        value: nan or an infinity.
+        parameter: the first one whose gradient was not finite; None for losses.
+    """
+
+    module: int
+    term: str
+    value: float
+    parameter: str | None = None
+
+    def __str__(self) -> str:
+        where = f" ({self.parameter})" if self.parameter else ""
+        return f"module {self.module}'s {self.term}{where} is {self.value}"
+
+
+class _Window:
+    """What one module has seen since its optimizer last stepped.
+
+    Attributes:
+        trace: 0 while all its losses were finite, else NaN, a scalar; None before the first batch.
+        norms: of the last step's gradients, (parameters with a gradient,), before clipping.
+        skips: whether the last step was left out, a bool scalar.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._places = [
+            (part, name)
+            for part in module.modules()
+            for name, _ in part.named_buffers(recurse=False)
+            if name.startswith(STATISTICS)
+        ]
+        self.held: list[Tensor] = []
+        self.trace: Tensor | None = None
+        self.norms: Tensor | None = None
+        self.skips: Tensor | None = None
+
+    def _statistics(self) -> list[Tensor]:
+        return [getattr(part, name) for part, name in self._places]
+
+    def begin(self) -> None:
+        """Keep the statistics as they are before the window's first batch."""
+        if self.trace is None and self._places:
+            self.held = [buffer.clone() for buffer in self._statistics()]
+
+    def see(self, loss: Tensor) -> None:
+        trace = loss.detach() * 0
+        self.trace = trace if self.trace is None else self.trace + trace
+
+    def put_back(self, bad: Tensor) -> None:
+        """The statistics before the window, if ``bad`` (a bool scalar, which nobody waits for)."""
+        for buffer, held in zip(self._statistics(), self.held, strict=True):
+            buffer.copy_(torch.where(bad, held, buffer))
+
+    def parameter_not_finite(self, optimizer: torch.optim.Optimizer) -> tuple[str | None, float]:
+        """Name and norm of the first gradient that was not finite; no name if only all of them together overflow."""
+        assert self.norms is not None
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        stepped = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        norms = self.norms.tolist()
+        if len(norms) == len(stepped):  # else some have no gradient, and which ones is not known any more
+            for name, norm in zip(stepped, norms, strict=True):
+                if not math.isfinite(norm):
+                    return name, norm
+        return None, next((norm for norm in norms if not math.isfinite(norm)), math.inf)
+
+
+class NonFinite:
+    """Finds losses and gradients that are not finite, has the optimizer leave out that step, and counts.
+
+    Everything happens on the device, where nobody waits for it: the fused AdamW looks at ``found_inf`` itself. Weights,
+    moments and BatchNorm's running statistics of the module are then what they were before the step's first batch.
+    Counters are read only by ``counts``.
+
+    Args:
+        modules: the local modules, in order.
+
+    Attributes:
+        scaler: of 16-bit floats, if there is one. It leaves out steps by itself, which is how it finds its scale: these
+            are counted apart, unless the loss itself is not finite or the scale has sunk below 1.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.scaler: torch.amp.GradScaler | None = None
+        self._windows = [_Window(module) for module in modules]
+        self._skipped = torch.zeros(len(modules), dtype=torch.int64)
+        self._in_a_row = torch.zeros(len(modules), dtype=torch.int64)
+        self._scaler_skips: Tensor | None = None
+
+    def start(self, device: torch.device, scaler: torch.amp.GradScaler | None) -> None:
+        """Before the first batch of a fit: counters, and what a checkpoint brought, to ``device``."""
+        self.scaler = scaler
+        if scaler is not None and self._scaler_skips is None:
+            self._scaler_skips = torch.zeros((), dtype=torch.int64)
+        self._skipped, self._in_a_row = self._skipped.to(device), self._in_a_row.to(device)
+        if self._scaler_skips is not None:
+            self._scaler_skips = self._scaler_skips.to(device)
+        for window in self._windows:
+            window.held = [tensor.to(device) for tensor in window.held]
+            window.trace = None if window.trace is None else window.trace.to(device)
+
+    # --- within a batch -----------------------------------------------------------------------------------------
+
+    def begin(self, module: int) -> None:
+        """Before the forward pass of a module (from 0)."""
+        self._windows[module].begin()
+
+    def see_loss(self, module: int, loss: Tensor) -> None:
+        """``loss``: of a module, a scalar. It is not finite if one of its terms is not."""
+        self._windows[module].see(loss)
+
+    def wait(self, module: int) -> None:
+        """After a batch that only accumulates: its statistics do not stay until the step if it was bad."""
+        window = self._windows[module]
+        if window.held and window.trace is not None:
+            window.put_back(window.trace.isnan())
+
+    def poison(self, module: int, optimizer: Any) -> None:
+        """Let a GradScaler find a loss that is not finite although its gradient is."""
+        trace = self._windows[module].trace
+        if self.scaler is None or trace is None:
+            return
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if gradients:
+            gradients[0].add_(trace)
+
+    def before_step(self, module: int, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Decide on a module's step from its unscaled gradients; returns their norm, a scalar."""
+        window = self._windows[module]
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        window.norms = _norms(gradients, window.module)
+        norm = torch.linalg.vector_norm(window.norms)
+        trace = norm.new_zeros(()) if window.trace is None else window.trace
+        skips = ~(norm + trace).isfinite()
+        if self.scaler is None:
+            if optimizer.defaults.get("fused"):
+                optimizer.found_inf = skips.float()  # type: ignore[attr-defined]
+        elif self.scaler.get_scale() >= 1:
+            bad = trace.isnan()
+            assert self._scaler_skips is not None
+            self._scaler_skips += skips & ~bad
+            skips = bad
+        window.skips = skips
+        if window.held:
+            window.put_back(skips)
+        window.trace = None
+        return norm
+
+    def count(self) -> None:
+        """After a batch in which every module's optimizer was to step."""
+        skips = torch.stack([window.skips for window in self._windows if window.skips is not None])
+        self._skipped += skips
+        self._in_a_row = (self._in_a_row + 1) * skips
+
+    # --- what was counted ---------------------------------------------------------------------------------------
+
+    @property
+    def total(self) -> Tensor:
+        """Steps left out by all modules together, a scalar on the device."""
+        return self._skipped.sum()
+
+    @property
+    def skipped(self) -> list[int]:
+        """Steps left out by every module. Waits for the device, as the other figures do."""
+        return [int(count) for count in self._skipped.tolist()]
+
+    @property
+    def in_a_row(self) -> list[int]:
+        """Of these, how many since the module's last step."""
+        return [int(count) for count in self._in_a_row.tolist()]
+
+    @property
+    def scaler_skips(self) -> int | None:
+        """Steps that the GradScaler left out by itself; None without one."""
+        return None if self._scaler_skips is None else int(self._scaler_skips)
+
+    def trouble(self, module: int, figures: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Trouble:
+        """What was not finite in the last step of a module (from 0). Waits for the device.
+
+        Args:
+            figures: of the step's batch, ``train/module_1/contrast`` … and ``train/module_1/loss`` of all modules. If
+                the module's own are all finite, it was its gradient.
+            optimizer: of the module.
+        """
+        prefix = f"train/module_{module + 1}/"
+        own = {name.removeprefix(prefix): value for name, value in figures.items() if name.startswith(prefix)}
+        for term in sorted(own, key=lambda name: name == "loss"):  # the sum last: it says least
+            if not math.isfinite(value := float(own[term])):
+                return Trouble(module + 1, term, value)
+        parameter, value = self._windows[module].parameter_not_finite(optimizer)
+        return Trouble(module + 1, "gradient", value, parameter)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, and of an accumulation window under way whether it is spoiled and the statistics before it."""
+        windows = [
+            {"spoiled": bool(window.trace.isnan()), "statistics": window.held}
+            for window in self._windows
+            if window.trace is not None
+        ]
+        counts = {"skipped": self.skipped, "in_a_row": self.in_a_row, "scaler_skips": self.scaler_skips}
+        return {**counts, "windows": windows if len(windows) == len(self._windows) else []}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What ``state_dict`` gave, on the CPU until ``start``."""
+        self._skipped, self._in_a_row = torch.tensor(state["skipped"]), torch.tensor(state["in_a_row"])
+        scaler_skips = state["scaler_skips"]
+        self._scaler_skips = None if scaler_skips is None else torch.tensor(scaler_skips)
+        for window, saved in zip(self._windows, state["windows"], strict=False):  # none between windows
+            window.trace = torch.tensor(math.nan if saved["spoiled"] else 0.0)
+            window.held = list(saved["statistics"])
+
+
+def anomaly(error: RuntimeError) -> str | None:
+    """What torch's anomaly detection says of a backward pass: the operation; None if the error is another one."""
+    found = _ANOMALY.search(str(error))
+    return None if found is None else f"{found[1]} returned nan (its output {found[2]}) in the backward pass"
+
+
+def _norms(gradients: Sequence[Tensor], module: nn.Module) -> Tensor:
+    """The norm of every gradient (n,), computed as torch's clipping does."""
+    if not gradients:
+        return next(module.parameters()).new_zeros(1)
+    if gradients[0].device.type == "meta":  # which has no foreach kernels
+        return torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
+    return torch.stack(torch._foreach_norm(gradients))
