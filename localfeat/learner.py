@@ -98,11 +98,7 @@ class Learner(lightning.LightningModule):
         )
         self.val_accuracy = MulticlassAccuracy(self.num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(self.num_classes, average="micro")
-        self.figures = TrainingFigures()
-        self.nonfinite = NonFinite(self._modules_in_order)
-        self._divergence = Divergence(self.nonfinite, self.optimization.stop_after_nonfinite)
-        self._under_way = 0  # the module
-        self._gradients: dict[str, Tensor] = {}  # of a checkpoint, until training starts
+        self.forget_training()
         users = [i for i, m in enumerate(self._modules_in_order) if m.objective.uses_images]
         self._last_image_user = max(users, default=0)
         if self.efficiency.compile:
@@ -122,6 +118,19 @@ class Learner(lightning.LightningModule):
     @property
     def _modules_in_order(self) -> list[LocalModule]:
         return [cast(LocalModule, module) for module in self.local_modules]
+
+    def forget_training(self) -> None:
+        """Start all figures of training afresh; the weights stay."""
+        self.figures = TrainingFigures()
+        self.nonfinite = NonFinite(self._modules_in_order)
+        self._divergence = Divergence(self.nonfinite, self.optimization.stop_after_nonfinite)
+        self._under_way = 0  # the module
+        self._gradients: dict[str, Tensor] = {}  # of a checkpoint, until training starts
+
+    @property
+    def figures_of_training(self) -> list[Any]:
+        """What :meth:`forget_training` makes anew."""
+        return [self.figures, self.nonfinite, self._divergence, self._gradients]
 
     @property
     def epoch_means(self) -> dict[str, float]:

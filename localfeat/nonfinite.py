@@ -38,6 +38,20 @@ class Trouble:
         return f"module {self.module}'s {self.term}{where} is {self.value}"
 
 
+def statistics(module: nn.Module) -> list[Tensor]:
+    """The buffers of ``module`` that a forward pass in training mode changes."""
+    return [part.get_buffer(name) for part, name in _places(module)]
+
+
+def _places(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    return [
+        (part, name)
+        for part in module.modules()
+        for name, _ in part.named_buffers(recurse=False)
+        if name.startswith(STATISTICS)
+    ]
+
+
 class _Window:
     """What one module has seen since its optimizer last stepped.
 
@@ -49,13 +63,8 @@ class _Window:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._places = [
-            (part, name)
-            for part in module.modules()
-            for name, _ in part.named_buffers(recurse=False)
-            if name.startswith(STATISTICS)
-        ]
-        self.held: list[Tensor] = []
+        self._places = _places(module)  # looked for once: a walk through all modules takes as long as a small step
+        self.held: list[Tensor] = []  # the statistics before the window; always the same tensors
         self.trace: Tensor | None = None
         self.norms: Tensor | None = None
         self.skips: Tensor | None = None
@@ -65,8 +74,13 @@ class _Window:
 
     def begin(self) -> None:
         """Keep the statistics as they are before the window's first batch."""
-        if self.trace is None and self._places:
-            self.held = [buffer.clone() for buffer in self._statistics()]
+        if self.trace is not None:
+            return
+        now = self._statistics()
+        if len(self.held) != len(now):
+            self.held = [buffer.clone() for buffer in now]
+        for held, buffer in zip(self.held, now, strict=True):
+            held.copy_(buffer)
 
     def see(self, loss: Tensor) -> None:
         trace = loss.detach() * 0
@@ -125,6 +139,11 @@ class NonFinite:
             window.trace = None if window.trace is None else window.trace.to(device)
 
     # --- within a batch -----------------------------------------------------------------------------------------
+
+    @property
+    def held(self) -> list[Tensor]:
+        """Copies of BatchNorm's running statistics, which stand between steps."""
+        return [tensor for window in self._windows for tensor in window.held]
 
     def begin(self, module: int) -> None:
         """Before the forward pass of a module (from 0)."""

@@ -77,9 +77,10 @@ def step_memory(
 def on_meta(learner: Learner) -> Learner:
     """A copy in training mode with all parameters and buffers on the meta device, at no cost in memory."""
     memo = {id(learner._trainer): None, **bare_tensors(learner), **bare_tensors(learner.backbone)}
-    for value in (learner._sums, learner._latest):
-        memo[id(value)] = {}
-    return copy.deepcopy(learner, memo).train()
+    memo |= dict.fromkeys(map(id, learner.figures_of_training), None)
+    bare = copy.deepcopy(learner, memo).train()
+    bare.forget_training()
+    return bare
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class _Step:
 
     def record(self, host_too: bool, ema: bool) -> StepMemory:
         """The next step, which updates, under a tracker."""
-        weights = [*self.learner.parameters(), *self.learner.buffers()]
+        weights = [*self.learner.parameters(), *self.learner.buffers(), *self.learner.nonfinite.held]
         if ema:
             counter = torch.empty((), dtype=torch.int64, device="meta")  # of updates
             weights += [*(torch.empty_like(weight) for weight in weights), counter]

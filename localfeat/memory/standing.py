@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from localfeat.memory.tracker import rounded
+from localfeat.nonfinite import statistics
 
 STATES = 2
 """Tensors of a parameter's size that AdamW keeps."""
@@ -52,11 +53,12 @@ class Standing(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.Module, keeping: Keeping | None = None) -> Standing:
-        """Of a module's parameters and buffers."""
+        """Of a module's parameters and buffers, and of the copies of BatchNorm's statistics that go with training."""
         keeping = keeping or Keeping()
         tensors = {id(t): t for t in [*module.parameters(), *module.buffers()]}
         weights = sum(rounded(t.untyped_storage().nbytes()) for t in tensors.values())
+        copies = sum(rounded(t.untyped_storage().nbytes()) for t in statistics(module))
         trained = [rounded(p.untyped_storage().nbytes()) for p in module.parameters() if p.requires_grad]
         counters = rounded(4) * len(trained) if keeping.fused_optimizer else 0
         gradients = sum(trained) if keeping.accumulates else 0
-        return cls(weights * (1 + keeping.ema), STATES * sum(trained) + counters, gradients)
+        return cls(weights * (1 + keeping.ema) + copies, STATES * sum(trained) + counters, gradients)
