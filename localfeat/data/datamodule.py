@@ -67,6 +67,7 @@ class ImageDataModule(lightning.LightningDataModule):
         num_workers: processes that decode files; data held in memory are batched in the main process,
             which is faster.
         in_memory: image_folder only; None decides by size, see `ImageFolder`.
+        skip_bad_images: image_folder only; leave out files that cannot be decoded, see `ImageFolder`.
 
     Raises:
         UserError: for values out of range at construction; for missing files in `prepare_data`.
@@ -89,6 +90,7 @@ class ImageDataModule(lightning.LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
         in_memory: bool | None = None,
+        skip_bad_images: bool = False,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
@@ -98,7 +100,7 @@ class ImageDataModule(lightning.LightningDataModule):
         _check_loading(batch_size, eval_batch_size, val_fraction, num_workers)
         self.download, self.batch_size, self.eval_batch_size = download, batch_size, eval_batch_size
         self.val_fraction, self.seed, self.num_workers = val_fraction, seed, num_workers
-        self.source = make_source(source, root, image_size, in_memory)
+        self.source = make_source(source, root, image_size, in_memory, skip_bad_images)
         self.num_classes = self.source.num_classes
         if (count := self.source.size("train")) is not None:
             held_out = 0 if self.source.has_validation() else round(count * val_fraction)

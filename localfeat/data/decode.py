@@ -1,20 +1,44 @@
-"""One image file to one uint8 RGB array; every way a file can be bad ends in a ``UserError`` naming it."""
+"""One image file to one uint8 RGB array; every way a file can be bad ends in one line that names it."""
 
-import struct
+import errno
+import os
+import stat
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+
+# Image.open would import them when it first needs them, in several threads at once.
+from PIL import (  # noqa: F401
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
 from torch import Tensor
 
-from localfeat.errors import UserError
+from localfeat.data.bad_files import BadFiles, BadImage
+from localfeat.data.names import shown
+from localfeat.errors import RunFailed
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
+"""What a file with one of these suffixes may hold. PIL goes by content: it would hand an EPS called .png to
+ghostscript."""
+MAX_PIXELS = 100_000_000
+"""Of one image: 300 MB as RGB, and eight are decoded at a time. A small file can claim any size."""
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit above is an error
 
 _DECODE_THREADS = 8  # PIL releases the GIL while it decodes
 _CHUNK = 256
@@ -27,34 +51,68 @@ def read_image(path: Path, size: int | None = None) -> np.ndarray:
     With ``size`` the shorter side is resized to it (bicubic, antialiased) and the centre square is kept, so the
     result is (size, size, 3). Grey, palette, RGBA (alpha dropped), CMYK and 16-bit files become RGB; of an
     animation the first frame is taken.
+
+    Raises:
+        BadImage: of none of the ``FORMATS``, damaged, truncated, of more than ``MAX_PIXELS``, no regular file.
+        RunFailed: the system does not hand the file over: gone, forbidden, a failing disk.
     """
-    with _naming(path), Image.open(path) as file:
+    with _opened(path) as file:
         image = _to_rgb(file)
         return np.array(image if size is None else _centre_square(image, size))
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) from the file's header."""
-    with _naming(path), Image.open(path) as file:
+    """(height, width) from the file's header; raises as `read_image` does."""
+    with _opened(path) as file:
         return file.height, file.width
 
 
-def common_size(paths: Sequence[Path]) -> tuple[int, int] | None:
-    """The (height, width) that all files share, or None if they differ."""
-    sizes = set(_in_threads(image_size, paths))
+def common_size(paths: Sequence[Path], skip_bad: bool = False) -> tuple[int, int] | None:
+    """The (height, width) that all files share, or None if they differ.
+
+    With ``skip_bad`` files whose header cannot be read do not count.
+    """
+    found = _in_threads(_keeping_errors(image_size) if skip_bad else image_size, paths)
+    sizes = {size for size in found if not isinstance(size, BadImage)}
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def read_images(paths: Sequence[Path], height: int, width: int, resize: bool) -> Tensor:
-    """All files as one uint8 tensor (N, 3, height, width).
+def read_images(
+    paths: Sequence[Path], height: int, width: int, resize: bool, bad: BadFiles | None = None
+) -> tuple[Tensor, Tensor]:
+    """Files as one uint8 tensor (M, 3, height, width), and the positions (M,) in ``paths`` of those that are in it.
 
-    ``resize`` brings each to the square height == width; without it each must have that size already.
+    ``resize`` brings each to the square height == width; without it each must have that size already. Those that
+    cannot be decoded are left out and named by ``bad``; without it the first of them is an error.
     """
+
+    def decoded(path: Path) -> np.ndarray:
+        pixels = read_image(path, height if resize else None)
+        if pixels.shape != (height, width, 3):
+            raise BadImage(f"{shown(path)} has {pixels.shape[1]} x {pixels.shape[0]} pixels, its header said otherwise")
+        return pixels
+
     images = torch.empty(len(paths), 3, height, width, dtype=torch.uint8)
-    decoded = _in_threads(lambda path: read_image(path, height if resize else None), paths)
-    for index, pixels in enumerate(decoded):
-        images[index] = torch.from_numpy(pixels).permute(2, 0, 1)
-    return images
+    kept: list[int] = []
+    for index, pixels in enumerate(_in_threads(_keeping_errors(decoded) if bad else decoded, paths)):
+        if isinstance(pixels, np.ndarray):
+            images[len(kept)] = torch.from_numpy(pixels).permute(2, 0, 1)
+            kept.append(index)
+        elif bad is not None:
+            bad.leave_out(pixels)
+    return images[: len(kept)], torch.tensor(kept, dtype=torch.int64)
+
+
+def _keeping_errors(function: Callable[[Path], _Result]) -> Callable[[Path], _Result | BadImage]:
+    """``function`` with a ``BadImage`` as its result instead of as an exception."""
+
+    def attempt(path: Path) -> _Result | BadImage:
+        try:
+            return function(path)
+        except BadImage as error:
+            return error
+
+    return attempt
 
 
 def _in_threads(function: Callable[[Path], _Result], paths: Sequence[Path]) -> Iterator[_Result]:
@@ -90,10 +148,32 @@ def _centre_square(image: Image.Image, size: int) -> Image.Image:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turn what PIL raises for a bad file into a ``UserError`` with the file's name."""
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The image in ``path``, its header read and checked, its pixels not decoded yet; errors name the file."""
     try:
-        yield
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"cannot read the image {path}: {reason}; replace or delete this file") from error
+        # Given a file and not a name, PIL does not map it into memory: one that is cut short meanwhile would kill us.
+        with _regular_file(path) as file, Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than the limit of {MAX_PIXELS:,}")
+            yield image
+    except MemoryError as error:
+        raise RunFailed(f"{shown(path)} cannot be decoded: memory has run out") from error
+    except UnidentifiedImageError as error:
+        raise _bad(path, f"it is none of {', '.join(FORMATS)}, or damaged at its beginning") from error
+    except Exception as error:  # decoders raise nearly everything for the right wrong bytes
+        # A negative position in a damaged header is the system's "invalid argument".
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise RunFailed(f"{shown(path)} cannot be read ({error.strerror})") from error
+        raise _bad(path, str(error) or type(error).__name__) from error
+
+
+def _regular_file(path: Path) -> BinaryIO:
+    """``path`` opened for reading; never waits for a pipe or wakes a device."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("it is no regular file")
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+
+
+def _bad(path: Path, reason: str) -> BadImage:
+    reason = shown(" ".join(reason.split()))
+    return BadImage(f"cannot read the image {shown(path)}: {reason}; replace or delete this file")

@@ -1,13 +1,16 @@
 """Images of a bare folder, without labels, for prediction."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 
+from localfeat.data.bad_files import BadFiles, BadImage
 from localfeat.data.decode import IMAGE_SUFFIXES
 from localfeat.data.labelled import Batch, FileImages, batch_loader
+from localfeat.data.names import shown
 from localfeat.errors import UserError
 
 
@@ -15,21 +18,61 @@ def list_images(folder: str | Path) -> list[Path]:
     """All image files below ``folder``, sorted by path; hidden files and folders are skipped.
 
     Raises:
-        UserError: if there is no such folder, or no image in it.
+        UserError: if there is no such folder, or no image in it; for what bears the name of an image and is no file.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}; give a folder with images")
+    if not os.path.isdir(folder):
+        raise UserError(f"no folder {shown(folder)}; give a folder with images")
     paths = image_paths(folder)
     if not paths:
-        raise UserError(f"no image in {folder} or below it; looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
+        raise UserError(f"no image in {shown(folder)} or below it; looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
     return paths
 
 
-def image_paths(folder: Path) -> list[Path]:
-    """The image files below ``folder``, sorted; hidden ones skipped; possibly empty."""
-    found = [path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
-    return sorted(path for path in found if not _is_hidden(path.relative_to(folder)) and path.is_file())
+def image_paths(folder: Path, bad: BadFiles | None = None) -> list[Path]:
+    """The image files below ``folder``, sorted; hidden ones and folders behind links skipped; possibly empty.
+
+    What has the name of an image and is neither file nor folder (a link that leads nowhere, a pipe) is left out and
+    named by ``bad``; without it it is an error.
+
+    Raises:
+        UserError: for such a thing, or a folder that cannot be read.
+    """
+    found = []
+    try:
+        for entry in _visible_entries(folder):
+            path = Path(entry.path)
+            if path.suffix.lower() not in IMAGE_SUFFIXES:
+                continue
+            if entry.is_file(follow_symlinks=False) or os.path.isfile(path):
+                found.append(path)
+            elif not os.path.isdir(path):
+                _refuse(entry, bad)
+    except OSError as error:
+        raise UserError(f"{shown(error.filename or folder)} cannot be read ({error.strerror})") from error
+    return sorted(found)
+
+
+def _visible_entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """Everything below ``folder`` that is no folder itself; hidden names and what lies below them are skipped."""
+    pending: list[str | Path] = [folder]
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(entry.path)
+                else:
+                    yield entry
+
+
+def _refuse(entry: os.DirEntry[str], bad: BadFiles | None) -> None:
+    what = "a link that leads to no file" if entry.is_symlink() else "a pipe, socket or device"
+    error = BadImage(f"cannot read the image {shown(entry.path)}: it is {what}; replace or delete it")
+    if bad is None:
+        raise error
+    bad.leave_out(error)
 
 
 def image_files_loader(paths: Sequence[Path], image_size: int, batch_size: int, num_workers: int) -> DataLoader[Batch]:
@@ -41,7 +84,3 @@ def image_files_loader(paths: Sequence[Path], image_size: int, batch_size: int, 
     if batch_size < 1 or image_size < 1:
         raise UserError(f"batch_size={batch_size}, image_size={image_size}: both must be at least 1")
     return batch_loader(FileImages(paths, torch.arange(len(paths)), image_size), num_workers, batch_size=batch_size)
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)

@@ -1,13 +1,17 @@
 """Any dataset kept as files: ``train/<class>/...``, ``test/<class>/...`` and optionally ``val/<class>/...``."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from localfeat.data.bad_files import BadFiles
 from localfeat.data.decode import common_size, read_images
 from localfeat.data.files import image_paths
-from localfeat.data.labelled import FileImages, LabelledImages, TensorImages
+from localfeat.data.labelled import FileImages, LabelledImages, TensorImages, no_sound_image
+from localfeat.data.names import prints, shown
 from localfeat.errors import UserError
 
 MEMORY_LIMIT = 4 * 1024**3  # bytes of decoded pixels kept in memory, at most half of the machine's
@@ -22,22 +26,30 @@ class ImageFolder:
     square is kept. They are decoded once into one tensor if that needs no more than ``MEMORY_LIMIT`` or half of
     the machine's memory, else by the loader's workers for each batch.
 
+    With ``skip_bad`` files that cannot be decoded are left out, each named once on stderr: in memory of the images
+    there are, else of the batches they would be in, see `FileImages`. Both depend on the files alone.
+
     Args:
         root: the folder with the splits.
         image_size: side in pixels that the network will see.
         in_memory: overrides the decision by size.
+        skip_bad: leave bad files out instead of ending with an error.
 
     Raises:
-        UserError: without train and test folders, for an empty class folder, or if splits differ in their classes.
+        UserError: without train and test folders, for an empty class folder, if splits differ in their classes, for a
+            class whose name does not print; in `load`, for a class of which every file is bad.
     """
 
-    def __init__(self, root: Path, image_size: int, in_memory: bool | None = None) -> None:
+    def __init__(self, root: Path, image_size: int, in_memory: bool | None = None, skip_bad: bool = False) -> None:
         self.root = root
         self.store_size = round(image_size * 8 / 7)
         self._wanted_in_memory = in_memory
-        self._files = {split: _scan(root / split) for split in ("train", "val", "test") if (root / split).is_dir()}
-        if "train" not in self._files or "test" not in self._files:
-            raise UserError(f"image_folder: {root.absolute()} has no {_absent(self._files)} folder; expected {LAYOUT}")
+        present = [split for split in ("train", "val", "test") if os.path.isdir(root / split)]
+        self._bad = {split: BadFiles() if skip_bad else None for split in present}
+        self._files = {split: _scan(root / split, self._bad[split]) for split in present}
+        if absent := [split for split in ("train", "test") if split not in present]:
+            missing = " and no ".join(absent)
+            raise UserError(f"image_folder: {shown(root.absolute())} has no {missing} folder; expected {LAYOUT}")
         _check_same_classes(root, self._files)
         self._names = list(self._files["train"])
         self.num_classes = len(self._names)
@@ -73,17 +85,22 @@ class ImageFolder:
         classes = self._files[split].values()
         paths = [path for members in classes for path in members]
         labels = torch.cat([torch.full((len(members),), label) for label, members in enumerate(classes)])
+        bad = self._bad[split]
         if not self.in_memory:
-            return FileImages(paths, labels, self.store_size)
+            return FileImages(paths, labels, self.store_size, bad)
         height, width = self._native or (self.store_size, self.store_size)
-        return TensorImages(read_images(paths, height, width, resize=self._native is None), labels)
+        images, kept = read_images(paths, height, width, resize=self._native is None, bad=bad)
+        for members, count in zip(classes, torch.bincount(labels[kept], minlength=len(classes)), strict=True):
+            if count == 0:
+                raise UserError(no_sound_image(members[0], len(members)))
+        return TensorImages(images, labels[kept])
 
     def _decide(self) -> None:
         """Choose once, over all splits together, between memory and files, and the stored size."""
         if self._decided:
             return
         paths = [path for classes in self._files.values() for members in classes.values() for path in members]
-        self._native = None if self._wanted_in_memory is False else common_size(paths)
+        self._native = None if self._wanted_in_memory is False else common_size(paths, self._bad["train"] is not None)
         if self._native and not self._wanted_in_memory and not _fits(len(paths), *self._native):
             self._native = None
         fits = _fits(len(paths), *(self._native or (self.store_size, self.store_size)))
@@ -91,28 +108,41 @@ class ImageFolder:
         self._decided = True
 
 
-def _scan(split: Path) -> dict[str, list[Path]]:
+def _scan(split: Path, bad: BadFiles | None) -> dict[str, list[Path]]:
     """Class name -> sorted image files of one split, classes sorted by name."""
-    folders = sorted(path for path in split.iterdir() if path.is_dir() and not path.name.startswith("."))
+    with _readable(split):
+        folders = sorted(path for path in split.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
-        raise UserError(f"image_folder: {split.absolute()} has no class folders; expected {LAYOUT}")
-    files = {folder.name: image_paths(folder) for folder in folders}
+        raise UserError(f"image_folder: {shown(split.absolute())} has no class folders; expected {LAYOUT}")
+    for folder in folders:
+        if not prints(folder.name):  # it will stand in tables, files and terminals
+            where = shown(folder.absolute())
+            raise UserError(f"image_folder: the class {where} has a name that does not print; rename it")
+    files = {folder.name: image_paths(folder, bad) for folder in folders}
     for name, paths in files.items():
         if not paths:
-            raise UserError(f"image_folder: the class folder {split.absolute() / name} has no image; fill or delete it")
+            where = shown(split.absolute() / name)
+            raise UserError(f"image_folder: the class folder {where} has no image; fill or delete it")
     return files
 
 
-def _absent(files: dict[str, dict[str, list[Path]]]) -> str:
-    return " and no ".join(split for split in ("train", "test") if split not in files)
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = shown(error.filename or folder)
+        raise UserError(f"image_folder: {where} cannot be read ({error.strerror})") from error
 
 
 def _check_same_classes(root: Path, files: dict[str, dict[str, list[Path]]]) -> None:
     train = set(files["train"])
     for split in files:
         if different := sorted(train.symmetric_difference(files[split])):
-            shown = ", ".join(different[:5]) + (", ..." if len(different) > 5 else "")
-            raise UserError(f"image_folder: train and {split} in {root.absolute()} differ in their classes: {shown}")
+            names = ", ".join(different[:5]) + (", ..." if len(different) > 5 else "")
+            raise UserError(
+                f"image_folder: train and {split} in {shown(root.absolute())} differ in their classes: {names}"
+            )
 
 
 def _fits(count: int, height: int, width: int) -> bool:

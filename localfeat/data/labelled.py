@@ -1,15 +1,20 @@
 """Labelled images behind a DataLoader: one tensor in memory, or files decoded on demand."""
 
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from localfeat.data.bad_files import BadFiles, BadImage
 from localfeat.data.decode import read_image
-from localfeat.errors import UserError
+from localfeat.data.names import shown
+from localfeat.errors import RunFailed, UserError
 
 Batch = tuple[Tensor, Tensor]
 
@@ -18,6 +23,7 @@ class LabelledImages(Dataset[Batch]):
     """Images of one split; subclasses fetch a whole batch at once."""
 
     labels: Tensor  # (N,) int64
+    bad: BadFiles | None = None  # with it, files that cannot be decoded are left out
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -36,11 +42,13 @@ class LabelledImages(Dataset[Batch]):
 
     def __getitems__(self, indices: Sequence[int] | Tensor) -> Any:
         # A worker process would wrap an error in its own many-line traceback; handed over as a value it
-        # is raised unchanged by `BatchLoader`.
+        # is raised unchanged by `BatchLoader`, which also says what has been left out.
         try:
-            return self.fetch(torch.as_tensor(indices))
-        except UserError as error:
+            batch = self.fetch(torch.as_tensor(indices))
+        except (UserError, RunFailed) as error:
             return error
+        left_out = self.bad.take_unsaid() if self.bad else []
+        return (*batch, left_out) if left_out else batch
 
 
 class TensorImages(LabelledImages):
@@ -55,16 +63,65 @@ class TensorImages(LabelledImages):
 
 
 class FileImages(LabelledImages):
-    """Image files decoded when asked for, each resized and cropped to ``size`` x ``size`` pixels."""
+    """Image files decoded when asked for, each resized and cropped to ``size`` x ``size`` pixels.
 
-    def __init__(self, paths: Sequence[Path], labels: Tensor, size: int) -> None:
+    With ``bad`` those that cannot be decoded are left out of the batches they belong to. That depends on the files
+    alone, so a resumed run sees the same batches, and costs nothing; finding them before training would take a pass
+    over all images at every start.
+
+    Raises:
+        UserError: when fetching; a bad file without ``bad``, a batch or a class (of all the files given here) of which
+            nothing can be decoded.
+        RunFailed: when fetching; a file that the system does not hand over.
+    """
+
+    def __init__(self, paths: Sequence[Path], labels: Tensor, size: int, bad: BadFiles | None = None) -> None:
         self.paths = list(paths)
         self.labels = labels
         self.size = size
+        self.bad = bad
+        self._sound: set[int] = set()  # classes of which at least one file has been decoded
 
     def fetch(self, indices: Tensor) -> Batch:
-        images = [torch.from_numpy(read_image(self.paths[i], self.size)) for i in indices.tolist()]
-        return torch.stack(images).permute(0, 3, 1, 2).contiguous(), self.labels[indices]
+        images, kept = [], []
+        for index in indices.tolist():
+            try:
+                pixels = read_image(self.paths[index], self.size)
+            except BadImage as error:
+                if self.bad is None:
+                    raise
+                self._check_class(index)
+                self.bad.leave_out(error)
+            else:
+                images.append(torch.from_numpy(pixels))
+                kept.append(index)
+        if not images:
+            example = shown(self.paths[int(indices[0])])
+            raise UserError(f"none of the {len(indices)} images of a batch can be decoded, such as {example}")
+        return torch.stack(images).permute(0, 3, 1, 2).contiguous(), self.labels[kept]
+
+    def _check_class(self, bad: int) -> None:
+        """Go through the class of the file numbered ``bad`` until one can be decoded."""
+        label = int(self.labels[bad])
+        if label in self._sound:
+            return
+        members = (self.labels == label).nonzero()[:, 0].tolist()
+        if not any(_is_sound(self.paths[index]) for index in members):
+            raise UserError(no_sound_image(self.paths[bad], len(members)))
+        self._sound.add(label)
+
+
+def no_sound_image(path: Path, count: int) -> str:
+    """What is wrong with a class of ``count`` files, all bad, ``path`` one of them."""
+    return f"none of the {count} images of the class of {shown(path)} can be decoded; replace them or delete the class"
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        read_image(path)
+    except BadImage:
+        return False
+    return True
 
 
 class _Subset(LabelledImages):
@@ -72,6 +129,7 @@ class _Subset(LabelledImages):
         self.parent = parent
         self.indices = indices
         self.labels = parent.labels[indices]
+        self.bad = parent.bad
 
     def fetch(self, indices: Tensor) -> Batch:
         return self.parent.fetch(self.indices[indices])
@@ -90,10 +148,47 @@ class BatchLoader(DataLoader[Batch]):
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        for batch in super().__iter__():
-            if isinstance(batch, UserError):
+        batches = super().__iter__()
+        while (batch := _next_batch(batches)) is not None:
+            if isinstance(batch, UserError | RunFailed):
                 raise batch
-            yield batch
+            if len(batch) == 3:  # the names of files that a worker process has left out
+                bad = cast(LabelledImages, self.dataset).bad
+                assert bad is not None
+                bad.say(batch[2])
+            yield tuple(batch[:2])
+
+
+def _next_batch(batches: Iterator[Any]) -> Any:
+    """The next of a DataLoader's batches, None at the end; a worker process that has died is a ``RunFailed``."""
+    try:
+        return next(batches, None)
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if not text.startswith("DataLoader worker"):
+            raise
+        raise RunFailed(
+            f"a process that reads images has died, often for want of memory: fewer dataset.num_workers need less "
+            f"({text})"
+        ) from error
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """Keep a worker process alive when Ctrl-C or a scheduler's signal reaches the whole group of processes.
+
+    The main process may want to finish its batch and to write a checkpoint, for which it needs its workers. They end
+    when it says so, by SIGTERM too, or when it dies.
+    """
+    for signum in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def batch_loader(dataset: Dataset[Batch], num_workers: int, **batching: Any) -> BatchLoader:
@@ -108,5 +203,6 @@ def batch_loader(dataset: Dataset[Batch], num_workers: int, **batching: Any) -> 
         collate_fn=keep_batch,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
+        worker_init_fn=_leave_signals_to_parent if num_workers else None,
         **batching,
     )

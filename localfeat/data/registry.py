@@ -9,8 +9,10 @@ from localfeat.data.sources import Digits, Source
 from localfeat.errors import UserError
 
 
-def make_source(name: str, root: str | Path, image_size: int, in_memory: bool | None) -> Source:
-    """The source called ``name``, its files below ``root``.
+def make_source(
+    name: str, root: str | Path, image_size: int, in_memory: bool | None, skip_bad_images: bool = False
+) -> Source:
+    """The source called ``name``, its files below ``root``; the last two are for image folders only.
 
     Raises:
         UserError: for an unknown name, or an image folder without the expected layout.
@@ -21,7 +23,7 @@ def make_source(name: str, root: str | Path, image_size: int, in_memory: bool | 
         "cifar100": lambda: torchvision_sources.cifar100(Path(root)),
         "stl10": lambda: torchvision_sources.stl10(Path(root)),
         "svhn": lambda: torchvision_sources.svhn(Path(root)),
-        "image_folder": lambda: ImageFolder(Path(root), image_size, in_memory),
+        "image_folder": lambda: ImageFolder(Path(root), image_size, in_memory, skip_bad_images),
     }
     if name not in makers:
         raise UserError(f"unknown data source {name!r}; there are {', '.join(makers)}")
