@@ -13,13 +13,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from localfeat.artifacts import checkpoints
 from localfeat.config import plain
 from localfeat.errors import UserError
 from localfeat.run import run
@@ -28,6 +27,7 @@ from tests.whole_runs import (
     SMALL,
     TIMED,
     checkpoint,
+    child_exit,
     composed,
     draw_nothing,
     exported,
@@ -154,13 +154,14 @@ def test_law_6_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
     killed_run(folder, *VARIANTS["feature_recon"], hook="on_train_epoch_start", epoch=1)
     before = (folder / "checkpoints" / "last.ckpt").read_bytes()
 
-    def half(trainer: Any, path: Path, *_: Any) -> None:
-        Path(path).write_bytes(b"half a checkpoint")
-        raise InterruptedError
+    def half(content: Any, file: BinaryIO) -> None:
+        file.write(b"half a checkpoint")
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr("lightning.Trainer.save_checkpoint", half)
-        run(composed(f"resume={folder}"), "not used")
+    with monkeypatch.context() as patch:
+        patch.setattr("localfeat.artifacts.checkpoint_files.torch.save", half)
+        assert child_exit(lambda: run(composed(f"resume={folder}"), "not used")) == -signal.SIGKILL
+    assert [path for path in folder.rglob("*.part")]
     assert (folder / "checkpoints" / "last.ckpt").read_bytes() == before
     assert_same_run(folder, run(composed(f"resume={folder}"), "not used"), whole("feature_recon"))
 
@@ -170,13 +171,13 @@ def test_law_6_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
 def test_law_6_when_checkpoints_are_written(
     every: int, accumulate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every so many batches; later, if gradients are being accumulated or the epoch is about to end."""
+    """Every so many batches; later, if the epoch is about to end. Accumulated gradients are saved, too."""
     written = []
 
     def note(trainer: Any, file: Path) -> None:
         written.append((trainer.global_step, file.stem))
 
-    monkeypatch.setattr(checkpoints, "save_whole", note)
+    monkeypatch.setattr("lightning.Trainer.save_checkpoint", note)
     monkeypatch.setattr("localfeat.training._load_best", lambda *_: None)
     small_run(
         tmp_path,
@@ -192,8 +193,6 @@ def test_law_6_when_checkpoints_are_written(
         in_epoch = (step - 1) % BATCHES + 1
         if in_epoch == BATCHES:
             due = due or step // BATCHES in (2, 3)  # every second epoch, and the last
-        elif in_epoch % accumulate:
-            continue
         if due:
             expected.append(step)
             due = False
@@ -201,23 +200,44 @@ def test_law_6_when_checkpoints_are_written(
     assert {step for step, name in written if name == "best"} <= {BATCHES, 2 * BATCHES, 3 * BATCHES}
 
 
-def test_law_6_a_used_folder_keeps_nothing_of_the_run_before(tmp_path: Path) -> None:
+@quickly
+def test_law_6_a_folder_with_a_run_in_it_takes_no_other(tmp_path: Path) -> None:
+    """Neither one that has ended nor one that can go on; what died before its first checkpoint makes room."""
     small_run(tmp_path, "epochs=1")
+    assert_refused_untouched(tmp_path, "holds a run that has ended", "method=greedy_ce")
+    (tmp_path / "summary.json").unlink()
+    assert_refused_untouched(tmp_path, "was cut short: resume=", "method=greedy_ce")
+    for name in ("best", "last"):
+        (tmp_path / "checkpoints" / f"{name}.ckpt").unlink()
     earlier = (tmp_path / "metrics.csv").read_bytes()
     summary = small_run(tmp_path, "epochs=1", "method=greedy_ce", "dataset.val_fraction=0")
-    assert files_below(tmp_path) == FILES - {"checkpoints/best.ckpt"} | {"metrics.1.csv"}
+    assert files_below(tmp_path) == FILES - {"checkpoints/best.ckpt"} | {"metrics.1.csv", "reconstructions.png"}
     assert (tmp_path / "metrics.1.csv").read_bytes() == earlier
     assert summary["best_epoch"] is None and summary["val_accuracy"] is None
 
 
+def assert_refused_untouched(folder: Path, line: str, *overrides: str) -> None:
+    before = {name: (folder / name).read_bytes() for name in files_below(folder)}
+    with pytest.raises(UserError, match=line):
+        small_run(folder, *overrides)
+    assert {name: (folder / name).read_bytes() for name in files_below(folder)} == before
+
+
 @quickly
-def test_law_6_a_run_that_cannot_be_touches_no_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "key"),
+    [
+        ("split.modules=9", "split"),
+        ("method.temperature=-1", "temperature"),
+        ("dataset.batch_size=5000", "batch_size"),
+        ("epochs=0", "epochs"),
+    ],
+)
+def test_law_6_a_run_that_cannot_be_touches_no_file(wrong: str, key: str, tmp_path: Path) -> None:
     small_run(tmp_path, "epochs=1")
-    before = {name: (tmp_path / name).read_bytes() for name in files_below(tmp_path)}
-    for wrong in ("split.modules=9", "method.temperature=-1", "dataset.batch_size=5000", "epochs=0"):
-        with pytest.raises(UserError):
-            small_run(tmp_path, wrong)
-    assert {name: (tmp_path / name).read_bytes() for name in files_below(tmp_path)} == before
+    (tmp_path / "summary.json").unlink()
+    (tmp_path / "checkpoints" / "last.ckpt").unlink()  # a folder that a run could begin in
+    assert_refused_untouched(tmp_path, key, wrong)
 
 
 @pytest.mark.slow

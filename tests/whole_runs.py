@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +119,42 @@ def killed_run(folder: Path, *overrides: str, hook: str, epoch: int, batch: int 
     process.join(100)
     assert process.exitcode == -signal.SIGKILL
     assert not (folder / "summary.json").exists()
+
+
+def child_exit(action: Callable[[], object]) -> int:
+    """How a forked copy of this process ends that does ``action``: its exit code, or minus the signal's number."""
+    child = os.fork()
+    if child == 0:
+        code: Any = 99
+        try:
+            torch.set_num_threads(1)
+            action()
+            code = 0
+        except SystemExit as left:
+            code = left.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+class At(Callback):
+    """Calls ``action()`` once when ``hook`` is called in epoch ``epoch`` after ``batches`` batches of it."""
+
+    def __init__(self, hook: str, action: Callable[[], object], epoch: int = 0, batches: int = 0) -> None:
+        self.done = False
+
+        def act(trainer: lightning.Trainer, *_: Any) -> None:
+            ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            if not self.done and trainer.current_epoch == epoch and ready >= batches:
+                self.done = True
+                action()
+
+        setattr(self, hook, act)
+
+
+def watched_by(patch: pytest.MonkeyPatch, *callbacks: Callback) -> None:
+    """Every run has these callbacks too, before its own."""
+    build = training.build_callbacks
+    patch.setattr(training, "build_callbacks", lambda *a, **k: [*callbacks, *build(*a, **k)])

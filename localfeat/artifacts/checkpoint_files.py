@@ -118,7 +118,7 @@ def newest_sound(folder: Path) -> tuple[Path | None, int]:
             continue
         if complaints:
             print(f"warning: {complaints[0]}; the one before it, of batch {batches}, takes its place", file=sys.stderr)
-            os.replace(file, folder / CHECKPOINTS / LAST)
+        os.replace(file, folder / CHECKPOINTS / LAST)  # or the next checkpoint would take the damaged one for previous
         return folder / CHECKPOINTS / LAST, batches
     if complaints:
         raise UserError(f"{'; '.join(complaints)}; without {folder / CHECKPOINTS} the run begins anew")

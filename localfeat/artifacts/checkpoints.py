@@ -9,6 +9,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging
 
+from localfeat.artifacts.metrics_csv import MetricsCsv
 from localfeat.errors import Stopped
 from localfeat.run_folder import BEST, LAST
 
@@ -83,9 +84,27 @@ class LastCheckpoint(Checkpoint):
         signum = self.stop()
         if due or signum is not None:
             self._due = False
+            log_now(trainer)
             trainer.save_checkpoint(self.file)
         if signum is not None:
             raise Stopped(signum)
+
+
+def log_now(trainer: lightning.Trainer) -> None:
+    """Have loggers write what they would be given right after this hook, and have it on disk.
+
+    A run that is killed between a checkpoint and Lightning's logging would go on behind figures that nobody has
+    written. They come a second time if it is not, for the same step.
+    """
+    connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
+    if connector._first_loop_iter is None:  # at an epoch's end
+        metrics = {**connector.metrics["log"], "epoch": trainer.current_epoch}
+        connector.log_metrics(metrics, step=loop._batches_that_stepped - 1)
+    else:
+        connector.update_train_step_metrics()
+    for logger in trainer.loggers:
+        if isinstance(logger, MetricsCsv):
+            logger.sync()
 
 
 class AveragedWeights(EMAWeightAveraging):
