@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -98,36 +100,74 @@ def read_backbone_file(path: str | Path) -> BackboneFile:
     """The metadata that ``export_backbone`` wrote.
 
     Raises:
-        UserError: not such a file.
+        UserError: not such a file, or one whose metadata are of another kind.
     """
     try:
         with safe_open(check_exists(path), framework="pt") as file:
             metadata = file.metadata() or {}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a safetensors file ({error}): give a backbone.safetensors") from None
     if "architecture" not in metadata:
         raise UserError(f"{path} does not name its architecture: it was not written by export_backbone")
-    return BackboneFile(
-        architecture=metadata["architecture"],
-        num_classes=json.loads(metadata["num_classes"]),
-        img_size=json.loads(metadata["img_size"]),
-        arguments=json.loads(metadata["arguments"]),
-        mean=tuple(json.loads(metadata["mean"])),
-        std=tuple(json.loads(metadata["std"])),
-    )
+    try:
+        found = {name: json.loads(metadata[name]) for name in METADATA}
+        return TypeAdapter(BackboneFile).validate_python({"architecture": metadata["architecture"], **found})
+    except KeyError as error:
+        raise UserError(f"{path} does not name its {error.args[0]}: it was not written by export_backbone") from None
+    except (ValueError, RecursionError) as error:  # no JSON, or values of other types
+        raise UserError(f"{path} has metadata that export_backbone does not write ({type(error).__name__})") from None
+
+
+METADATA = ("num_classes", "img_size", "arguments", "mean", "std")
 
 
 def build_backbone(path: str | Path) -> nn.Module:
-    """Builds the timm model that ``export_backbone`` wrote to ``path``, with its weights."""
-    import timm
+    """Builds the timm model that ``export_backbone`` wrote to ``path``, with its weights.
 
+    Nothing is downloaded or read beside the file, and no memory is taken for a network that the weights are not of.
+
+    Raises:
+        UserError: no such file, or metadata that ask for another network than the weights', or for more than a network.
+    """
     file = read_backbone_file(path)
-    arguments = dict(file.arguments)
-    if file.img_size is not None:
-        arguments.setdefault("img_size", file.img_size)
-    model = timm.create_model(file.architecture, pretrained=False, num_classes=file.num_classes, **arguments)
+    check_blocks(path, file.arguments)
+    with torch.device("meta"):  # shapes without memory
+        planned = _plain_model(path, file)
+    check_keys(path, read_state(path), planned.state_dict(), [])
+    model = _plain_model(path, file)
     load_backbone_weights(model, path)
     return model
+
+
+def _plain_model(path: str | Path, file: BackboneFile) -> nn.Module:
+    import timm
+
+    from localfeat.network.backbone import check_arguments, model_name
+
+    sized = {} if file.img_size is None else {"img_size": file.img_size}
+    try:
+        name = model_name(file.architecture, None)
+        check_arguments(file.arguments)
+        return timm.create_model(name, pretrained=False, num_classes=file.num_classes, **{**sized, **file.arguments})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # timm's models raise anything when their arguments do not fit
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: timm's {file.architecture} cannot be built so: {reason}") from error
+
+
+def check_blocks(path: str | Path, arguments: Mapping[str, Any]) -> None:
+    """Refuse more blocks than the file has tensors, which would take for ever to build even without memory.
+
+    Raises:
+        UserError: names the argument.
+    """
+    with safe_open(path, framework="pt") as file:
+        tensors = len(file.keys())
+    for name in ("depth", "depths", "layers"):
+        counts = arguments.get(name, 0)
+        if sum(n for n in (counts if isinstance(counts, list) else [counts]) if isinstance(n, int)) > tensors:
+            raise UserError(f"{path}: {name}={counts} asks for more blocks than the file has weights")
 
 
 def load_backbone_weights(model: nn.Module, path: str | Path, *, reset_classifier: bool = False) -> None:
@@ -177,10 +217,17 @@ def classifier_prefixes(model: nn.Module) -> tuple[str, ...]:
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Name -> tensor from a safetensors or torch file, on the CPU."""
+    """Name -> tensor from a safetensors or torch file, on the CPU.
+
+    Raises:
+        UserError: no such file, one that would need code to be run, or what are no plain tensors by name.
+    """
     file = check_exists(path)
     try:
+        check_uncompressed(file)
         content = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError:
         raise UserError(f"{path} needs code to be unpickled, which is refused: save a plain state dict") from None
     except Exception as error:  # what is no weights file at all makes the readers raise anything, even IndexError
@@ -188,9 +235,30 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     for key in NESTED_UNDER:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    named = isinstance(content, Mapping) and bool(content) and all(isinstance(key, str) for key in content)
+    if not named or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path} holds no state dict: give name -> tensor, plain or under {' or '.join(NESTED_UNDER)}")
+    for name, value in content.items():
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_complex():
+            raise UserError(f"{path} has {printable(name)}, which is no plain tensor: save dense real numbers")
     return dict(content)
+
+
+def check_uncompressed(file: Path) -> None:
+    """Refuse a torch file with compressed records: torch writes none, and a few kB could unpack to gigabytes.
+
+    Raises:
+        UserError: names the file.
+    """
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                raise UserError(f"{file} is a compressed archive, which torch does not write: save a plain state dict")
+
+
+def printable(name: str) -> str:
+    """A name from a file as it can be printed in a line: without line ends and terminals' control characters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def check_exists(path: str | Path) -> Path:
@@ -202,6 +270,6 @@ def check_exists(path: str | Path) -> Path:
 
 def some(keys: set[str]) -> str:
     """The first few keys, and how many more there are."""
-    names = sorted(keys)
+    names = [printable(key) for key in sorted(keys)]
     more = f" and {len(names) - SHOWN_KEYS} more" if len(names) > SHOWN_KEYS else ""
     return ", ".join(names[:SHOWN_KEYS]) + more

@@ -40,10 +40,11 @@ def build_backbone(
         arguments: further constructor arguments of the model, e.g. ``{"depths": [2, 2, 2, 2]}``.
 
     Raises:
-        UserError: unknown name or argument, weights that cannot be downloaded, an image size that the
-            model's patches or windows cannot take.
+        UserError: unknown name or argument, one by which timm would read a file or download, weights that cannot be
+            downloaded, an image size that the model's patches or windows cannot take.
     """
     name = model_name(name, image_size, variants)
+    check_arguments(arguments or {})
     if drop_path_rate is not None and not 0 <= drop_path_rate < 1:
         raise UserError(f"backbone.drop_path_rate={drop_path_rate}: it lies in [0, 1)")
     options: dict[str, Any] = {**(arguments or {}), "num_classes": num_classes}
@@ -71,9 +72,41 @@ def model_name(name: str, image_size: int | None, variants: Mapping[int, str] | 
         UserError: timm does not know it.
     """
     chosen = (variants or {}).get(image_size or 0, name)
-    if not timm.is_model(chosen):
+    architecture, _, tag = chosen.partition(".")  # a tag names pretrained weights; hf-hub:… and paths are no names
+    if not timm.is_model(architecture) or (tag and chosen not in timm.list_pretrained(f"{architecture}.*")):
         raise UserError(f"backbone.name={chosen}: timm has no such model (see timm.list_models())")
     return chosen
+
+
+_NO_ARGUMENTS = (
+    "checkpoint_path",
+    "cache_dir",
+    "features_only",
+    "pruned",
+    "kwargs_filter",
+    "num_classes",
+    "scriptable",
+)
+_OVERLAY = ("input_size", "fixed_input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation", "pool_size")
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments of ``timm.create_model`` by which it reads files, downloads, or makes no plain model.
+
+    Of ``pretrained_cfg_overlay`` what says how images are to be prepared is left.
+
+    Raises:
+        UserError: names the argument.
+    """
+    for name, value in arguments.items():
+        if name == "pretrained_cfg_overlay" and isinstance(value, Mapping):
+            if other := [key for key in value if key not in _OVERLAY]:
+                raise UserError(f"backbone.arguments.{name}: {other[0]} is not to be set, only {', '.join(_OVERLAY)}")
+        elif name in _NO_ARGUMENTS or str(name).startswith("pretrained"):
+            raise UserError(
+                f"backbone.arguments.{name}: it is no argument of a network's own; initial weights come from "
+                "backbone.pretrained=true or backbone.weights=<file>"
+            )
 
 
 def _takes_img_size(name: str) -> bool:
