@@ -1,13 +1,12 @@
-"""CIFAR-10/100, STL-10 and SVHN, read and downloaded by torchvision's own dataset classes.
+"""CIFAR-10/100, STL-10 and SVHN, as torchvision's dataset classes know them.
 
 torchvision is imported when a source is used. File names and checksums are taken from its classes at that moment.
 """
 
-import http.client
-import socket
-import tarfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import hashlib
+import io
+import pickle
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,24 +15,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from localfeat.data import download
 from localfeat.data.labelled import TensorImages
+from localfeat.data.names import shown
 from localfeat.data.sources import check_labels
 from localfeat.errors import UserError
 
-_NETWORK_TIMEOUT = 30.0  # seconds without a byte; torchvision itself would wait for ever
-_DOWNLOAD_ERRORS = (OSError, EOFError, RuntimeError, tarfile.TarError, http.client.HTTPException)
+_READ_ERRORS = (*download.ERRORS, LookupError, TypeError, AttributeError, pickle.UnpicklingError)
+_PICKLED_ARRAYS = {  # what the pickles of CIFAR are made of
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+}
 
 Arrays = tuple[np.ndarray, np.ndarray, list[str]]  # images (N, 3, h, w) uint8, labels (N,), class names
 
 
 @dataclass(frozen=True)
 class Files:
-    """What a dataset needs on disk: paths relative to its root with md5, and where they come from.
+    """What a dataset needs on disk: path relative to its root -> md5, and where the files come from.
 
-    ``archives`` are (url, file name, md5); those ending in .tar.gz are unpacked into the root.
+    ``archives`` are (url, file name, md5); of those ending in .tar.gz the wanted files are unpacked into the root. A
+    file whose md5 is None, not published, holds the names of the classes, one in a line.
     """
 
-    wanted: list[tuple[str, str | None]]
+    wanted: dict[str, str | None]
     archives: list[tuple[str, str, str]]
 
 
@@ -60,11 +67,13 @@ class TorchvisionSource:
     _names: list[str] | None = field(default=None, repr=False)
 
     def prepare(self, download: bool) -> None:
-        """Download what is missing or damaged, if ``download``; ``UserError`` if files stay missing."""
+        """Download what is missing or damaged, if ``download``; ``UserError`` if files stay missing.
+
+        Several processes may do that at the same time: one works, the others wait for it.
+        """
         missing = self._missing()
         if missing and download:
-            self._download(missing)
-            missing = self._missing()
+            missing = self._download(missing)
         if missing:
             raise UserError(f"{self._complaint(missing)}; {self._remedy()}, or set download=true")
 
@@ -77,12 +86,18 @@ class TorchvisionSource:
     def load(self, split: str) -> TensorImages:
         try:
             images, labels, names = self.read(self.root, split)
-        except _DOWNLOAD_ERRORS as error:
-            raise UserError(f"cannot read {self.name} in {self.root}: {_one_line(error)}; {self._remedy()}") from error
+        except _READ_ERRORS as error:
+            raise UserError(
+                f"cannot read {self.name} in {shown(self.root)}: {_one_line(error)}; {self._remedy()}"
+            ) from error
         if len(names) != self.num_classes:
-            raise UserError(f"{self.name} in {self.root} names {len(names)} classes; {self.num_classes} are expected")
+            raise UserError(
+                f"{self.name} in {shown(self.root)} names {len(names)} classes; {self.num_classes} are expected"
+            )
         targets = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
-        check_labels(f"{self.name} ({split}) in {self.root}", targets, self.num_classes, every_class=split == "train")
+        check_labels(
+            f"{self.name} ({split}) in {shown(self.root)}", targets, self.num_classes, every_class=split == "train"
+        )
         self._names = names
         return TensorImages(_tensor(images), targets)
 
@@ -94,34 +109,38 @@ class TorchvisionSource:
         return self._names
 
     def _missing(self) -> list[str]:
+        return [path for path, md5 in self.files().wanted.items() if not self._is_sound(self.root / path, md5)]
+
+    def _is_sound(self, file: Path, md5: str | None) -> bool:
         from torchvision.datasets.utils import check_integrity
 
-        return [path for path, md5 in self.files().wanted if not check_integrity(self.root / path, md5)]
+        try:
+            if md5 is None:
+                return file.is_file() and len(file.read_bytes().splitlines()) == self.num_classes
+            return check_integrity(file, md5)
+        except OSError:  # it is there and cannot be read
+            return False
 
-    def _download(self, missing: list[str]) -> None:
-        from torchvision.datasets.utils import check_integrity, download_and_extract_archive, download_url
-
-        existed = self.root.exists()
-        for url, filename, md5 in self.files().archives:
-            unpack = filename.endswith(".tar.gz")
-            if not unpack and filename not in missing:
-                continue
-            fetch = download_and_extract_archive if unpack else download_url
-            try:
-                with _timeout(_NETWORK_TIMEOUT):
-                    fetch(url, str(self.root), filename=filename, md5=md5)
-            except _DOWNLOAD_ERRORS as error:
-                if not check_integrity(self.root / filename, md5):
-                    with suppress(OSError):  # root may be no folder
-                        (self.root / filename).unlink(missing_ok=True)  # a half file is of no use to the next run
-                if not existed:
-                    with suppress(OSError):  # not empty
-                        self.root.rmdir()
-                reason = f"downloading {url} failed ({_one_line(error)})"
-                raise UserError(f"{self._complaint(missing)}, and {reason}; {self._remedy()}") from error
+    def _download(self, missing: list[str]) -> list[str]:
+        """Fetch and unpack; returns what is missing then."""
+        files, url = self.files(), ""
+        try:
+            with download.sole_writer(self.root, [*(name for _, name, _ in files.archives), *files.wanted]):
+                missing = self._missing()  # another process may have fetched them meanwhile
+                for url, name, md5 in files.archives:
+                    wanted = {path: files.wanted[path] for path in missing}
+                    if name.endswith(".tar.gz") and wanted:
+                        download.fetch(url, self.root / name, md5)
+                        download.unpack(self.root / name, md5, self.root, wanted)
+                    elif name in wanted:
+                        download.fetch(url, self.root / name, md5)
+                return self._missing()
+        except download.ERRORS as error:
+            reason = f"downloading {url or files.archives[0][0]} failed ({_one_line(error)})"
+            raise UserError(f"{self._complaint(missing)}, and {reason}; {self._remedy()}") from error
 
     def _complaint(self, missing: list[str]) -> str:
-        return f"{self.name}: missing or damaged in {self.root.absolute()}: {', '.join(missing)}"
+        return f"{self.name}: missing or damaged in {shown(self.root.absolute())}: {', '.join(missing)}"
 
     def _remedy(self) -> str:
         sources = ", ".join(url for url, _, _ in self.files().archives)
@@ -155,18 +174,48 @@ def _cifar_files(class_name: str) -> Files:
 
     cls = getattr(datasets, class_name)
     listed = [*cls.train_list, *cls.test_list, [cls.meta["filename"], cls.meta["md5"]]]
-    wanted = [(f"{cls.base_folder}/{name}", md5) for name, md5 in listed]
+    wanted = {f"{cls.base_folder}/{name}": md5 for name, md5 in listed}
     return Files(wanted, [(cls.url, cls.filename, cls.tgz_md5)])
 
 
 def _cifar_reader(class_name: str) -> Callable[[Path, str], Arrays]:
+    """torchvision's classes verify the files and then open them again to unpickle them; this leaves no time between."""
+
     def read(root: Path, split: str) -> Arrays:
         from torchvision import datasets
 
-        data = getattr(datasets, class_name)(str(root), train=split == "train")
-        return data.data.transpose(0, 3, 1, 2), data.targets, data.classes
+        cls = getattr(datasets, class_name)
+        folder = root / cls.base_folder
+        parts = [
+            _unpickled(folder / name, md5) for name, md5 in (cls.train_list if split == "train" else cls.test_list)
+        ]
+        images = np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32)
+        labels = [label for part in parts for label in part["labels" if "labels" in part else "fine_labels"]]
+        names = _unpickled(folder / cls.meta["filename"], cls.meta["md5"])[cls.meta["key"]]
+        return images, np.asarray(labels), names
 
     return read
+
+
+def _unpickled(file: Path, md5: str) -> dict[str, Any]:
+    """What a file of CIFAR holds; nothing of a file with another checksum is looked at.
+
+    Raises:
+        RuntimeError: another checksum.
+    """
+    content = file.read_bytes()
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+        raise RuntimeError(f"{file.name} is damaged: it has another checksum than it should have")
+    return _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Refuses code, whatever a checksum says."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _PICKLED_ARRAYS:
+            raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no array")
+        return super().find_class(module, name)
 
 
 def _labelled_stl10() -> Any:
@@ -182,9 +231,11 @@ def _labelled_stl10() -> Any:
 
 def _stl10_files() -> Files:
     cls = _labelled_stl10()
-    wanted = [(f"{cls.base_folder}/{name}", md5) for name, md5 in [*cls.train_list, *cls.test_list]]
-    # Published without a checksum; it only has to exist.
-    return Files([*wanted, (f"{cls.base_folder}/{cls.class_names_file}", None)], [(cls.url, cls.filename, cls.tgz_md5)])
+    wanted: dict[str, str | None] = {
+        f"{cls.base_folder}/{name}": md5 for name, md5 in [*cls.train_list, *cls.test_list]
+    }
+    wanted[f"{cls.base_folder}/{cls.class_names_file}"] = None
+    return Files(wanted, [(cls.url, cls.filename, cls.tgz_md5)])
 
 
 def _read_stl10(root: Path, split: str) -> Arrays:
@@ -196,7 +247,7 @@ def _svhn_files() -> Files:
     from torchvision.datasets import SVHN
 
     archives = [tuple(SVHN.split_list[split]) for split in ("train", "test")]
-    return Files([(filename, md5) for _, filename, md5 in archives], archives)
+    return Files({filename: md5 for _, filename, md5 in archives}, archives)
 
 
 def _read_svhn(root: Path, split: str) -> Arrays:
@@ -211,14 +262,4 @@ def _tensor(images: np.ndarray) -> Tensor:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-@contextmanager
-def _timeout(seconds: float) -> Iterator[None]:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+    return shown(" ".join(str(error).split())) or type(error).__name__
