@@ -94,14 +94,14 @@ class Divergence:
         losses = torch.stack([batch.figures[f"train/module_{n}/loss"] for n in range(1, len(skipped) + 1)])
         for module, finite in enumerate(losses.isfinite().tolist()):
             if not finite:
-                self._suspects[module] = batch, self._trouble(module, batch, optimizers)
+                self._suspects[module] = batch, self.nonfinite.trouble(module, batch.figures, optimizers[module])
             elif not in_a_row[module]:
                 self._suspects.pop(module, None)
         for module, count in enumerate(skipped):
             if count and module not in self._named:
-                self._name(module, batch, optimizers, now=in_a_row[module] > 0)
+                self._name(module, batch, optimizers, now=in_a_row[module] > 0 and self.nonfinite.stepped)
         for module, count in enumerate(in_a_row):
-            if limit is not None and count >= limit:
+            if limit is not None and count >= limit and self.nonfinite.stepped:
                 raise RunFailed(self._last_words(module, count, *self._suspect(module, batch, optimizers)))
         if losses.is_cuda:
             self._suspects.clear()  # the memory of their images; the next look is many batches away
@@ -111,11 +111,9 @@ class Divergence:
         facts = {"module": f"module_{module + 1}", "term": operation, "value": "nan"}
         return RunFailed(f"module {module + 1} at {batch}: {operation}; {batch.write(facts)}")
 
-    def _trouble(self, module: int, batch: Batch, optimizers: Sequence[torch.optim.Optimizer]) -> Trouble:
-        return self.nonfinite.trouble(module, batch.figures, optimizers[module])
-
     def _suspect(self, module: int, batch: Batch, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[Batch, Trouble]:
-        return self._suspects.get(module) or (batch, self._trouble(module, batch, optimizers))
+        known = self._suspects.get(module)
+        return known or (batch, self.nonfinite.trouble(module, batch.figures, optimizers[module]))
 
     def _name(self, module: int, batch: Batch, optimizers: Sequence[torch.optim.Optimizer], *, now: bool) -> None:
         self._named.add(module)

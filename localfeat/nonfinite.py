@@ -135,6 +135,7 @@ class NonFinite:
         if self._scaler_skips is not None:
             self._scaler_skips = self._scaler_skips.to(device)
         for window in self._windows:
+            window.norms = None
             window.held = [tensor.to(device) for tensor in window.held]
             window.trace = None if window.trace is None else window.trace.to(device)
 
@@ -214,6 +215,11 @@ class NonFinite:
         return [int(count) for count in self._in_a_row.tolist()]
 
     @property
+    def stepped(self) -> bool:
+        """Whether there was a step since the fit began; until then the counts are those of a checkpoint."""
+        return self._windows[-1].norms is not None
+
+    @property
     def scaler_skips(self) -> int | None:
         """Steps that the GradScaler left out by itself; None without one."""
         return None if self._scaler_skips is None else int(self._scaler_skips)
@@ -268,4 +274,4 @@ def _norms(gradients: Sequence[Tensor], module: nn.Module) -> Tensor:
         return next(module.parameters()).new_zeros(1)
     if gradients[0].device.type == "meta":  # which has no foreach kernels
         return torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
-    return torch.stack(torch._foreach_norm(gradients))
+    return torch.stack(torch._foreach_norm(list(gradients)))

@@ -44,6 +44,7 @@ class Mutant:
 
 
 LEARNER = "localfeat/learner.py"
+STEPPING = "localfeat/stepping.py"
 MODULE = "localfeat/network/local_module.py"
 OBJECTIVE = "localfeat/objectives/objective.py"
 TESTS_OF_LEARNER = ["tests/test_learner.py", "tests/test_learner_precision.py"]
@@ -74,7 +75,7 @@ MUTANTS = [
     Mutant(
         "2",
         "gradients stay allocated as zeros",
-        LEARNER,
+        STEPPING,
         {"optimizer.zero_grad(set_to_none=True)": "optimizer.zero_grad(set_to_none=False)"},
     ),
     Mutant("2", "the images are kept to the end", LEARNER, {"                images = None": "                pass"}),
@@ -83,7 +84,8 @@ MUTANTS = [
         "undetached losses are kept for the means",
         LEARNER,
         {
-            'figures[f"{prefix}/loss"] = output.loss.detach()': 'figures[f"{prefix}/loss"] = output.loss',
+            "self.figures.add(index, output, labels)": "self.figures.add(index, output, labels)\n"
+            "            self.kept = [*(self.kept if index else []), output.loss]",
             "self.manual_backward(loss / window)": "self.manual_backward(loss, retain_graph=True)",
         },
     ),
@@ -116,7 +118,7 @@ MUTANTS = [
     Mutant(
         "3",
         "auxiliary parts are not given to the optimizer",
-        LEARNER,
+        STEPPING,
         {"self.optimization.build(module, ": "self.optimization.build(module.blocks, "},
     ),
     Mutant(
@@ -148,7 +150,7 @@ MUTANTS = [
             )
         },
     ),
-    Mutant("5", "gradients are not clipped", LEARNER, {"if self.optimization.gradient_clip is not None:": "if False:"}),
+    Mutant("5", "gradients are not clipped", STEPPING, {"if self.optimization.gradient_clip is not None:": "if False:"}),
     Mutant("5", "the schedule is not stepped", LEARNER, {"            scheduler.step()": "            pass"}),
     Mutant(
         "5",
@@ -192,7 +194,7 @@ MUTANTS = [
     Mutant(
         "count",
         "global_step counts every optimizer",
-        LEARNER,
+        STEPPING,
         {"for optimizer in found[:-1]:": "for optimizer in found[:0]:"},
         ["tests/test_learner.py", "-k", "global_step or max_steps"],
     ),
@@ -200,13 +202,13 @@ MUTANTS = [
         "count",
         "batches that only accumulate are not counted",
         LEARNER,
-        {"if not steps:  # the": "if False:  # the"},
+        {"        else:  # the trainer": "        elif False:  # the trainer"},
         ["tests/test_learner.py", "-k", "global_step or max_steps"],
     ),
     Mutant(
         "precision",
         "backward under autocast",
-        LEARNER,
+        STEPPING,
         {"with torch.autocast(self.device.type, enabled=False):\n            super()": "if True:\n            super()"},
         ["tests/test_learner_precision.py"],
     ),

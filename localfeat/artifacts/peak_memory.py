@@ -217,6 +217,7 @@ def existing_tensors(trainer: lightning.Trainer, pl_module: lightning.LightningM
         if parameter.grad is not None:
             yield parameter.grad
     yield from pl_module.buffers()
+    yield from getattr(getattr(pl_module, "nonfinite", None), "held", [])  # copies of BatchNorm's statistics
     yield from averaged_tensors(trainer, pl_module.device)
     state = [optimizer.state_dict()["state"] for optimizer in trainer.optimizers]
     yield from (leaf for leaf in tree_leaves([state, batch]) if isinstance(leaf, Tensor))
