@@ -18,7 +18,8 @@ WITHOUT_EFFECT = (
     "seed", "dataset.seed", "output_dir", "resume", "test", "logger", "callbacks.progress_bar",
     "callbacks.checkpoint_every_n_epochs", "callbacks.checkpoint_every_n_batches", "dataset.root", "dataset.download",
     "dataset.num_workers", "dataset.in_memory", "dataset.image_size", "dataset.batch_size",
-    "trainer.log_every_n_steps", "trainer.num_sanity_val_steps", "split",
+    "trainer.log_every_n_steps", "trainer.num_sanity_val_steps", "trainer.detect_anomaly",
+    "optimizer.stop_after_nonfinite", "split",
 )  # fmt: skip
 """Keys that change no result, follow another key, or are known better from the summary (the split)."""
 
