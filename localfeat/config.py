@@ -227,7 +227,33 @@ def saved_config(folder: str | Path) -> dict[str, Any]:
     config = read_yaml(file)
     if not isinstance(config, dict):
         raise UserError(f"{file} cannot be read: it holds no keys with values")
-    missing = [group for group in ("dataset", "backbone", "split", "method") if not isinstance(config.get(group), dict)]
+    missing = [group for group in _GROUPS if not isinstance(config.get(group), dict)]
     if missing:
         raise UserError(f"{folder} is not the folder of a run: its config.yaml has no {', '.join(missing)}")
     return config
+
+
+_GROUPS = ("dataset", "backbone", "split", "method")
+
+
+def saved_network(folder: str | Path) -> dict[str, Any]:
+    """The same for those who build the run's network again: what that takes is there, and of its type.
+
+    Raises:
+        UserError: see :func:`saved_config`; a part that is missing or of another type.
+    """
+    config = saved_config(folder)
+    try:
+        check_types(_network, {key: config.get(key) for key in ("image_size", "decoder", "optimizer")}, "")
+        check_types(_backbone, {key: config["backbone"].get(key) for key in ("name", "variants")}, "backbone")
+    except UserError as error:
+        raise UserError(f"{Path(folder) / 'config.yaml'} cannot be read: {error}") from error
+    return config
+
+
+def _network(image_size: int, decoder: dict[str, Any], optimizer: dict[str, Any]) -> None:
+    """What a network is built of beside ``_GROUPS``, and the types."""
+
+
+def _backbone(name: str, variants: dict[int, str]) -> None:
+    """Likewise of the backbone."""

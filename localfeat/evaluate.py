@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from localfeat.cli import one_line_errors, parse_arguments
-from localfeat.config import saved_config
+from localfeat.config import saved_network
 from localfeat.errors import UserError
+from localfeat.outputs import check_output
+from localfeat.writing import failing_in_one_line, write_whole
 
 USAGE = """
 python -m localfeat.evaluate run=<folder> [split=test] [checkpoint=best] [root=<folder>] [json=<file>]
@@ -38,7 +40,7 @@ def evaluate(
     if split not in ("train", "val", "test"):
         raise UserError(f"split={split}: it is train, val or test")
     folder = Path(folder)
-    config = saved_config(folder)
+    config = saved_network(folder)
     if root is not None:
         config["dataset"]["root"] = str(root)
     datamodule = build_datamodule(config)
@@ -60,10 +62,14 @@ def main() -> None:
         arguments = parse_arguments(
             USAGE, {"run": ..., "split": "test", "checkpoint": "best", "root": None, "json": None}
         )
+        if empty := [key for key, value in arguments.items() if value == ""]:
+            raise UserError(f"{empty[0]}= is empty: give a value")
+        json_file = None if arguments["json"] is None else check_output("json", arguments["json"])
         figures = evaluate(arguments["run"], arguments["split"], arguments["checkpoint"], arguments["root"])
         print("{split}: accuracy {accuracy:.2%}, loss {loss:.4f}, {images} images".format(**figures))
-        if arguments["json"]:
-            Path(arguments["json"]).write_text(json.dumps(figures, indent=2) + "\n")
+        if json_file is not None:
+            with failing_in_one_line(json_file):
+                write_whole(json_file, f"{json.dumps(figures, indent=2)}\n".encode())
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from localfeat.cli import one_line_errors, parse_arguments
 from localfeat.config import saved_config
 from localfeat.errors import UserError
+from localfeat.inside import check_inside
+from localfeat.outputs import whole_number
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,6 +57,8 @@ def main() -> None:
         if arguments["wandb"] not in ("true", "false"):
             raise UserError(f"wandb={arguments['wandb']}: it is true or false")
         saved_config(arguments["run"])  # refused before what takes seconds to import
+        if arguments["output"] is None:  # the run's own folder
+            check_inside(arguments["run"])
         request = _request(arguments)
         from localfeat.inspection.inspecting import inspect_run
         from localfeat.inspection.upload import upload
@@ -68,17 +72,12 @@ def main() -> None:
 def _request(arguments: dict[str, Any]) -> Request:
     from localfeat.inspection.inspecting import Request
 
-    def number(key: str) -> int:
-        if not arguments[key].isdecimal():
-            raise UserError(f"{key}={arguments[key]}: it is a number of images, at least 2")
-        return int(arguments[key])
-
     return Request(
         run=Path(arguments["run"]),
         e2e=Path(arguments["e2e"]) if arguments["e2e"] is not None else None,
         split=arguments["split"],
-        images=number("images"),
-        train_images=number("train_images"),
+        images=whole_number("images", arguments["images"], least=2),
+        train_images=whole_number("train_images", arguments["train_images"], least=2),
         checkpoint=arguments["checkpoint"],
         root=arguments["root"],
         output=Path(arguments["output"]) if arguments["output"] is not None else None,

@@ -12,6 +12,7 @@ from localfeat.cli import check_arguments, one_line_errors, report
 from localfeat.config import plain, register_resolvers
 from localfeat.errors import UserError
 from localfeat.paths import conf_dir
+from localfeat.writing import failing_in_one_line, write_whole
 
 if TYPE_CHECKING:
     from localfeat.planning import Plan
@@ -149,7 +150,8 @@ def main() -> None:
     with one_line_errors():
         found, values = make_plan(arguments)
         if values["json"] not in (None, "-"):
-            Path(values["json"]).write_text(found.to_json() + "\n")
+            with failing_in_one_line(values["json"]):
+                write_whole(values["json"], f"{found.to_json()}\n".encode())
         if values["json"] == "-":
             print(found.to_json())
         else:

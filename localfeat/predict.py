@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 from localfeat.cli import one_line_errors, parse_arguments
-from localfeat.config import saved_config
+from localfeat.config import saved_network
 from localfeat.errors import UserError
+from localfeat.outputs import check_output, whole_number
+from localfeat.writing import failing_in_one_line, whole_file
 
 USAGE = """
 python -m localfeat.predict run=<folder> images=<folder> [output=predictions.csv] [checkpoint=best] [batch_size=64]
@@ -35,8 +38,10 @@ def predict(
     from localfeat.runs import open_learner, read_summary
 
     folder = Path(folder)
-    config = saved_config(folder)
-    classes: list[str] = read_summary(folder)["classes"]
+    config = saved_network(folder)
+    classes = read_summary(folder).get("classes")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{folder / 'summary.json'} is damaged: it does not name the classes")
     paths = list_images(images)
     learner = open_learner(folder, config, len(classes), checkpoint)
 
@@ -60,14 +65,20 @@ def predict(
 
 
 def write_csv(file: Path, classes: list[str], rows: Iterator[tuple[Path, list[float]]]) -> int:
-    """Write one line per image; returns how many."""
+    """Write one line per image; returns how many.
+
+    Raises:
+        RunFailed: it cannot be written.
+    """
     count = 0
-    with file.open("w", newline="") as handle:
+    with failing_in_one_line(file), whole_file(file) as binary:
+        handle = io.TextIOWrapper(binary, "utf-8", "surrogateescape", newline="", write_through=True)
         writer = csv.writer(handle)
         writer.writerow(["file", "prediction", *classes])
         for path, row in rows:
             writer.writerow([path, classes[row.index(max(row))], *(f"{value:.6f}" for value in row)])
             count += 1
+        handle.detach()
     return count
 
 
@@ -76,14 +87,11 @@ def main() -> None:
     with one_line_errors():
         defaults = {"run": ..., "images": ..., "output": "predictions.csv", "checkpoint": "best", "batch_size": "64"}
         arguments = parse_arguments(USAGE, defaults)
-        if not arguments["batch_size"].isdigit():
-            raise UserError(f"batch_size={arguments['batch_size']}: it is a number of images, at least 1")
-        output = Path(arguments["output"])
-        if not output.parent.is_dir():
-            raise UserError(f"output={output}: there is no folder {output.parent}")
-        classes, rows = predict(
-            arguments["run"], arguments["images"], arguments["checkpoint"], int(arguments["batch_size"])
-        )
+        if empty := [key for key, value in arguments.items() if value == ""]:
+            raise UserError(f"{empty[0]}= is empty: give a value")
+        batch_size = whole_number("batch_size", arguments["batch_size"], least=1)
+        output = check_output("output", arguments["output"])
+        classes, rows = predict(arguments["run"], arguments["images"], arguments["checkpoint"], batch_size)
         count = write_csv(output, classes, rows)
         print(f"{count} images -> {output}")
 

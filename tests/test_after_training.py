@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -108,7 +110,20 @@ def test_predict_writes_the_models_probabilities(
         ("predict", ["run={run}", "images=nowhere"], "no folder nowhere"),
         ("predict", ["run={run}", "images={run}/checkpoints"], "no image in"),
         ("predict", ["run={run}", "images={run}", "batch_size=many"], "batch_size=many"),
+        (
+            "predict",
+            ["run={run}", "images={run}", "batch_size=²"],
+            "batch_size=²: it is a number of images, at least 1",
+        ),
+        ("predict", ["run={run}", "images={run}", "batch_size=0"], "batch_size=0: it must be at least 1"),
+        ("predict", ["run={run}", "images={run}", f"batch_size={'9' * 5000}"], "it is a number of images, at least 1"),
         ("predict", ["run={run}", "images={run}", "output=no/such/file.csv"], "there is no folder no/such"),
+        ("predict", ["run={run}", "images={run}", "output={run}"], "give a file, this is none"),
+        ("predict", ["run={run}", "images="], "images= is empty: give a value"),
+        ("evaluate", ["run={run}", "json=no/such/file.json"], "there is no folder no/such"),
+        ("evaluate", ["run={run}", "json=/dev/null"], "json=/dev/null: give a file, this is none"),
+        ("evaluate", ["run={run}", "root="], "root= is empty: give a value"),
+        ("evaluate", ["run={run}/summary.json"], "summary.json is not the folder of a run"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -126,6 +141,48 @@ def test_mistakes_are_one_line(
     assert printed.out == ""
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
     assert line in printed.err
+
+
+def test_predictions_are_whole_or_the_old_ones(
+    run: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Also if a name of a file is no text, or an image turns out to be none after others have been written."""
+    monkeypatch.chdir(tmp_path)
+    images = tmp_path / "images"
+    shutil.copytree(digits, images)
+    os.rename(images / "0.png", os.fsencode(images) + b"/\xff.png")
+    arguments = [f"run={run}", "images=images", "batch_size=1"]
+    assert call(monkeypatch, "localfeat.predict", *arguments) == 0
+    before = (tmp_path / "predictions.csv").read_bytes()
+    assert before.count(b"\n") == 9 and b"images/\xff.png," in before
+    (images / "more" / "7.png").write_bytes(b"no image")
+    capsys.readouterr()
+    assert call(monkeypatch, "localfeat.predict", *arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and "7.png" in printed.err and len(printed.err.splitlines()) == 1
+    assert (tmp_path / "predictions.csv").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"images", "predictions.csv"}
+
+
+@pytest.mark.parametrize("module", ["evaluate", "predict"])
+def test_an_output_that_cannot_be_written_is_one_line(
+    module: str,
+    run: Path,
+    digits: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    def full(*arguments: object, **keywords: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "fsync", full)
+    output = {"evaluate": ["json=figures.json"], "predict": [f"images={digits}", "output=figures.json"]}
+    assert call(monkeypatch, f"localfeat.{module}", f"run={run}", *output[module]) == 1
+    err = capsys.readouterr().err
+    assert err == "error: figures.json cannot be written (No space left on device)\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_ended_run_is_not_resumed(

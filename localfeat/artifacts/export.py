@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from localfeat.data.names import shown
 from localfeat.errors import UserError
 from localfeat.writing import write_whole
 
@@ -240,7 +241,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path} holds no state dict: give name -> tensor, plain or under {' or '.join(NESTED_UNDER)}")
     for name, value in content.items():
         if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_complex():
-            raise UserError(f"{path} has {printable(name)}, which is no plain tensor: save dense real numbers")
+            raise UserError(f"{path} has {shown(name)}, which is no plain tensor: save dense real numbers")
     return dict(content)
 
 
@@ -256,11 +257,6 @@ def check_uncompressed(file: Path) -> None:
                 raise UserError(f"{file} is a compressed archive, which torch does not write: save a plain state dict")
 
 
-def printable(name: str) -> str:
-    """A name from a file as it can be printed in a line: without line ends and terminals' control characters."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-
-
 def check_exists(path: str | Path) -> Path:
     file = Path(path)
     if not file.is_file():
@@ -270,6 +266,6 @@ def check_exists(path: str | Path) -> Path:
 
 def some(keys: set[str]) -> str:
     """The first few keys, and how many more there are."""
-    names = [printable(key) for key in sorted(keys)]
+    names = [shown(key) for key in sorted(keys)]
     more = f" and {len(names) - SHOWN_KEYS} more" if len(names) > SHOWN_KEYS else ""
     return ", ".join(names[:SHOWN_KEYS]) + more

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from localfeat.assembly import image_size_of
 from localfeat.build import Config, build_datamodule
-from localfeat.config import saved_config
+from localfeat.config import saved_network
 from localfeat.data import ImageDataModule
 from localfeat.data.labelled import BatchLoader, LabelledImages, batch_loader
 from localfeat.errors import UserError
@@ -114,7 +114,7 @@ def open_network(folder: Path, checkpoint: str, root: str | Path | None) -> Netw
     Raises:
         UserError: no such run or checkpoint, or data that are not there.
     """
-    config = saved_config(folder)
+    config = saved_network(folder)
     if root is not None:
         config["dataset"]["root"] = str(root)
     datamodule = build_datamodule(config)
