@@ -16,11 +16,19 @@ VIEWER = {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {
 
 
 class Server(ThreadingHTTPServer):
-    """Attributes: ``rows``, run id -> rows of its history, in the order in which they came."""
+    """Attributes.
+
+    rows: run id -> rows of its history, in the order in which they came.
+    refuses: the status of every answer while it is not 200: 401 for a wrong key, 500 for a server in trouble.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Requests)
         self.rows: dict[str, list[dict[str, Any]]] = {}
+        self.refuses = 200
+
+    def handle_error(self, *_: Any) -> None:
+        """Nothing on stderr when W&B gives up waiting."""
 
     def answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
         """The data of a GraphQL answer."""
@@ -57,7 +65,9 @@ class Requests(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
-        if "file_stream" in self.path:
+        if self.server.refuses != 200:
+            self.reply({"errors": [{"message": "refused"}]})
+        elif "file_stream" in self.path:
             run = self.path.split("/")[-2]
             history = json.loads(body).get("files", {}).get("wandb-history.jsonl", {"content": []})
             self.server.rows[run] += [json.loads(line) for line in history["content"]]
@@ -74,7 +84,7 @@ class Requests(BaseHTTPRequestHandler):
 
     def reply(self, content: dict[str, Any]) -> None:
         text = json.dumps(content).encode()
-        self.send_response(200)
+        self.send_response(self.server.refuses)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import netrc
 import os
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -14,12 +14,17 @@ from urllib.parse import urlparse
 from lightning.pytorch.loggers import WandbLogger  # imports wandb only when a logger is made
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from localfeat.artifacts.deadline import within
+from localfeat.artifacts.wandb_service import LONGEST_END, abandon, line_of, quietly, seconds, warn
+from localfeat.artifacts.wandb_service import finish as finish
 from localfeat.errors import UserError
+from localfeat.writing import write_whole
 
 MODES = ("auto", "online", "offline", "disabled")
 DEFAULT_HOST = "https://api.wandb.ai"
 RUN_ID = Path("wandb", "run_id")
 LONGEST_TAG = 64  # characters
+LONGEST_CALL = 20.0  # seconds, of one call of W&B during training: it only hands over to its service
 
 AXIS = "trainer/global_step"
 """What every metric is drawn against: batches from 0, the ``step`` of metrics.csv."""
@@ -41,7 +46,7 @@ class RunLogger(WandbLogger):
     """Lightning's logger with the axes above. A row of W&B's history is a step, as in metrics.csv.
 
     The steps of a resumed run go on where its checkpoint was; what W&B online has of them already is not logged again.
-    Once a call of W&B fails, a line on stderr says so and nothing more is logged.
+    Once a call of W&B fails, or takes longer than 20 s, a line on stderr says so and nothing more is logged.
 
     Args:
         required: refuse to begin if W&B cannot be reached, instead of logging offline.
@@ -72,45 +77,61 @@ class RunLogger(WandbLogger):
         own = [*(self._wandb_init.get("tags") or ()), *(tag[:LONGEST_TAG] for tag in tags)]
         self._wandb_init["tags"] = list(dict.fromkeys(own))
         file = folder / RUN_ID
-        if resume and file.is_file():
-            self._wandb_init["id"] = self._id = file.read_text().strip()
+        if resume and (known := _run_id(file)):
+            self._wandb_init["id"] = self._id = known
         run = self._started()
+        if run is None or run.disabled:
+            return
         self.attempt(define_metrics)
+        self.attempt(lambda run: write_whole(file, f"{run.id}\n".encode()))
         if run.offline:
             print(f"W&B: offline, in {folder / 'wandb'}; wandb sync <folder of the run in there> sends it")
-        if not run.disabled:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(f"{run.id}\n")
 
-    def _started(self) -> Any:
-        """W&B's run; offline instead of online if that fails and is not ``required``."""
+    def _started(self) -> Any | None:
+        """W&B's run; offline instead of online if that fails and is not ``required``, else None."""
         from pydantic import ValidationError
         from wandb.errors import UsageError
 
         try:
-            return self.experiment
+            return quietly(lambda: self.experiment)
         except (UsageError, ValidationError) as error:
             lines = [line.strip() for line in str(error).splitlines()]
             said = lines[0] if isinstance(error, UsageError) else f"{lines[1]}: {lines[2].partition(' [type=')[0]}"
             raise UserError(f"W&B refuses this run: {said}") from error
         except Exception as error:  # no network, no permission, a service that does not start …
+            abandon()
             if self.required:
-                raise UserError(f"W&B cannot be reached ({_line(error)}): logger.mode=auto goes on offline") from error
-            _warn(f"W&B cannot be reached ({_line(error)}): this run is logged offline")
+                raise UserError(
+                    f"W&B cannot be reached ({line_of(error)}): logger.mode=auto goes on offline"
+                ) from error
+            warn(f"W&B cannot be reached ({line_of(error)}): this run is logged offline")
         self._wandb_init["mode"] = "offline"
-        return self.experiment
+        try:
+            return quietly(lambda: self.experiment)
+        except Exception as error:
+            abandon()
+            self._lose(f"W&B does not start offline either ({line_of(error)}): the run goes on without it")
+        return None
+
+    def _lose(self, line: str) -> None:
+        if not self.lost:
+            self.lost = True
+            warn(line)
 
     def attempt(self, action: Callable[[Any], object]) -> None:
         """``action(run)`` with W&B's run, which may fail without consequences for the training."""
         if self.lost:
             return
         try:
-            action(self.experiment)
+            within(LONGEST_CALL, partial(action, self.experiment))
         except UserError:
             raise
         except Exception as error:  # wandb raises errors of its own, OSError, and plain subclasses of Exception
-            self.lost = True
-            _warn(f"W&B has failed ({_line(error)}): nothing more is logged there, and the run goes on without it")
+            if isinstance(error, TimeoutError):
+                abandon()  # every other call would wait as long
+            self._lose(
+                f"W&B has failed ({line_of(error)}): nothing more is logged there, and the run goes on without it"
+            )
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -134,13 +155,10 @@ def define_metrics(run: Any) -> None:
         run.define_metric(name, step_metric=AXIS, summary=summary)
 
 
-def _line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def _warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr)
+def _run_id(file: Path) -> str:
+    """The id kept in ``file``; empty if there is none, or it is damaged."""
+    text = file.read_bytes().strip() if file.is_file() else b""
+    return text.decode() if text.isascii() and text.decode().isprintable() else ""
 
 
 def wandb_logger(
@@ -167,7 +185,7 @@ def wandb_logger(
         reconstructions_every_n_epochs: pictures of reconstructions during training, too; None: only at the end.
 
     Raises:
-        UserError: an unknown mode, "online" without a login, a number below 1.
+        UserError: an unknown mode, "online" without a login, a number below 1, a time that is no number.
     """
     from wandb import Settings
 
@@ -187,7 +205,13 @@ def wandb_logger(
         job_type=job_type,
         save_dir=save_dir,
         mode=resolve_mode(mode),
-        settings=Settings(silent=True, console="off"),
+        settings=Settings(
+            silent=True,
+            console="off",
+            init_timeout=seconds("WANDB_INIT_TIMEOUT", 30.0),
+            finish_timeout=seconds("WANDB_FINISH_TIMEOUT", LONGEST_END),
+            finish_timeout_raises=True,
+        ),
     )
 
 
@@ -226,26 +250,3 @@ def log_images(logger: WandbLogger, images: Mapping[str, str | Path]) -> None:
     """Uploads PNG files, name -> path, to the logger's run."""
     for name, path in images.items():
         logger.log_image(key=name, images=[str(path)])
-
-
-def finish(exit_code: int = 0) -> None:
-    """Closes the run of this process, if there is one, so that the next job gets its own.
-
-    Also stops wandb's service process, which leaves WANDB_SERVICE in the environment as long as it runs.
-    """
-    import wandb
-    from wandb.sdk.lib.module import unset_globals
-
-    failed: Exception | None = None
-    if wandb.run is not None:
-        try:
-            wandb.finish(exit_code)  # no ``quiet``: a TypeError in wandb 0.31
-        except Exception as error:
-            failed = error
-    try:
-        wandb.teardown()
-    except Exception as error:
-        failed = failed or error
-    if failed:  # its service has died: what that had not written is lost, and the run would be the next job's, too
-        unset_globals()
-        _warn(f"W&B has not finished properly ({_line(failed)})")

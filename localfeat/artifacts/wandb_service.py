@@ -1,0 +1,127 @@
+"""W&B's service process: how to end it in bounded time, and keep it and wandb's threads quiet."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
+
+from localfeat.artifacts.deadline import within
+from localfeat.errors import UserError
+
+LONGEST_END = 10.0  # seconds in which a run may send what is left, see ``finish``
+PREEMPTED = (128 + signal.SIGTERM, 128 + signal.SIGUSR1)  # exit codes: what batch systems send
+WANDBS_THREADS = ("NetStatThr", "ChkStopThr", "IntMsgThr")  # they ask the service something every few seconds
+
+_T = TypeVar("_T")
+
+
+def line_of(error: BaseException) -> str:
+    """What an error says, in one line."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def warn(line: str) -> None:
+    """Say on stderr what does not stop the training."""
+    print(f"warning: {line}", file=sys.stderr)
+
+
+def quietly(start: Callable[[], _T]) -> _T:
+    """What ``start()`` returns, which begins a run of wandb's: its messages and stack traces never reach the terminal.
+
+    wandb's threads die loudly with its service, and its log file prints a stack trace for every line that a full disk
+    does not take.
+    """
+    import wandb
+
+    wandb.setup(wandb.Settings(silent=True))
+    if not isinstance(threading.excepthook, _WithoutWandb):
+        threading.excepthook = _WithoutWandb(threading.excepthook)
+    loud, logging.raiseExceptions = logging.raiseExceptions, False
+    try:
+        return start()
+    finally:
+        logging.raiseExceptions = loud
+        for handler in logging.getLogger("wandb").handlers:
+            handler.handleError = lambda record: None  # type: ignore[method-assign]
+
+
+class _WithoutWandb:
+    """A ``threading.excepthook`` that leaves out wandb's threads."""
+
+    def __init__(self, hook: Any) -> None:
+        self.hook = hook
+
+    def __call__(self, found: Any) -> None:
+        if found.thread is None or found.thread.name not in WANDBS_THREADS:
+            self.hook(found)
+
+
+def seconds(variable: str, otherwise: float) -> float:
+    """A time from the environment.
+
+    Raises:
+        UserError: it is no number.
+    """
+    text = os.environ.get(variable) or str(otherwise)
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UserError(f"{variable}={text}: it must be a number of seconds") from error
+
+
+def finish(exit_code: int = 0) -> None:
+    """Closes the run of this process, if there is one, so that the next job gets its own.
+
+    Also stops wandb's service process, which leaves WANDB_SERVICE in the environment as long as it runs.
+
+    What has not been sent after 10 s, or as many as WANDB_FINISH_TIMEOUT says (0: wait as long as it takes), stays on
+    the disk for ``wandb sync``. A service that does not answer is killed soon after.
+
+    Args:
+        exit_code: of the process; W&B then calls the run finished (0), failed, or preempted (128 + SIGTERM, SIGUSR1).
+    """
+    import wandb
+
+    if wandb.run is not None:
+        limit = seconds("WANDB_FINISH_TIMEOUT", LONGEST_END)
+        try:
+            within(limit + 2 if limit else None, partial(_end, wandb.run, exit_code))
+        except (Exception, SystemExit) as error:
+            abandon()  # or the run would be the next job's, too
+            warn(f"W&B has not finished properly ({line_of(error)}): wandb sync <folder of the run in wandb/> sends it")
+            return
+    try:
+        within(LONGEST_END, partial(wandb.teardown, exit_code))
+    except (Exception, SystemExit) as error:
+        abandon()
+        warn(f"W&B's service has not ended properly ({line_of(error)})")
+
+
+def _end(run: Any, exit_code: int) -> None:
+    if exit_code in PREEMPTED:
+        run.mark_preempting()
+    run.finish(exit_code)  # no ``quiet``: a TypeError in wandb 0.31
+
+
+def abandon() -> None:
+    """Forget W&B's run and its service, without waiting: it has died, hangs, or has nobody to talk to."""
+    import wandb
+    from wandb.sdk import wandb_setup
+    from wandb.sdk.lib.module import unset_globals
+
+    connection = getattr(wandb_setup._singleton, "_connection", None)
+    process = getattr(getattr(connection, "_proc", None), "_process", None)
+    if process is not None and process.poll() is None:
+        process.kill()
+        process.wait()
+    with suppress(Exception, SystemExit):
+        within(2.0, partial(wandb.teardown, 1))
+    unset_globals()
