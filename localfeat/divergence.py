@@ -50,7 +50,10 @@ class Batch:
     def write(self, facts: Mapping[str, Any]) -> str:
         """Write it to ``nonfinite_batch.safetensors`` in the folder; returns where it is, or why it is nowhere."""
         file = Path(self.folder) / FILE
-        tensors = {"images": self.images.detach().cpu().contiguous(), "labels": self.labels.detach().cpu().contiguous()}
+        parts = {"images": self.images, "labels": self.labels}
+        if not all(isinstance(part, Tensor) for part in parts.values()):
+            return "its batch was not kept, as it is not made of tensors"
+        tensors = {name: part.detach().cpu().contiguous().clone() for name, part in parts.items()}
         known = {"epoch": self.epoch, "batch": self.index, "torch_seed": self.seed, "torch_seed_note": SEED_NOTE}
         try:
             write_whole(file, save(tensors, {name: str(value) for name, value in {**facts, **known}.items()}))

@@ -128,6 +128,8 @@ class ModulewiseSteps(lightning.LightningModule):
         """Put back what a checkpoint within an accumulation window has brought."""
         parameters = dict(self.named_parameters())
         for name, gradient in self._gradients.items():
+            if name not in parameters or parameters[name].shape != gradient.shape:
+                raise UserError(f"the checkpoint has a gradient of {name}, which is not one of this run's parameters")
             parameters[name].grad = gradient.to(parameters[name].device)
         self._gradients = {}
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from localfeat.divergence import FILE, read_batch
-from localfeat.errors import RunFailed
+from localfeat.errors import RunFailed, UserError
 from localfeat.learner import Learner
 from localfeat.nonfinite import statistics
 from localfeat.objectives import METHODS
@@ -146,6 +147,42 @@ def test_statistics_of_batchnorm_stay_too(where: int) -> None:
     assert all(statistics(module) for module in model.local_modules)
     assert [states.changed(n) for n in range(3)] == [[True, True], [False, False], [where != 0, where != 1]]
     assert model.skipped_steps == {"module_1": 1 + (where == 0), "module_2": 1 + (where == 1)}
+
+
+@pytest.mark.parametrize(("bad", "changed"), [(2, [False, False]), (3, [True, True])])
+def test_statistics_are_put_back_at_once_within_a_window(bad: int, changed: list[bool]) -> None:
+    """A validation or checkpoint in the middle of it finds them as they were before it."""
+    model, states = small("greedy_ce", "resnet", 2, accumulate=2), States()
+    images, labels = batch(16)
+    images[4 * bad] = NAN
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=4)
+    trainer(states).fit(model, data)
+    assert [states.changed(n) for n in range(4)] == [[True] * 2, [True] * 2, changed, changed]
+    assert all(t.isfinite().all() for taken in states.taken for module in taken for t in module)
+    before, after = ([state for module in states.taken[n] for state in module] for n in (2, 4))
+    assert same(before, after), "the good batch of a spoiled window leaves no trace either"
+
+
+class NobodyWaits(TorchDispatchMode):
+    """Refuses to bring a tensor's value to the host, which on a GPU waits for all that is queued."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert function is not torch.ops.aten._local_scalar_dense.default, "somebody waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_nobody_waits_for_the_device_within_a_step(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, states = Learner.training_step, States()
+
+    def watched(self: Learner, *arguments: Any) -> None:
+        with NobodyWaits():
+            original(self, *arguments)
+
+    monkeypatch.setattr(Learner, "training_step", watched)
+    model = small("greedy_ce", family, 2)
+    trainer(Overflow(0, when=lambda step: step == 1), states).fit(model, loader(2))
+    assert states.changed(1) == [False, True]
 
 
 def test_a_first_step_that_is_left_out_is_as_if_it_had_never_been() -> None:
@@ -338,6 +375,17 @@ def test_steps_in_a_row_are_counted_across_a_resume(tmp_path: Path) -> None:
         trainer(Overflow(1), SaveAt(3, file)).fit(small("greedy_ce", **settings), loader(6))
     with pytest.raises(RunFailed, match=r"module 2's gradient .* batch 3, and 4 steps"):
         trainer(Overflow(1), default_root_dir=tmp_path).fit(small("greedy_ce", **settings), loader(6), ckpt_path=file)
+
+
+def test_gradients_of_another_network_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "within.ckpt"
+    with pytest.raises(InterruptedError):
+        trainer(SaveAt(1, file)).fit(small("greedy_ce", split=2, accumulate=2), loader(2))
+    saved = torch.load(file, weights_only=True)
+    saved["gradients"]["nobody.weight"] = torch.zeros(1)
+    torch.save(saved, file)
+    with pytest.raises(UserError, match=r"a gradient of nobody\.weight"):
+        trainer().fit(small("greedy_ce", split=2, accumulate=2), Rest(2, 1), ckpt_path=file)
 
 
 def test_a_checkpoint_from_before_these_counters_loads(tmp_path: Path) -> None:
