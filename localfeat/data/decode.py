@@ -39,6 +39,7 @@ MAX_PIXELS = 100_000_000
 """Of one image: 300 MB as RGB, and eight are decoded at a time. A small file can claim any size."""
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit above is an error
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of tags that no pixel depends on
 
 _DECODE_THREADS = 8  # PIL releases the GIL while it decodes
 _CHUNK = 256
@@ -154,12 +155,14 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         # Given a file and not a name, PIL does not map it into memory: one that is cut short meanwhile would kill us.
         with _regular_file(path) as file, Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than the limit of {MAX_PIXELS:,}")
+                raise Image.DecompressionBombError
             yield image
     except MemoryError as error:
         raise RunFailed(f"{shown(path)} cannot be decoded: memory has run out") from error
     except UnidentifiedImageError as error:
         raise _bad(path, f"it is none of {', '.join(FORMATS)}, or damaged at its beginning") from error
+    except Image.DecompressionBombError as error:
+        raise _bad(path, f"it has more than {MAX_PIXELS:,} pixels, which is the limit") from error
     except Exception as error:  # decoders raise nearly everything for the right wrong bytes
         # A negative position in a damaged header is the system's "invalid argument".
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
@@ -175,5 +178,5 @@ def _regular_file(path: Path) -> BinaryIO:
 
 
 def _bad(path: Path, reason: str) -> BadImage:
-    reason = shown(" ".join(reason.split()))
+    reason = shown(" ".join(reason.split())).rstrip(".")
     return BadImage(f"cannot read the image {shown(path)}: {reason}; replace or delete this file")

@@ -149,14 +149,17 @@ class BatchLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches = super().__iter__()
-        while (batch := _next_batch(batches)) is not None:
-            if isinstance(batch, UserError | RunFailed):
-                raise batch
-            if len(batch) == 3:  # the names of files that a worker process has left out
-                bad = cast(LabelledImages, self.dataset).bad
-                assert bad is not None
-                bad.say(batch[2])
-            yield tuple(batch[:2])
+        try:
+            while (batch := _next_batch(batches)) is not None:
+                if isinstance(batch, UserError | RunFailed):
+                    raise batch
+                if len(batch) == 3:  # the names of files that a worker process has left out
+                    bad = cast(LabelledImages, self.dataset).bad
+                    assert bad is not None
+                    bad.say(batch[2])
+                yield tuple(batch[:2])
+        finally:
+            del batches  # ends the worker processes now; an exception would keep this frame and them alive
 
 
 def _next_batch(batches: Iterator[Any]) -> Any:
