@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from localfeat import trust
 from localfeat.errors import UserError
+from localfeat.hydra_guard import guard_hydra
 from localfeat.literal import read_yaml
 from localfeat.paths import conf_dir
 
@@ -30,7 +31,8 @@ AUTO = "auto"
 
 
 def register_resolvers() -> None:
-    """Make the functions known that conf/ calls as ``${localfeat.…}``."""
+    """Make the functions known that conf/ calls as ``${localfeat.…}``, and have what Hydra itself builds checked."""
+    guard_hydra()
     OmegaConf.register_new_resolver("localfeat.run_dir", _run_dir, replace=True)
     OmegaConf.register_new_resolver("localfeat.hydra_subdir", _hydra_subdir, replace=True)
     OmegaConf.register_new_resolver("localfeat.linear_lr", _linear_lr, replace=True)

@@ -126,6 +126,29 @@ def test_trust_is_what_the_environment_says_when_the_process_begins() -> None:
     assert ended.stdout == "('mine',)\n"
 
 
+OF_HYDRA = {
+    "callback": "callbacks: {evil: {_target_: hostile.make}}",
+    "handler": "job_logging: {handlers: {console: {class: hostile.Mine}}}",
+    "factory": "job_logging: {formatters: {simple: {(): hostile.make}}}",
+    "stream": "job_logging: {handlers: {console: {stream: ext://hostile.make}}}",
+    "stream of cfg": "hydra_logging: {root: {handlers: [], x: 'cfg://a'}}",
+    "launcher": "launcher: {_target_: hostile.make}",
+    "sweeper": "sweeper: {_target_: hostile.make}",
+    "variable": "job: {env_set: {LOCALFEAT_TRUST: hostile}}",
+}
+
+
+@pytest.mark.parametrize(("kind", "multirun"), [*((kind, False) for kind in OF_HYDRA), ("callback", True)])
+def test_a_configuration_file_sets_nothing_of_hydras_that_is_code(
+    kind: str, multirun: bool, marker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("conf/experiment").mkdir(parents=True)
+    Path("conf/experiment/evil.yaml").write_text(f"# @package _global_\nhydra:\n  {OF_HYDRA[kind]}\n")
+    options = ["--config-dir", "conf", *(["-m"] if multirun else [])]
+    assert "hydra." in refused(monkeypatch, capsys, "run", *options, *SMALL, "experiment=evil", "epochs=0")
+    assert not marker.exists() and "hostile" not in sys.modules and not Path("outputs").exists()
+
+
 # --- a run's own files are read as they stand ---
 
 ANCHORS = "a0: &a0 [x,x,x,x,x,x,x,x]\n" + "".join(
