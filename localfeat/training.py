@@ -42,6 +42,7 @@ from localfeat.build import (
 from localfeat.config import typed_overrides
 from localfeat.data import ImageDataModule
 from localfeat.errors import RunFailed, Stopped, UserError
+from localfeat.inside import check_inside
 from localfeat.learner import Learner
 from localfeat.locks import sole_run
 from localfeat.network import model_name
@@ -102,7 +103,9 @@ def _train(config: Config, folder: Path, stop: StopRequest, *, resume: bool) -> 
 
 
 def _check_folder(folder: Path, *, resume: bool) -> None:
-    """Refuse to train where a run would be damaged."""
+    """Refuse to train where a run would be damaged, or where files of somebody else would be written to."""
+    if folder.is_dir():
+        check_inside(folder)
     if has_ended(folder):
         if resume:
             raise UserError(f"resume={folder}: this run has ended, its summary.json is there")
@@ -290,6 +293,8 @@ def _summarise(
         seconds=speed.seconds,
         parameters=learner.parameter_counts(),
         module_losses={name.removeprefix("train/"): value for name, value in losses.items()},
+        skipped_steps=learner.skipped_steps,
+        scaler_skips=learner.scaler_skips,
         overrides=typed_overrides(folder),
         **surroundings,
     )

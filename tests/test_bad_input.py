@@ -148,7 +148,6 @@ RESUME = {
     "resume=0": "0 is not the folder of a run",
     "resume=foreign": "foreign is not the folder of a run: its config.yaml has no dataset, backbone, split, method",
     "resume=garbled": "garbled/config.yaml cannot be read: ",
-    "resume=fresh": "resume=fresh: there is no checkpoint to go on from, fresh/checkpoints/last.ckpt does not exist",
     "resume=damaged": "damaged/checkpoints/last.ckpt cannot be read (",
     "resume=ended": "resume=ended: this run has ended, its summary.json is there",
     "resume=fresh epochs=9": "resume=<folder> takes the run's own configuration: leave out epochs=9",

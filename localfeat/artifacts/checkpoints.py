@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging
 
 from localfeat.artifacts.metrics_csv import MetricsCsv
@@ -98,8 +99,8 @@ def log_now(trainer: lightning.Trainer) -> None:
     """
     connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
     if connector._first_loop_iter is None:  # at an epoch's end
-        metrics = {**connector.metrics["log"], "epoch": trainer.current_epoch}
-        connector.log_metrics(metrics, step=loop._batches_that_stepped - 1)
+        epoch = torch.tensor(trainer.current_epoch)
+        connector.log_metrics({**connector.metrics["log"], "epoch": epoch}, step=loop._batches_that_stepped - 1)
     else:
         connector.update_train_step_metrics()
     for logger in trainer.loggers:
