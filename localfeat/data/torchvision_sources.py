@@ -21,7 +21,6 @@ from localfeat.data.names import shown
 from localfeat.data.sources import check_labels
 from localfeat.errors import UserError
 
-_READ_ERRORS = (*download.ERRORS, LookupError, TypeError, AttributeError, pickle.UnpicklingError)
 _PICKLED_ARRAYS = {  # what the pickles of CIFAR are made of
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
@@ -86,18 +85,19 @@ class TorchvisionSource:
     def load(self, split: str) -> TensorImages:
         try:
             images, labels, names = self.read(self.root, split)
-        except _READ_ERRORS as error:
+        except ImportError:
+            raise
+        except Exception as error:  # readers raise nearly everything for a file damaged after it was verified
             raise UserError(
                 f"cannot read {self.name} in {shown(self.root)}: {_one_line(error)}; {self._remedy()}"
             ) from error
+        where = f"{self.name} ({split}) in {shown(self.root)}"
         if len(names) != self.num_classes:
-            raise UserError(
-                f"{self.name} in {shown(self.root)} names {len(names)} classes; {self.num_classes} are expected"
-            )
+            raise UserError(f"{where} names {len(names)} classes; {self.num_classes} are expected")
+        if len(images) != len(labels):
+            raise UserError(f"{where} holds {len(images)} images and {len(labels)} labels; {self._remedy()}")
         targets = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
-        check_labels(
-            f"{self.name} ({split}) in {shown(self.root)}", targets, self.num_classes, every_class=split == "train"
-        )
+        check_labels(where, targets, self.num_classes, every_class=split == "train")
         self._names = names
         return TensorImages(_tensor(images), targets)
 

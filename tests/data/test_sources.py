@@ -1,9 +1,6 @@
 """Sources give back exactly what lies on disk, and say in one line what is missing."""
 
-import urllib.error
-import urllib.request
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +10,7 @@ from localfeat.data import ImageDataModule
 from localfeat.data.registry import make_source
 from localfeat.errors import UserError
 from tests.data import formats
+from tests.data.serving import no_network, serve
 
 NAMES = ["cifar10", "cifar100", "stl10", "svhn"]
 CLASSES = {"cifar10": 10, "cifar100": 100, "stl10": 10, "svhn": 10}
@@ -87,7 +85,7 @@ def test_wrong_number_of_classes_is_an_error(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("download", [False, True])
 def test_missing_files_are_named(name: str, download: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("urllib.request.urlopen", _no_network)
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
     data = ImageDataModule(name, tmp_path, download=download)
     with pytest.raises(UserError) as error:
         data.prepare_data()
@@ -99,7 +97,7 @@ def test_missing_files_are_named(name: str, download: bool, tmp_path: Path, monk
 
 @pytest.mark.parametrize("name", ["cifar10", "svhn"])
 def test_interrupted_download_leaves_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _serve(monkeypatch, b"half", breaks=True)
+    serve(monkeypatch, b"half", breaks=True)
     with pytest.raises(UserError, match="reset") as error:
         make_source(name, tmp_path, 32, None).prepare(download=True)
     one_line(error)
@@ -107,7 +105,7 @@ def test_interrupted_download_leaves_nothing(name: str, tmp_path: Path, monkeypa
 
 
 def test_a_wrong_file_from_the_server_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _serve(monkeypatch, b"<html>login</html>")
+    serve(monkeypatch, b"<html>login</html>")
     with pytest.raises(UserError) as error:
         make_source("cifar10", tmp_path, 32, None).prepare(download=True)
     one_line(error)
@@ -122,7 +120,7 @@ def test_download_unpacks_and_repairs(tmp_path: Path, monkeypatch: pytest.Monkey
     packed = formats.archive(tmp_path / CIFAR10.base_folder)
     (tmp_path / "packed").write_bytes(packed)
     monkeypatch.setattr(CIFAR10, "tgz_md5", formats.md5(tmp_path / "packed"))
-    _serve(monkeypatch, packed)
+    serve(monkeypatch, packed)
     (tmp_path / CIFAR10.base_folder / "test_batch").write_bytes(b"damaged")
     source = make_source("cifar10", tmp_path, 32, None)
     with pytest.raises(UserError, match=r"missing or damaged.*test_batch"):
@@ -132,7 +130,7 @@ def test_download_unpacks_and_repairs(tmp_path: Path, monkeypatch: pytest.Monkey
     np.testing.assert_array_equal(images.numpy(), written["test"][0])
 
 
-def test_a_copied_archive_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copied_archive_needsno_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision.datasets import CIFAR100
 
     formats.write_source(monkeypatch, "cifar100", tmp_path / "elsewhere")
@@ -140,7 +138,7 @@ def test_a_copied_archive_needs_no_network(tmp_path: Path, monkeypatch: pytest.M
     root.mkdir()
     (root / CIFAR100.filename).write_bytes(formats.archive(tmp_path / "elsewhere" / CIFAR100.base_folder))
     monkeypatch.setattr(CIFAR100, "tgz_md5", formats.md5(root / CIFAR100.filename))
-    monkeypatch.setattr("urllib.request.urlopen", _no_network)
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
     source = make_source("cifar100", root, 32, None)
     source.prepare(download=True)
     assert len(source.load("test")) == 100
@@ -149,37 +147,3 @@ def test_a_copied_archive_needs_no_network(tmp_path: Path, monkeypatch: pytest.M
 def test_unknown_source() -> None:
     with pytest.raises(UserError, match=r"'mnist'.*digits, cifar10"):
         ImageDataModule("mnist")
-
-
-def _no_network(*_: Any, **__: Any) -> None:
-    raise urllib.error.URLError("no route to host")
-
-
-def _serve(monkeypatch: pytest.MonkeyPatch, content: bytes, breaks: bool = False) -> None:
-    """Answer every request with ``content``."""
-
-    def answer(request: urllib.request.Request, **_: Any) -> "_Response":
-        return _Response(request.full_url, content, breaks)
-
-    monkeypatch.setattr("urllib.request.urlopen", answer)
-
-
-class _Response:
-    """A server's answer, which may break off after its first bytes."""
-
-    def __init__(self, url: str, content: bytes, breaks: bool = False) -> None:
-        self.url, self.content, self.breaks, self.length = url, content, breaks, len(content)
-        self.position = 0
-
-    def __enter__(self) -> "_Response":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def read(self, count: int) -> bytes:
-        if self.breaks and self.position > 0:
-            raise ConnectionResetError("connection reset by peer")
-        part = self.content[self.position : self.position + count]
-        self.position += len(part)
-        return part

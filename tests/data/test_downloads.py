@@ -1,0 +1,348 @@
+"""Downloads: several processes at once, killed ones, hostile archives, files that change after they were verified."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import pickle
+import signal
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torchvision.datasets import CIFAR10, STL10
+
+from localfeat import writing
+from localfeat.data import download, torchvision_sources
+from localfeat.data.registry import make_source
+from localfeat.data.sources import Source
+from localfeat.errors import UserError
+from tests.data import formats
+from tests.data.serving import no_network, serve
+
+WANTED = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta"]
+
+
+@pytest.fixture
+def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """The archive of a small CIFAR-10 that torchvision takes for the true one."""
+    formats.write_source(monkeypatch, "cifar10", tmp_path / "made")
+    content = formats.archive(tmp_path / "made" / CIFAR10.base_folder)
+    trust(monkeypatch, content, tmp_path)
+    return content
+
+
+def trust(monkeypatch: pytest.MonkeyPatch, content: bytes, folder: Path) -> None:
+    (folder / "packed").write_bytes(content)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", formats.md5(folder / "packed"))
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+COMPLETE = {CIFAR10.filename, CIFAR10.base_folder, *(f"{CIFAR10.base_folder}/{name}" for name in WANTED)}
+
+
+def in_child(work: Callable[[], object], err: Path) -> int:
+    """Start ``work`` in a child process with its stderr in ``err``; returns its process id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        sys.stderr = err.open("w")
+        work()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def refused(source: Source, part: str, act: Callable[[Source], object]) -> None:
+    with pytest.raises(UserError, match=part) as error:
+        act(source)
+    assert str(error.value).isprintable()
+
+
+def test_two_processes_at_once_share_one_download(
+    packed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, requests = tmp_path / "a" / "root", tmp_path / "requests"
+
+    def slowly(position: int) -> None:
+        if position == 0:
+            with requests.open("a") as file:
+                file.write("x")
+            time.sleep(0.4)
+
+    serve(monkeypatch, packed, reading=slowly)
+    children = [
+        in_child(lambda: make_source("cifar10", root, 32, None).prepare(download=True), tmp_path / f"err{number}")
+        for number in range(3)
+    ]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert requests.read_text() == "x" and names(root) == COMPLETE
+    waited = [(tmp_path / f"err{number}").read_text().count("waiting for another process that") for number in range(3)]
+    assert sorted(waited) == [0, 1, 1]
+
+
+@pytest.mark.parametrize("moment", ["reading", "fetched", "unpacking", "renaming"])
+def test_a_process_that_is_killed_leaves_what_the_next_one_mends(
+    moment: str, packed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+
+    def die(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def killed() -> None:
+        serve(monkeypatch, packed, reading=lambda position: die() if moment == "reading" and position else None)
+        if moment == "fetched":
+            monkeypatch.setattr(download, "unpack", die)
+        if moment == "unpacking":
+            copy = download._copy
+            monkeypatch.setattr(
+                download, "_copy", lambda source, file, md5, name: copy(source, file, md5, name) or die()
+            )
+        if moment == "renaming":
+            monkeypatch.setattr(writing, "sync_folder", die)
+        make_source("cifar10", root, 32, None).prepare(download=True)
+
+    assert os.waitpid(in_child(killed, tmp_path / "err"), 0)[1] == signal.SIGKILL
+    assert names(root) - COMPLETE  # it has left something behind
+    for name in names(root) & {f"{CIFAR10.base_folder}/{wanted}" for wanted in WANTED}:
+        assert (root / name).read_bytes() == (tmp_path / "made" / name).read_bytes()
+    serve(monkeypatch, packed)
+    make_source("cifar10", root, 32, None).prepare(download=True)
+    assert names(root) == COMPLETE
+    assert (root / CIFAR10.base_folder / "test_batch").read_bytes() == (
+        tmp_path / "made" / CIFAR10.base_folder / "test_batch"
+    ).read_bytes()
+
+
+def test_sound_files_need_no_lock_and_no_archive(
+    packed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("nothing is to be written")
+
+    monkeypatch.setattr(download, "sole_writer", never)
+    make_source("cifar10", tmp_path / "made", 32, None).prepare(download=True)
+
+
+def test_a_file_system_without_locks_is_said(
+    packed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unsupported(file: Path) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(download, "try_lock", unsupported)
+    serve(monkeypatch, packed)
+    make_source("cifar10", tmp_path / "root", 32, None).prepare(download=True)
+    assert names(tmp_path / "root") == COMPLETE
+    assert capsys.readouterr().err.count("warning: no locks on this file system") == 1
+
+
+@pytest.mark.parametrize("kind", ["reset", "html", "full"])
+def test_what_was_there_is_not_lost_by_a_failed_download(
+    kind: str, packed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither half an archive that somebody is copying nor a damaged file that may be of use."""
+    root = tmp_path / "made"
+    half, damaged = root / CIFAR10.filename, root / CIFAR10.base_folder / "test_batch"
+    half.write_bytes(packed[:1000])
+    damaged.write_bytes(b"damaged")
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    serve(monkeypatch, b"<html>" if kind == "html" else packed, breaks=kind == "reset")
+    if kind == "full":
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "fsync", full)
+    reason = {"reset": "reset by peer", "html": "corrupted", "full": "No space left"}[kind]
+    refused(make_source("cifar10", root, 32, None), rf"test_batch, and downl.*{reason}", lambda s: s.prepare(True))
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+
+
+def test_folders_made_for_a_failed_download_are_removed(
+    packed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    refused(make_source("cifar10", tmp_path / "a/b/c", 32, None), "no route", lambda source: source.prepare(True))
+    assert not (tmp_path / "a").exists()
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    info.size = 4 if kind == tarfile.REGTYPE else 0
+    return info
+
+
+def hostile_archive(made: Path, outside: Path, *, whole: bool) -> bytes:
+    """Members that would land outside; with ``whole`` the wanted files too, else links of their names."""
+    buffer = io.BytesIO()
+    folder = CIFAR10.base_folder
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        tar.addfile(member("../evil"), io.BytesIO(b"evil"))
+        tar.addfile(member(str(outside / "evil")), io.BytesIO(b"evil"))
+        tar.addfile(member(f"{folder}/../../evil"), io.BytesIO(b"evil"))
+        tar.addfile(member("out", tarfile.SYMTYPE, str(outside)))
+        tar.addfile(member("out/evil"), io.BytesIO(b"evil"))
+        tar.addfile(member("pipe", tarfile.FIFOTYPE))
+        if whole:
+            tar.add(made / folder, arcname=folder)
+        else:
+            tar.addfile(member(folder, tarfile.SYMTYPE, str(outside)))
+            tar.addfile(member(f"{folder}/test_batch", tarfile.SYMTYPE, str(outside / "victim")))
+            tar.addfile(member(f"{folder}/batches.meta", tarfile.LNKTYPE, str(outside / "victim")))
+            tar.addfile(member(f"{folder}/data_batch_1"), io.BytesIO(b"evil"))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_no_member_of_an_archive_lands_outside(
+    whole: bool, packed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, outside = tmp_path / "deep" / "root", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "victim").write_text("unharmed")
+    content = hostile_archive(tmp_path / "made", outside, whole=whole)
+    trust(monkeypatch, content, tmp_path)
+    serve(monkeypatch, content)
+    source = make_source("cifar10", root, 32, None)
+    if whole:
+        source.prepare(download=True)
+        assert names(root) == COMPLETE
+    else:
+        refused(source, "data_batch_1 in the archive has another checksum", lambda source: source.prepare(True))
+        assert names(root) == {CIFAR10.filename, CIFAR10.base_folder}
+    assert names(outside) == {"victim"} and (outside / "victim").read_text() == "unharmed"
+    assert names(tmp_path / "deep") == {"root", *(f"root/{name}" for name in names(root))}
+    assert not any(path.is_symlink() for path in root.rglob("*"))
+
+
+def test_an_archive_without_the_files_is_one_line(
+    packed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = formats.archive(tmp_path / "made" / CIFAR10.base_folder / "test_batch")
+    trust(monkeypatch, content, tmp_path)
+    serve(monkeypatch, content)
+    refused(make_source("cifar10", tmp_path / "root", 32, None), "gz lacks ", lambda source: source.prepare(True))
+
+
+class _Command:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.file),)
+
+
+@pytest.mark.parametrize("verified", [False, True])
+def test_code_in_a_pickle_never_runs(
+    verified: bool, packed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file swapped after it was verified, and one whose checksum is right."""
+    root = tmp_path / "made"
+    source = make_source("cifar10", root, 32, None)
+    source.prepare(download=False)
+    (root / CIFAR10.base_folder / "test_batch").write_bytes(pickle.dumps(_Command(tmp_path / "ran"), protocol=2))
+    if verified:
+        formats.accept_cifar(monkeypatch, root)
+        source.prepare(download=False)
+    reason = (
+        "holds posix.mkdir, which is no array"
+        if verified
+        else "test_batch is damaged: it has another checksum than it should have"
+    )
+    refused(source, f"cannot read cifar10 in .*: .*{reason}; fetch http", lambda source: source.load("test"))
+    assert not (tmp_path / "ran").exists()
+    assert len(source.load("train")) == 100
+
+
+def test_a_file_swapped_while_it_is_read_does_not_matter(
+    packed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is unpickled are the bytes that were verified; torchvision opens the file a second time."""
+    root = tmp_path / "made"
+    read = Path.read_bytes
+
+    def swapping(path: Path) -> bytes:
+        content = read(path)
+        path.write_bytes(pickle.dumps(_Command(tmp_path / "ran"), protocol=2))
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", swapping)
+    assert len(make_source("cifar10", root, 32, None).load("test")) == 20
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10", "svhn"])
+def test_every_file_that_is_cut_short_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    formats.write_source(monkeypatch, name, tmp_path)
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    source = make_source(name, tmp_path, 32, None)
+    for wanted in source.files().wanted:  # type: ignore[attr-defined]
+        file = tmp_path / wanted
+        content = file.read_bytes()
+        cut = () if "class_names" in wanted else (content[:-1],)  # of which only the number of lines is known
+        for damage in (*cut, content[: len(content) // 2], b""):
+            file.write_bytes(damage)
+            for fetching in (False, True):
+                refused(source, f"missing or damaged in .*: {wanted}[;,].*fetch http", lambda s: s.prepare(fetching))  # noqa: B023
+            assert file.read_bytes() == damage
+        file.write_bytes(content)
+    source.prepare(download=False)
+
+
+@pytest.mark.parametrize("name", ["stl10", "svhn"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_file_damaged_after_the_check_is_one_line(
+    name: str, split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when torchvision's own check does not see it."""
+    formats.write_source(monkeypatch, name, tmp_path)
+    source = make_source(name, tmp_path, 32, None)
+    source.prepare(download=False)
+    monkeypatch.setattr("torchvision.datasets.svhn.check_integrity", lambda *_: True)
+    monkeypatch.setattr("torchvision.datasets.stl10.check_integrity", lambda *_: True)
+    file = tmp_path / ("stl10_binary/{}_X.bin" if name == "stl10" else "{}_32x32.mat").format(split)
+    content = file.read_bytes()
+    for damage in (content[: len(content) // 2], b"", b"\0" * 300, b"MATLAB 5.0" + b"\xff" * 300):
+        file.write_bytes(damage)
+        refused(source, f"{name}.* in {tmp_path}", lambda source: source.load(split))
+
+
+def test_half_a_list_of_class_names_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one file that is published without a checksum."""
+    formats.write_source(monkeypatch, "stl10", tmp_path)
+    content = formats.archive(tmp_path / STL10.base_folder)
+    (tmp_path / "packed").write_bytes(content)
+    monkeypatch.setattr(STL10, "tgz_md5", formats.md5(tmp_path / "packed"))
+    serve(monkeypatch, content)
+    file = tmp_path / STL10.base_folder / STL10.class_names_file
+    whole = file.read_bytes()
+    file.write_bytes(whole[:20])
+    make_source("stl10", tmp_path, 32, None).prepare(download=True)
+    assert file.read_bytes() == whole
+
+
+def test_python_2_s_arrays_are_read() -> None:
+    """The published files were pickled by the NumPy of that time."""
+    old = (
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\nq\x01cnumpy\nndarray\nq\x02K\x00\x85U\x01b\x87Rq\x03(K\x01K\x03"
+        b"\x85cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x03\x01\x02"
+        b"\xfftb."
+    )
+    array = torchvision_sources._ArraysOnly(io.BytesIO(old), encoding="latin1").load()
+    np.testing.assert_array_equal(array, np.array([1, 2, 255], dtype=np.uint8))
+    assert torch.from_numpy(array).dtype == torch.uint8
