@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -261,6 +262,50 @@ def test_an_image_that_a_worker_cannot_read_is_one_line(
     assert call(monkeypatch, "localfeat.run", *SHORT, *files, *less) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and "broken/train/cat/0.png" in err
+
+
+READING = ["dataset=image_folder", "dataset.root=broken", "batch_size=4", "image_size=16", "method=e2e"]
+"""Trains on the folder with one image that is cut short."""
+
+
+def replace_image(kind: str, image: Path) -> None:
+    image.unlink()
+    if kind == "pipe":
+        os.mkfifo(image)
+    elif kind == "link":
+        image.symlink_to("nowhere")
+    elif kind == "ghostscript":
+        image.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    else:  # a bitmap of 10.8 GB in 54 bytes, in a file whose name would colour the terminal
+        size = struct.pack("<IiiHHIIiiII", 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0)
+        image.with_name("\n\x1b[31m.png").write_bytes(b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + size)
+
+
+HOSTILE = {
+    "pipe": "broken/train/cat/0.png: it is a pipe, socket or device; replace or delete it",
+    "link": "broken/train/cat/0.png: it is a link that leads to no file; replace or delete it",
+    "ghostscript": "broken/train/cat/0.png: it is none of PNG, JPEG, BMP, WEBP, TIFF, PPM, GIF",
+    "bomb": r"broken/train/cat/\n\x1b[31m.png: it has more than 100,000,000 pixels, which is the limit",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_image_is_refused_in_one_line(
+    kind: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace_image(kind, here / "broken/train/cat/0.png")
+    assert HOSTILE[kind] in refused([*SHORT, *READING], here, monkeypatch, capsys)
+
+
+def test_bad_images_are_named_and_left_out_when_asked_for(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    less = ["dataset.skip_bad_images=true", "dataset.in_memory=false", "dataset.num_workers=1", "output_dir=out"]
+    limits = ["dataset.val_fraction=0", "trainer.limit_train_batches=null", "epochs=2"]
+    assert call(monkeypatch, "localfeat.run", *SHORT, *READING, *less, *limits) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert len(lines) == 1 and lines[0].startswith("warning: left out: cannot read the image ")
+    assert "broken/train/cat/0.png" in lines[0] and len(list((here / "out").rglob("summary.json"))) == 1
 
 
 def test_a_bad_job_of_a_sweep_does_not_stop_the_others(
