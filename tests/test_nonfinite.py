@@ -60,6 +60,14 @@ class Spoil(Callback):
         return {**terms, self.term: terms[self.term] * self.value}, logits
 
 
+class Added(Spoil):
+    """Adds infinity to it: the gradient stays as it was."""
+
+    def spoil(self, objective: nn.Module, inputs: Any, output: Any) -> Any:
+        terms, logits = output
+        return {**terms, self.term: terms[self.term] + (INF if self.now else 0.0)}, logits
+
+
 class Overflow(Callback):
     """Makes the gradient of one module's last parameter ``value``; its loss stays as it was."""
 
@@ -210,7 +218,7 @@ def test_the_schedule_goes_on_counting_batches() -> None:
 @pytest.mark.parametrize("bad", [0, 1])
 def test_a_bad_batch_spoils_its_window_once(bad: int, family: str) -> None:
     states, model = States(), small("greedy_ce", family, 2, accumulate=2, lr=1e-2)
-    trainer(Spoil(0, "cross_entropy", when=lambda step: step == 2 + bad), states).fit(model, loader(6))
+    trainer(Added(0, "cross_entropy", when=lambda step: step == 2 + bad), states).fit(model, loader(6))
     assert model.skipped_steps == {"module_1": 1, "module_2": 0}
     changed = lambda first: [not same(a, b) for a, b in zip(states.taken[first], states.taken[first + 2], strict=True)]  # noqa: E731
     assert [changed(n) for n in (0, 2, 4)] == [[True, True], [False, True], [True, True]]
@@ -301,11 +309,6 @@ def test_overflow_under_a_loss_scale_is_counted_apart_and_is_no_error() -> None:
 
 
 def test_under_a_loss_scale_a_bad_loss_counts_even_if_its_gradient_is_finite(tmp_path: Path) -> None:
-    class Added(Spoil):
-        def spoil(self, objective: nn.Module, inputs: Any, output: Any) -> Any:
-            terms, logits = output
-            return {**terms, self.term: terms[self.term] + (INF if self.now else 0)}, logits
-
     states, model = States(), small("greedy_ce", split=2)
     trainer(Added(0, "cross_entropy", when=lambda step: step == 1), states, plugins=fp16()).fit(model, loader(3))
     assert [states.changed(n) for n in range(3)] == [[True, True], [False, True], [True, True]]
@@ -354,7 +357,7 @@ def test_a_run_goes_on_exactly_within_a_window(step: int, family: str, tmp_path:
     """Also within one that is spoiled already, and with what was counted."""
     file = tmp_path / "within.ckpt"
     make = lambda: small("greedy_ce", family, 2, accumulate=3)  # noqa: E731
-    spoil = lambda: Spoil(0, "cross_entropy", when=lambda step: step in (1, 3))  # noqa: E731
+    spoil = lambda: Added(0, "cross_entropy", when=lambda step: step in (1, 3))  # noqa: E731
     whole, part, rest = make(), make(), make()
     trainer(Metrics(), spoil()).fit(whole, loader(9))
     with pytest.raises(InterruptedError):
