@@ -4,10 +4,10 @@
 
 Twelve small runs over all methods, in fp32 and bf16, with one, two and four local modules, averaged weights and
 accumulated gradients. Each is trained once without interruption, then again by the same command with resume=auto, which
-is killed after a random time, begun again, killed again … and in the end left alone. The time is uniform over that of
-the uninterrupted run, and begins with the process for every other kill, for the rest when it has taken its folder's
-lock. After every kill each file of the folder is read. Writes kills.json and kills.md into
-experiments/reliability/results, and leaves the runs in <folder>.
+is killed at a random moment, begun again, killed again … and in the end left alone. Every third moment is uniform over
+the time that the uninterrupted run took, from the process's beginning; the others come some milliseconds after a row of
+metrics.csv, chosen among those still to be written. After every kill each file of the folder is read. Writes kills.json
+and kills.md into experiments/reliability/results, and leaves the runs in <folder>.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from localfeat.artifacts.metrics_csv import read_rows
 from localfeat.artifacts.summary import environment
 from localfeat.cli import parse_arguments
 from localfeat.config import saved_config
-from localfeat.locks import RUN_LOCK
 from localfeat.run import main as run_main
 from localfeat.run_folder import CONFIG, SUMMARY, has_ended
 from localfeat.writing import write_whole
@@ -86,6 +85,7 @@ CASES = {
     ],
 }
 
+ROWS = 22  # of metrics.csv in the end: 21 batches and the test
 TIMED_COLUMNS = {"speed/images_per_second", "speed/outside_step"}
 OWN_TO_A_PROCESS = {"seconds", "images_per_second", "commit", "command", "overrides"}
 """What no two runs can share: wall time, the command as typed, and its folder."""
@@ -142,15 +142,14 @@ def attack(case: str, overrides: list[str], folder: Path, kills: int, generator:
         outcome.attempts += 1
         child = start(again, folder / "killed.log")
         if len(outcome.kills) < kills:
-            seconds = generator.uniform(0, outcome.seconds)
-            if len(outcome.kills) % 2 == 0:
-                wait_for_lock(folder / "killed", child)
-            time.sleep(seconds)
-            if os.waitpid(child, os.WNOHANG)[0] == 0:
+            begun = time.perf_counter()
+            running = wait_for_moment(child, folder / "killed", outcome, generator)
+            seconds = time.perf_counter() - begun
+            if running and os.waitpid(child, os.WNOHANG)[0] == 0:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 outcome.kills.append(look(folder / "killed", seconds))
-            if has_ended(folder / "killed") and len(outcome.kills) < kills:
+            if has_ended(folder / "killed"):
                 (folder / "killed" / SUMMARY).unlink()  # it was faster: it ends once more, from its last checkpoint
         else:
             assert end_of(child) == 0, folder / "killed.log"
@@ -182,11 +181,24 @@ def start(arguments: list[str], log: Path) -> int:
         os._exit(code)
 
 
-def wait_for_lock(folder: Path, child: int) -> None:
-    """Return when the process has begun to work in the folder."""
-    lock = folder / RUN_LOCK
-    while not (lock.is_file() and lock.read_text().startswith(f"process {child} ")):
-        time.sleep(0.002)
+def wait_for_moment(child: int, folder: Path, outcome: Outcome, generator: random.Random) -> bool:
+    """Return at the next moment to kill at; False if the process has ended before."""
+    if len(outcome.kills) % 3 == 0:
+        time.sleep(generator.uniform(0, outcome.seconds))
+        return True
+    file = folder / "metrics.csv"
+    row = generator.randint(min(rows_of(file), ROWS), ROWS)
+    while rows_of(file) < row:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return False
+        time.sleep(0.0005)
+    time.sleep(generator.uniform(0, 0.03))
+    return True
+
+
+def rows_of(file: Path) -> int:
+    """Lines below the first."""
+    return max(0, file.read_bytes().count(b"\n") - 1) if file.exists() else 0
 
 
 def end_of(child: int) -> int:
