@@ -9,13 +9,17 @@ from typing import TypeVar
 _T = TypeVar("_T")
 
 
+class NoAnswerError(TimeoutError):
+    """It still has not come back."""
+
+
 def within(seconds: float | None, action: Callable[[], _T]) -> _T:
     """What ``action()`` returns or raises, if it does so within ``seconds`` (None: at any time).
 
     It runs in a thread of its own, which goes on after that but does not keep the process from ending.
 
     Raises:
-        TimeoutError: it takes longer.
+        NoAnswerError: it takes longer.
     """
     if seconds is None:
         return action()
@@ -34,5 +38,5 @@ def within(seconds: float | None, action: Callable[[], _T]) -> _T:
     if errors:
         raise errors[0]
     if not results:
-        raise TimeoutError(f"no answer within {seconds:g} s")
+        raise NoAnswerError(f"no answer within {seconds:g} s")
     return results[0]

@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 from lightning.pytorch.loggers import WandbLogger  # imports wandb only when a logger is made
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from localfeat.artifacts.deadline import within
+from localfeat.artifacts.deadline import NoAnswerError, within
 from localfeat.artifacts.wandb_service import LONGEST_END, abandon, line_of, quietly, seconds, warn
 from localfeat.artifacts.wandb_service import finish as finish
 from localfeat.errors import UserError
@@ -127,7 +127,7 @@ class RunLogger(WandbLogger):
         except UserError:
             raise
         except Exception as error:  # wandb raises errors of its own, OSError, and plain subclasses of Exception
-            if isinstance(error, TimeoutError):
+            if isinstance(error, NoAnswerError):
                 abandon()  # every other call would wait as long
             self._lose(
                 f"W&B has failed ({line_of(error)}): nothing more is logged there, and the run goes on without it"

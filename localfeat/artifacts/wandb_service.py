@@ -5,18 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
-from localfeat.artifacts.deadline import within
+from localfeat.artifacts.deadline import NoAnswerError, within
 from localfeat.errors import UserError
 
 LONGEST_END = 10.0  # seconds in which a run may send what is left, see ``finish``
+LONGEST_TEARDOWN = 5.0  # seconds more, in which its service writes what it has to the disk
 PREEMPTED = (128 + signal.SIGTERM, 128 + signal.SIGUSR1)  # exit codes: what batch systems send
+BLOCK, HEADER = 32768, 7  # bytes, of wandb's file of records
 WANDBS_THREADS = ("NetStatThr", "ChkStopThr", "IntMsgThr")  # they ask the service something every few seconds
 
 _T = TypeVar("_T")
@@ -90,19 +94,27 @@ def finish(exit_code: int = 0) -> None:
     """
     import wandb
 
-    if wandb.run is not None:
+    run, file, service = wandb.run, None, _service()
+    if run is not None:
         limit = seconds("WANDB_FINISH_TIMEOUT", LONGEST_END)
+        file = None if run.disabled else Path(run.settings.sync_file)
         try:
-            within(limit + 2 if limit else None, partial(_end, wandb.run, exit_code))
+            within(limit + 2 if limit else None, partial(_end, run, exit_code))
         except (Exception, SystemExit) as error:
-            abandon()  # or the run would be the next job's, too
             warn(f"W&B has not finished properly ({line_of(error)}): wandb sync <folder of the run in wandb/> sends it")
-            return
+            if isinstance(error, NoAnswerError):
+                abandon()
+                return
+            file = None
     try:
-        within(LONGEST_END, partial(wandb.teardown, exit_code))
+        within(LONGEST_TEARDOWN, partial(wandb.teardown, exit_code))  # it writes what it has before it ends
     except (Exception, SystemExit) as error:
-        abandon()
-        warn(f"W&B's service has not ended properly ({line_of(error)})")
+        abandon(service)  # or the run would be the next job's, too
+        if run is None or file is not None:
+            warn(f"W&B's service has not ended properly ({line_of(error)})")
+        return
+    if file is not None and not is_complete(file):  # only now the service has closed it
+        warn(f"W&B has not written all of {file}: was the disk full? The run's own files have everything")
 
 
 def _end(run: Any, exit_code: int) -> None:
@@ -111,17 +123,56 @@ def _end(run: Any, exit_code: int) -> None:
     run.finish(exit_code)  # no ``quiet``: a TypeError in wandb 0.31
 
 
-def abandon() -> None:
-    """Forget W&B's run and its service, without waiting: it has died, hangs, or has nobody to talk to."""
-    import wandb
+def is_complete(file: Path) -> bool:
+    """Whether W&B's record of a run has its end: the service says nothing when a full disk does not take it.
+
+    Records stand in blocks of 32 KiB, each behind a checksum (4 bytes), a length (2) and a kind (1); the first block
+    begins with 7 bytes of its own. The last two blocks are read.
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    protocol: Any = wandb_internal_pb2
+    if not file.is_file():
+        return False
+    with file.open("rb") as content:
+        start = max(0, (file.stat().st_size - 1) // BLOCK - 1) * BLOCK
+        content.seek(start)
+        data = content.read()
+    position, kinds = (0 if start else HEADER), []
+    while position + HEADER <= len(data):
+        if BLOCK - position % BLOCK < HEADER:  # too little for another record
+            position += BLOCK - position % BLOCK
+            continue
+        length, whole = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6] == 1
+        record = data[position + HEADER : position + HEADER + length]
+        position += HEADER + length
+        if whole and len(record) == length:
+            with suppress(Exception):  # protobuf's own; a damaged record is not the end
+                kinds.append(protocol.Record.FromString(record).WhichOneof("record_type"))
+    return "exit" in kinds
+
+
+def _service() -> subprocess.Popen[bytes] | None:
+    """The process of W&B's service, if this one has started it."""
     from wandb.sdk import wandb_setup
-    from wandb.sdk.lib.module import unset_globals
 
     connection = getattr(wandb_setup._singleton, "_connection", None)
-    process = getattr(getattr(connection, "_proc", None), "_process", None)
-    if process is not None and process.poll() is None:
-        process.kill()
-        process.wait()
+    return getattr(getattr(connection, "_proc", None), "_process", None)
+
+
+def abandon(service: subprocess.Popen[bytes] | None = None) -> None:
+    """Forget W&B's run and its service, without waiting: it has died, hangs, or has nobody to talk to.
+
+    Args:
+        service: wandb itself may have forgotten it.
+    """
+    import wandb
+    from wandb.sdk.lib.module import unset_globals
+
+    service = service or _service()
+    if service is not None:
+        service.kill()
+        service.wait()
     with suppress(Exception, SystemExit):
         within(2.0, partial(wandb.teardown, 1))
     unset_globals()

@@ -136,7 +136,7 @@ def test_a_full_disk_stops_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[
         for step in range(1, 500):
             logger.log_metrics({f"module_{number}": 1.0 for number in range(100)}, step)
         assert seconds_to_finish() < 13
-    assert all(line.startswith("warning: W&B has") for line in warned(capfd))
+    assert [line.partition(" of ")[0] for line in warned(capfd)] == ["warning: W&B has not written all"]
 
 
 @pytest.mark.parametrize("mode", ["offline", "auto"])
@@ -175,6 +175,20 @@ def test_wandb_is_told_how_the_run_ended(tmp_path: Path, exit_code: int, preempt
     found = list(records(folder))
     assert [r.exit.exit_code for r in found if r.WhichOneof("record_type") == "exit"] == [exit_code]
     assert any(r.WhichOneof("record_type") == "preempting" for r in found) == preempted
+
+
+@pytest.mark.parametrize("rows", [0, 300, 1500])
+def test_a_whole_record_of_a_run_is_told_from_a_cut_one(tmp_path: Path, rows: int) -> None:
+    logger = begun(tmp_path)
+    for step in range(1, rows):
+        logger.log_metrics({f"module_{number}": 1.0 for number in range(5)}, step)
+    finish()
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert wandb_service.is_complete(file)
+    content = file.read_bytes()
+    for size in (0, 1, 7, 20, len(content) // 2, len(content) - 200):
+        file.write_bytes(content[:size])
+        assert not wandb_service.is_complete(file), size
 
 
 def test_a_time_that_is_no_number_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
