@@ -262,6 +262,12 @@ def test_the_parameter_of_a_bad_gradient_is_named(tmp_path: Path) -> None:
     assert read_batch(tmp_path / FILE)[2]["parameter"] == spoil.name
 
 
+def test_a_bad_loss_long_ago_is_not_blamed_for_a_bad_gradient(tmp_path: Path) -> None:
+    early = Spoil(2, "cross_entropy", when=lambda step: step == 0)
+    line = failing(tmp_path, early, Overflow(2, when=lambda step: step >= 2))
+    assert line.startswith("module 3's gradient") and "epoch 0, batch 4" in line
+
+
 def test_never_is_never(tmp_path: Path) -> None:
     model = small("greedy_ce", split=2, stop_after_nonfinite=None)
     trainer(Overflow(0), default_root_dir=tmp_path).fit(model, loader(12))
