@@ -24,6 +24,7 @@ from localfeat.literal import read_yaml
 from localfeat.paths import conf_dir
 
 _PARTIAL = "_partial_"
+_LONGEST_NAME = 255  # bytes, of any usual file system
 
 
 AUTO = "auto"
@@ -44,7 +45,12 @@ def _run_dir(resume: object, output_dir: object, name: object) -> str:
         return "."
     if output_dir is None or str(output_dir).strip() == "":
         raise UserError("output_dir is empty: give the folder that gets a folder for every run, e.g. outputs")
-    return f"{output_dir}/{name}"
+    folder, (_, _, last) = f"{output_dir}/{name}", str(name).partition("/")  # <date>/<time>_<source>_<method.name>
+    if not folder.isprintable():
+        raise UserError(f"output_dir={folder!a}: a folder's name has no such characters")
+    if "/" in last or len(last.encode()) > _LONGEST_NAME:
+        raise UserError(f"method.name, in {last}, is part of a folder's name: no / and fewer than 200 letters, please")
+    return folder
 
 
 def _hydra_subdir(resume: object) -> str | None:

@@ -29,7 +29,12 @@ def guard_hydra() -> None:
         return
 
     def load_configuration(*arguments: Any, **keywords: Any) -> DictConfig:
-        config: DictConfig = load(*arguments, **keywords)
+        try:
+            config: DictConfig = load(*arguments, **keywords)
+        except ValueError as error:
+            if "integer string conversion" in str(error):  # what Python reads at most
+                raise UserError("a number on the command line has more than 4300 digits") from error
+            raise
         check_hydra(config)
         return config
 

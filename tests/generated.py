@@ -62,6 +62,7 @@ NO_INT = NO_FLOAT | _of("1.5", "1e-3")
 NO_BOOL = _of("maybe", "2", "null", "[true]", "{a:true}", "nan", "''", "été", "-1", "0.5")
 NO_TEXT = _of("[a]", "{a:b}", "null", "[]", "true")
 NO_PAIR = _of("null", "3", "abc", "[1]", "[]", "[1,2,3]", "[a,b]", "{a:1}", "[nan,1]", "[[1,2],3]", "[-1,1]")
+TIMMS_NO_NUMBER = _of("abc", "{a:1}", "'Ünïcode'", "[]", "nan")  # null is timm's own value, 1.5 and true become 1
 FLAG = Key(_of("true", "false", "yes", "0"), NO_BOOL)
 
 
@@ -91,14 +92,14 @@ KEYS = {
     "test": FLAG,
     "output_dir": Key(_of("out", "'a b'", "a/b", "'ö'"), _of("null", "''", "' '")),
     "backbone.name": Key(_of("swin_tiny_patch4_window7_224"), NO_TEXT | _of("swim", "hf-hub:a/b", "local-dir:.", "''")),
-    "backbone.variants": Key(_of("{}"), _of("3", "null", "[1]", "{a:b}", "{16:[x]}", "abc")),
+    "backbone.variants": Key(_of("{}"), _of("3", "[1]", "{a:b}", "{16:[x]}", "abc")),
     "backbone.pretrained": Key(_of("false"), NO_BOOL),
     "backbone.weights": Key(_of("null"), _of("nowhere.pth", ".", "[a]", "{a:1}", "ünïcode.safetensors")),
     "backbone.drop_path_rate": _number(_of("0", "0.1", "null"), "1", "-0.1", "2", null=True),
     "backbone.arguments": Key(st.nothing(), _of("3", "[1]", "abc", "true")),
-    "backbone.arguments.patch_size": _whole(_of(2), 0, -2, 3),
-    "backbone.arguments.window_size": _whole(_of(4, 2), 0, -4),
-    "backbone.arguments.embed_dim": _whole(_of(8, 16), 0, -8, 3),
+    "backbone.arguments.patch_size": Key(_of(2), TIMMS_NO_NUMBER | _of(0, -2, 3)),
+    "backbone.arguments.window_size": Key(_of(4, 2), TIMMS_NO_NUMBER | _of(0, -4)),
+    "backbone.arguments.embed_dim": Key(_of(8, 16), TIMMS_NO_NUMBER | _of(0, -8)),
     "backbone.arguments.depths": Key(_of("[1,1,1,1]"), _of("[]", "[0,1,1,1]", "abc", "[1,a,1,1]", "[-1,1,1,1]")),
     "backbone.arguments.num_heads": Key(_of("[1,1,2,2]", "[1,2,2,4]"), _of("[3]", "[0,1,1,1]", "[a,1,1,1]", "x")),
     "optimizer.lr": ABOVE_0,
@@ -163,7 +164,7 @@ KEYS = {
     "callbacks.checkpoint_every_n_epochs": _whole(_of(1, 3), 0, -1),
     "callbacks.checkpoint_every_n_batches": _whole(_of(1, 3), 0, -1, null=True),
     "callbacks.progress_bar": FLAG,
-    "callbacks.early_stopping": _whole(st.nothing(), 0, -1),
+    "callbacks.early_stopping": _whole(st.nothing(), 0, -1, null=True),
     "callbacks.ema": _number(_of("0.9", "0.001"), "0", "1", "-1", "2", null=True),
 }
 

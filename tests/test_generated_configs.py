@@ -124,6 +124,25 @@ def test_anything_trains_or_is_one_line(command: Callable[[list[str]], Ended], o
     check_either(command(overrides))
 
 
+FOUND = {
+    "epochs=" + "9" * 5000: "more than 4300 digits",
+    "output_dir='a\x00b'": "output_dir='a\\x00b/",
+    "method.name='a/../../b'": "is part of a folder's name",
+    f"method.name={'a' * 300}": "is part of a folder's name",
+    f"backbone.weights={'a' * 5000}": "no weights file aaa",
+    "backbone.weights='a\x00b'": "no weights file a\\x00b",
+    "backbone.arguments.embed_dim=0": "cannot be built so",  # without torch's warning before it
+}
+"""What was no single line once."""
+
+
+@pytest.mark.parametrize("override", FOUND, ids=lambda text: text[:30].encode("unicode_escape").decode())
+def test_what_was_found_once(command: Callable[[list[str]], Ended], override: str) -> None:
+    ended = command([override])
+    check_mistake(ended, Mistake([override], early=True))
+    assert FOUND[override] in ended.err and ended.err.rstrip("\n").isprintable()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @given(overrides=valid())

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from localfeat import trust
-from localfeat.config import construct, saved_config, typed_overrides
+from localfeat.config import saved_config, typed_overrides
 from localfeat.errors import UserError
 from localfeat.inside import check_inside
 from localfeat.literal import LARGEST_BYTES, read_yaml
@@ -46,107 +44,6 @@ def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def copied(run: Path, tmp_path: Path) -> Path:
     """A copy of it, to be tampered with."""
     return Path(shutil.copytree(run, tmp_path / "copied"))
-
-
-# --- what a configuration may build ---
-
-FOREIGN = ["os.system", "subprocess.run", "builtins.eval", "hostile.Mine", "hostile.sub.Mine", "torch.load"]
-NO_PART = [
-    "localfeat.artifacts.checkpoint_files.os.system",
-    "localfeat.writing.os",
-    "localfeat.config.importlib",
-    "localfeat.Learner",
-    "localfeat.paths.Path",
-    "localfeat.run.main",
-    "localfeat.objectives.Method.__init__",
-    "localfeat.nothing",
-    "localfeat..Method",
-    ".localfeat.Method",
-    "localfeat",
-    "Method",
-    "",
-    None,
-    3,
-    ["localfeat.Method"],
-    {"_target_": "os.system"},
-    "localfeat.Method\n",
-    "localfeat.objectives:Method",
-]
-
-
-@pytest.mark.parametrize("path", [*FOREIGN, *NO_PART], ids=repr)
-@pytest.mark.parametrize("group", ["method", "logger"])
-def test_only_localfeats_own_parts_are_built(path: object, group: str, marker: Path) -> None:
-    before = set(sys.modules)
-    with pytest.raises(UserError, match=rf"{group}\._target_=") as caught:
-        trust.find(path, group)
-    assert ("LOCALFEAT_TRUST=" in str(caught.value)) == (path in FOREIGN)
-    assert not marker.exists() and "hostile" not in set(sys.modules) - before
-
-
-def test_parts_fit_their_group() -> None:
-    for group, path in (("method", "localfeat.Split"), ("split", "localfeat.Method"), ("decoder", "localfeat.Split")):
-        with pytest.raises(UserError, match="it is none of what fits there: localfeat"):
-            trust.find(path, group)
-
-
-@pytest.mark.parametrize("group", ["method", "split", "decoder", "optimizer", "efficiency", "dataset"])
-def test_a_foreign_target_is_refused_on_the_command_line(
-    group: str, marker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = refused(monkeypatch, capsys, "run", *SMALL, f"{group}._target_=hostile.make")
-    assert "environment variable LOCALFEAT_TRUST=hostile" in line
-    assert not marker.exists() and not (marker.parent / "outputs").exists()
-
-
-def test_a_trusted_package_is_built(marker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trust, "_GIVEN", "other, hostile")
-    made = construct({"_target_": "hostile.Mine", "name": "mine"}, "method")
-    assert type(made).__name__ == "Mine" and marker.exists()
-    with pytest.raises(UserError, match="it makes a dict, where a Method is needed"):
-        construct({"_target_": "hostile.make"}, "method")
-    with pytest.raises(UserError, match="that hostile itself defines"):
-        trust.find("hostile.mkdir", "method")  # which it only imports
-    with pytest.raises(UserError, match="LOCALFEAT_TRUST=os"):
-        trust.find("os.mkdir", "method")
-
-
-@pytest.mark.parametrize("given", ["*", "a b", "mine,*", "os.", "-"])
-def test_trust_names_packages(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trust, "_GIVEN", given)
-    with pytest.raises(UserError, match=r"is no package's name"):
-        trust.trusted()
-
-
-def test_trust_is_what_the_environment_says_when_the_process_begins() -> None:
-    code = "import os; from localfeat import trust; os.environ['LOCALFEAT_TRUST'] = 'os'; print(trust.trusted())"
-    root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, "LOCALFEAT_TRUST": "mine"}
-    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert ended.stdout == "('mine',)\n"
-
-
-OF_HYDRA = {
-    "callback": "callbacks: {evil: {_target_: hostile.make}}",
-    "handler": "job_logging: {handlers: {console: {class: hostile.Mine}}}",
-    "factory": "job_logging: {formatters: {simple: {(): hostile.make}}}",
-    "stream": "job_logging: {handlers: {console: {stream: ext://hostile.make}}}",
-    "stream of cfg": "hydra_logging: {root: {handlers: [], x: 'cfg://a'}}",
-    "launcher": "launcher: {_target_: hostile.make}",
-    "sweeper": "sweeper: {_target_: hostile.make}",
-    "variable": "job: {env_set: {LOCALFEAT_TRUST: hostile}}",
-}
-
-
-@pytest.mark.parametrize(("kind", "multirun"), [*((kind, False) for kind in OF_HYDRA), ("callback", True)])
-def test_a_configuration_file_sets_nothing_of_hydras_that_is_code(
-    kind: str, multirun: bool, marker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    Path("conf/experiment").mkdir(parents=True)
-    Path("conf/experiment/evil.yaml").write_text(f"# @package _global_\nhydra:\n  {OF_HYDRA[kind]}\n")
-    options = ["--config-dir", "conf", *(["-m"] if multirun else [])]
-    assert "hydra." in refused(monkeypatch, capsys, "run", *options, *SMALL, "experiment=evil", "epochs=0")
-    assert not marker.exists() and "hostile" not in sys.modules and not Path("outputs").exists()
 
 
 # --- a run's own files are read as they stand ---

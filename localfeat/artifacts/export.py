@@ -259,8 +259,12 @@ def check_uncompressed(file: Path) -> None:
 
 def check_exists(path: str | Path) -> Path:
     file = Path(path)
-    if not file.is_file():
-        raise UserError(f"no weights file {path}: give a .safetensors file or a torch state dict")
+    try:
+        there = file.is_file()
+    except OSError:  # a name that is too long for one
+        there = False
+    if not there:
+        raise UserError(f"no weights file {shown(path)}: give a .safetensors file or a torch state dict")
     return file
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -53,7 +54,8 @@ def build_backbone(
     if image_size is not None and _takes_img_size(name):
         options["img_size"] = image_size
     try:
-        with _hub_offline_without_network() if pretrained else nullcontext():
+        with warnings.catch_warnings(), _hub_offline_without_network() if pretrained else nullcontext():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # what is refused is one line
             model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:
         explained = _explained(error, name, pretrained, bool(arguments))
