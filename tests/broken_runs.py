@@ -12,6 +12,15 @@ METRICS = "localfeat/artifacts/metrics_csv.py"
 DATA = "localfeat/data/datamodule.py"
 
 RESUME = ["tests/test_run.py", "-k", "killed_run or killed_again"]
+FILES = "localfeat/artifacts/checkpoint_files.py"
+WRITING = "localfeat/writing.py"
+LOCKS = "localfeat/locks.py"
+RESUMING = "localfeat/resuming.py"
+
+STOPS = ["tests/test_stops.py", "-k", "stopped_and_resumed"]
+DAMAGED = ["tests/test_resume.py", "-k", "newest_sound or every_damage"]
+IN_USE = ["tests/test_resume.py", "-k", "in_use"]
+AUTO = ["tests/test_resume.py", "-k", "nothing_else"]
 WRITTEN = ["tests/test_run.py", "-k", "when_checkpoints"]
 FIGURES = ["tests/test_run_figures.py"]
 OPTIONS = ["tests/test_run_options.py"]
@@ -38,14 +47,37 @@ RUNS: list[tuple[str, str, str, dict[str, str], list[str]]] = [
         {"self.batch_size, self.seed, rank, world_size)": "self.batch_size, id(self) % 999, rank, world_size)"},
         RESUME,
     ),
-    ("6", "a checkpoint at an epoch's last batch", CHECKPOINTS, {" and not trainer.is_last_batch": ""}, RESUME),
     (
         "6",
-        "a checkpoint between accumulated batches",
+        "a checkpoint at an epoch's last batch",
         CHECKPOINTS,
-        {"not holds_gradients(pl_module) and ": ""},
+        {"if not trainer.is_last_batch and not _reaches_max_steps(trainer):": "if True:"},
         WRITTEN,
     ),
+    ("6", "a checkpoint before what is logged", CHECKPOINTS, {"            log_now(trainer)\n": ""}, STOPS),
+    (
+        "6",
+        "a stop between batches that waits for the next epoch",
+        CHECKPOINTS,
+        {"self._save_or_stop(trainer, self._due)": "self._due and self._save_or_stop(trainer, True)"},
+        STOPS,
+    ),
+    ("6", "a damaged checkpoint is taken", FILES, {"damaged = archive.testzip()": "damaged = None"}, DAMAGED),
+    (
+        "6",
+        "the checkpoint before is not kept",
+        FILES,
+        {"if file.name == LAST and file.is_file():": "if False:"},
+        DAMAGED,
+    ),
+    (
+        "6",
+        "two processes in one folder",
+        LOCKS,
+        {"    if descriptor is None:\n        raise": "    if False:\n        raise"},
+        IN_USE,
+    ),
+    ("6", "other configurations go on", RESUMING, {"if difference(saved, asked) is None:": "if True:"}, AUTO),
     ("6", "due checkpoints are forgotten", CHECKPOINTS, {"self._due = self._due or (": "self._due = ("}, WRITTEN),
     ("6", "the run's end is not kept", CHECKPOINTS, {" or is_last_epoch(trainer)": ""}, OPTIONS),
     (
@@ -58,18 +90,21 @@ RUNS: list[tuple[str, str, str, dict[str, str], list[str]]] = [
     (
         "6",
         "a checkpoint is written in place",
-        CHECKPOINTS,
-        {'part = file.with_name(f"{file.name}.part")': "part = file"},
+        WRITING,
+        {
+            'with os.fdopen(handle, "wb") as file:': 'with open(path, "wb") as file:',
+            "os.replace(temporary, path)": "os.unlink(temporary)",
+        },
         ["tests/test_run.py", "-k", "while_a_checkpoint"],
     ),
     ("6", "logged rows come twice", METRICS, {'if int(row["step"]) < self.resume_from_step]': "]"}, RESUME),
     ("6", "an epoch's sums start at its resumed part", MEANS, {'"sums": self._sums,': '"sums": {},'}, RESUME),
     (
         "6",
-        "a used folder keeps what was there",
+        "a run is begun over another one",
         TRAINING,
-        {"            _clear(folder)": "            pass"},
-        ["tests/test_run.py", "-k", "used_folder"],
+        {"    if not resume and left_to_go_on(folder):": "    if False:"},
+        ["tests/test_run.py", "-k", "takes_no_other"],
     ),
     (
         "6",
@@ -83,13 +118,13 @@ RUNS: list[tuple[str, str, str, dict[str, str], list[str]]] = [
         "7",
         "the last epoch is tested as the best",
         TRAINING,
-        {'("last.ckpt" if best is None else "best.ckpt")': '"last.ckpt"'},
+        {"(LAST if best is None else BEST)": "LAST"},
         OPTIONS,
     ),
     (
         "7",
         "test images are drawn",
-        TRAINING,
+        "localfeat/artifacts/wandb_results.py",
         {'split = "train" if datamodule.val_dataloader() == [] else "val"': 'split = "test"'},
         FIGURES,
     ),
@@ -123,7 +158,7 @@ RUNS: list[tuple[str, str, str, dict[str, str], list[str]]] = [
         "7",
         "accuracy in per cent",
         TRAINING,
-        {'measured["test/accuracy"]': '100 * measured["test/accuracy"]'},
+        {'verbose=False)[0]["test/accuracy"]': 'verbose=False)[0]["test/accuracy"] * 100'},
         FIGURES,
     ),
     (
