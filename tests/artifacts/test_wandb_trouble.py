@@ -177,7 +177,7 @@ def test_wandb_is_told_how_the_run_ended(tmp_path: Path, exit_code: int, preempt
     assert any(r.WhichOneof("record_type") == "preempting" for r in found) == preempted
 
 
-@pytest.mark.parametrize("rows", [0, 300, 1500])
+@pytest.mark.parametrize("rows", [0, 700])
 def test_a_whole_record_of_a_run_is_told_from_a_cut_one(tmp_path: Path, rows: int) -> None:
     logger = begun(tmp_path)
     for step in range(1, rows):
