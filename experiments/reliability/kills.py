@@ -18,40 +18,19 @@ import random
 import signal
 import sys
 import time
-import traceback
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors.torch import load_file
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from localfeat.artifacts.checkpoint_files import read_checkpoint
+from experiments.reliability.forks import SMALL, differences, end_of, rows_of, start, unreadable
 from localfeat.artifacts.metrics_csv import read_rows
 from localfeat.artifacts.summary import environment
 from localfeat.cli import parse_arguments
-from localfeat.config import saved_config
-from localfeat.run import main as run_main
-from localfeat.run_folder import CONFIG, SUMMARY, has_ended
+from localfeat.run_folder import SUMMARY, has_ended
 from localfeat.writing import write_whole
 
 RESULTS = Path(__file__).parent / "results"
-SMALL = [
-    "backbone=swin_micro",
-    "backbone.arguments.embed_dim=8",
-    "backbone.arguments.depths=[1,1,1,1]",
-    "backbone.arguments.num_heads=[1,1,2,2]",
-    "backbone.drop_path_rate=0.2",
-    "trainer=cpu",
-    "batch_size=16",
-    "epochs=3",
-    "callbacks.progress_bar=false",
-    "trainer.limit_train_batches=7",
-    "trainer.limit_val_batches=3",
-    "trainer.limit_test_batches=3",
-    "trainer.log_every_n_steps=1",
-]
 BF16, EMA = "trainer.precision=bf16-mixed", "callbacks.ema=0.8"
 EVERY = "callbacks.checkpoint_every_n_batches="
 SWIN = ["dataset.augmentation=swin", "dataset.mixup=0.5"]
@@ -86,9 +65,6 @@ CASES = {
 }
 
 ROWS = 22  # of metrics.csv in the end: 21 batches and the test
-TIMED_COLUMNS = {"speed/images_per_second", "speed/outside_step"}
-OWN_TO_A_PROCESS = {"seconds", "images_per_second", "commit", "command", "overrides"}
-"""What no two runs can share: wall time, the command as typed, and its folder."""
 
 
 @dataclass
@@ -157,30 +133,6 @@ def attack(case: str, overrides: list[str], folder: Path, kills: int, generator:
     return outcome
 
 
-def start(arguments: list[str], log: Path) -> int:
-    """``python -m localfeat.run <arguments>`` in a fork of this process; returns its number."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    child = os.fork()
-    if child:
-        return child
-    code: Any = 99
-    try:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        torch.set_num_threads(1)
-        sys.argv = ["localfeat.run", *arguments]
-        run_main()
-        code = 0
-    except SystemExit as left:
-        code = left.code or 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
-
-
 def wait_for_moment(child: int, folder: Path, outcome: Outcome, generator: random.Random) -> bool:
     """Return at the next moment to kill at; False if the process has ended before."""
     if len(outcome.kills) % 3 == 0:
@@ -196,84 +148,11 @@ def wait_for_moment(child: int, folder: Path, outcome: Outcome, generator: rando
     return True
 
 
-def rows_of(file: Path) -> int:
-    """Lines below the first."""
-    return max(0, file.read_bytes().count(b"\n") - 1) if file.exists() else 0
-
-
-def end_of(child: int) -> int:
-    """How it ended: its exit code."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def look(folder: Path, seconds: float) -> Kill:
     """What a kill has left."""
     parts = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.part")) if folder.is_dir() else []
     rows = len(read_rows(folder / "metrics.csv")) if folder.is_dir() else 0
     return Kill(seconds, rows, parts, list(unreadable(folder)))
-
-
-def unreadable(folder: Path) -> Iterator[str]:
-    """Every file of a run's folder that is there and cannot be read."""
-    readers = {
-        CONFIG: lambda file: saved_config(file.parent),
-        SUMMARY: lambda file: json.loads(file.read_text()),
-        "metrics.csv": whole_rows,
-        "backbone.safetensors": load_file,
-        "checkpoints/best.ckpt": read_checkpoint,
-        "checkpoints/last.ckpt": read_checkpoint,
-        "checkpoints/previous.ckpt": read_checkpoint,
-    }
-    for name, read in readers.items():
-        if (folder / name).is_file():
-            try:
-                read(folder / name)
-            except Exception as error:
-                yield f"{name}: {error}"
-
-
-def whole_rows(file: Path) -> None:
-    """Refuse a row of metrics.csv with fewer or more values than columns."""
-    lines = file.read_text().splitlines()
-    widths = {line.count(",") for line in lines}
-    if len(widths) > 1:
-        raise ValueError(f"rows of {sorted(widths)} commas")
-
-
-def differences(whole: Path, killed: Path) -> Iterator[str]:
-    """What is not bit for bit the same in two runs' folders."""
-    files = [{p.relative_to(f).as_posix() for p in f.rglob("*") if p.is_file()} for f in (whole, killed)]
-    if files[0] != files[1]:
-        yield f"files: {sorted(files[0] ^ files[1])}"
-    ours, theirs = (load_file(folder / "backbone.safetensors") for folder in (whole, killed))
-    if not same(ours, theirs):
-        yield "backbone.safetensors"
-    for name in ("last", "best"):
-        ours, theirs = (read_checkpoint(folder / "checkpoints" / f"{name}.ckpt") for folder in (whole, killed))
-        parts = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch", "means")
-        yield from (f"{name}.ckpt: {part}" for part in parts if not same(ours[part], theirs[part]))
-        if not same(ours.get("averaging_state"), theirs.get("averaging_state")):
-            yield f"{name}.ckpt: averaging_state"
-    if figures(whole) != figures(killed):
-        yield "metrics.csv"
-    ours, theirs = (json.loads((folder / SUMMARY).read_text()) for folder in (whole, killed))
-    yield from (f"{SUMMARY}: {key}" for key in ours if key not in OWN_TO_A_PROCESS and ours[key] != theirs.get(key))
-
-
-def figures(folder: Path) -> list[dict[str, str]]:
-    """Rows of metrics.csv as text, without what is measured by a clock."""
-    return [{k: v for k, v in row.items() if k not in TIMED_COLUMNS} for row in read_rows(folder / "metrics.csv")]
-
-
-def same(ours: Any, theirs: Any) -> bool:
-    """Whether nested values are equal, tensors bit for bit."""
-    if isinstance(ours, torch.Tensor):
-        return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-    if isinstance(ours, dict):
-        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
-    if isinstance(ours, list | tuple):
-        return len(ours) == len(theirs) and all(same(a, b) for a, b in zip(ours, theirs, strict=True))
-    return bool(ours == theirs)
 
 
 def line_of(outcome: Outcome) -> str:
