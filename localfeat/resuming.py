@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from localfeat.errors import UserError
 NEUTRAL = ("resume", "output_dir", "dataset.root", "dataset.download", "dataset.num_workers", "dataset.in_memory")
 NEUTRAL_PARTS = ("logger", "callbacks.progress_bar", "callbacks.checkpoint_every_")
 """Keys that can change no result: a run may have begun with other values of them."""
+
+OF_OWN_IMAGES = ("dataset.root", "dataset.in_memory")
+"""Neutral, but not for dataset=image_folder: which images they are, and at which size they are kept."""
 
 DEPTHS = ("*/*", "*/*/*")
 """Where runs lie in ``output_dir``: a day's folder, the run's; for sweeps, the job's in there."""
@@ -25,8 +29,10 @@ def is_neutral(key: str) -> bool:
 def earlier_run(asked: dict[str, Any], folder: Path) -> Path | None:
     """The newest run that ``asked`` describes, finished or not: the one in ``folder`` or one in the output folder.
 
+    A folder of the user's own choice, elsewhere than new runs go, is the only one that is looked at.
+
     Args:
-        asked: a configuration, resolved.
+        asked: a configuration, resolved and checked.
         folder: where a new run would go.
 
     Raises:
@@ -38,7 +44,10 @@ def earlier_run(asked: dict[str, Any], folder: Path) -> Path | None:
                 f"resume=auto: {folder} holds a run of another configuration ({found}); give another folder"
             )
         return folder
-    for candidate in _newest_first(Path(asked["output_dir"])):
+    output = Path(asked["output_dir"])
+    if output.resolve() not in folder.resolve().parents[1:3]:
+        return None
+    for candidate in _newest_first(output):
         try:
             saved = saved_config(candidate)
         except UserError:  # another project's, or damaged: not ours to go on with
@@ -56,17 +65,25 @@ def _newest_first(output: Path) -> Iterator[Path]:
 def difference(saved: dict[str, Any], asked: dict[str, Any]) -> str | None:
     """The first value of a saved configuration that changes results and is not what is asked for now, in words."""
     had, has = _flat(_comparable(saved, asked)), _flat(asked)
+    own_images = has.get("dataset.source") == "image_folder"
     for key in {**has, **had}:
-        if not is_neutral(key) and _as_number(had.get(key, ...)) != _as_number(has.get(key, ...)):
+        if own_images and key == "dataset.root" and _same_place(had.get(key), has.get(key)):
+            continue
+        compared = not is_neutral(key) or (own_images and key in OF_OWN_IMAGES)
+        if compared and _as_number(had.get(key, ...)) != _as_number(has.get(key, ...)):
             was, now = (f"{key}={shown(values[key])}" if key in values else f"no {key}" for values in (had, has))
             return f"{was}, now {now}"
     return None
 
 
+def _same_place(had: Any, has: Any) -> bool:
+    return os.path.realpath(str(had)) == os.path.realpath(str(has))
+
+
 def _comparable(saved: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     """A run that searched for its cuts has saved those that it found: as good as the search that is asked for."""
     cuts = saved["split"].get("cuts")
-    if "k" in asked["split"] and cuts is not None and len(cuts) + 1 == asked["split"]["k"]:
+    if "k" in asked["split"] and isinstance(cuts, list | tuple) and len(cuts) + 1 == asked["split"]["k"]:
         return {**saved, "split": asked["split"]}
     return saved
 

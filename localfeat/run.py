@@ -6,6 +6,7 @@ Only light modules are imported here, so that ``--help`` and ``--cfg job`` answe
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -51,11 +52,12 @@ def run(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
 
 
 def _go_on_or_begin(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    from localfeat.build import check
     from localfeat.resuming import earlier_run
     from localfeat.run_folder import has_ended
     from localfeat.runs import read_summary
 
-    found = earlier_run(config, folder)
+    found = earlier_run(check(config), folder)
     if found is None:
         return _train(config, folder, resume=False)
     if found != folder:
@@ -74,11 +76,21 @@ def _train(config: dict[str, Any], folder: Path, *, resume: bool) -> dict[str, A
     try:
         return train(config, folder, resume=resume)
     except (RunFailed, Stopped) as end:
-        way = f"; go on with: python -m localfeat.run resume={shlex.quote(str(folder))}" if _can_go_on(folder) else ""
+        way = f"; go on with: python -m localfeat.run {_resume_argument(folder)}" if _can_go_on(folder) else ""
         if isinstance(end, RunFailed):
             raise RunFailed(f"{end}{way}") from end
         print(f"stopped by {signal.Signals(end.signum).name}{way}", file=sys.stderr)
         raise
+
+
+def _resume_argument(folder: Path) -> str:
+    """``resume=<folder>`` as a shell and then Hydra read it; either takes other characters for its own."""
+    from localfeat.studies.task import quoted
+
+    text = str(folder)
+    if re.fullmatch(r"[A-Za-z0-9/._+-]+( +[A-Za-z0-9/._+-]+)*", text):
+        return f"resume={shlex.quote(text)}"
+    return shlex.quote(f"resume={quoted(text)}") if re.search(r"[\\'\"$`!]", text) else f"\"resume='{text}'\""
 
 
 def _can_go_on(folder: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import shutil
 import signal
 from collections.abc import Sequence
@@ -13,15 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 
 from localfeat import locks
 from localfeat.artifacts.checkpoint_files import newest_sound, read_checkpoint
+from localfeat.config import saved_config
 from localfeat.errors import RunFailed, UserError
 from localfeat.locks import is_locked, sole_run, try_lock
 from localfeat.resuming import difference, earlier_run
-from localfeat.run import run
+from localfeat.run import _resume_argument, run
 from tests.command_line import call
 from tests.test_run import assert_same_run
 from tests.whole_runs import (
@@ -305,6 +308,47 @@ def test_differences_are_named() -> None:
     searched = {"split": {"k": 3}}
     assert difference({"split": {"cuts": [1, 4]}}, searched) is None
     assert difference({"split": {"cuts": [1]}}, searched) is not None
+    assert difference({"split": {"cuts": 1}}, searched) is not None
+
+
+@pytest.mark.parametrize("source", ["cifar10", "image_folder"])
+def test_another_folder_of_images_is_another_run(source: str) -> None:
+    """The files of CIFAR-10 are the same everywhere."""
+    own = source == "image_folder"
+    asked = {"dataset": {"source": source, "root": "a", "in_memory": None}, "split": {"modules": 2}}
+    for key, value in (("root", "b"), ("in_memory", False)):
+        assert (difference({**asked, "dataset": {**asked["dataset"], key: value}}, asked) is not None) == own
+    assert difference({**asked, "dataset": {**asked["dataset"], "root": os.path.abspath("a")}}, asked) is None
+
+
+def test_auto_in_a_folder_of_ones_own_looks_nowhere_else(tmp_path: Path, killed: Path) -> None:
+    shutil.copytree(killed, tmp_path / "out" / "day" / "earlier")
+    asked = {**saved_config(killed), "output_dir": str(tmp_path / "out")}
+    assert earlier_run(asked, tmp_path / "out" / "day" / "new") == tmp_path / "out" / "day" / "earlier"
+    assert earlier_run(asked, tmp_path / "mine") is None and earlier_run(asked, killed) == killed
+
+
+def test_auto_knows_a_value_by_another_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``off`` is saved as false."""
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        stopping(patch)
+        assert command(patch, "test=off") == 143
+    assert command(monkeypatch, "test=off") == 0
+    assert len(list(tmp_path.rglob(".hydra"))) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "a=b", "a,b", "it's", 'a"b', "größer", "a#b&c;d", "$a`b!", "a\\", "a (b) [c]{d}"]
+)
+def test_the_command_to_go_on_can_be_pasted(name: str) -> None:
+    """Through a shell, and through Hydra's grammar."""
+    folder = Path("/runs") / name
+    (typed,) = shlex.split(_resume_argument(folder))
+    found = OverridesParser.create().parse_override(typed)
+    assert not found.is_sweep_override() and found.value() == str(folder)
 
 
 def test_the_newest_of_several_runs(tmp_path: Path, killed: Path) -> None:
