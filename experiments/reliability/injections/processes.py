@@ -1,0 +1,85 @@
+"""Runs side by side, and worker processes that are killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+from experiments.reliability.forks import differences, rows_of
+from experiments.reliability.injections.images import image_trial
+from experiments.reliability.injections.trial import At, Child, Ended, Slow, Trial, goes_on, need, one_line, watch
+from localfeat.config import saved_config
+
+
+def slowly() -> None:
+    """So that both are there at the same time."""
+    watch(Slow(0.2))
+
+
+def folder_in_use(place: Path) -> str:
+    """One trains, another comes."""
+    trial = Trial(place)
+    first = trial.begin(prepare=slowly)
+    first.wait(lambda: rows_of(trial.folder / "metrics.csv") >= 1)
+    second = trial.run(name="second")
+    need(not first.ended(), "the first had ended already")
+    one_line(second, 2, "is in use")
+    goes_on(first.end())
+    trial.identical()
+    return "the second: one line, exit code 2; the first: identical"
+
+
+def same_moment(place: Path) -> str:
+    """Three times two."""
+    for number in range(3):
+        trial = Trial(place / str(number))
+        both: list[Child] = [trial.begin(prepare=slowly, name=name) for name in ("a", "b")]
+        ended: list[Ended] = [child.end() for child in both]
+        need(sorted(end.code for end in ended) == [0, 2], f"exit codes {[end.code for end in ended]}")
+        one_line(max(ended, key=lambda end: end.code), 2, "in use")
+        goes_on(min(ended, key=lambda end: end.code))
+        trial.identical()
+    return "three times: one trains, one is refused in one line with exit code 2; identical"
+
+
+def sweeps(place: Path) -> str:
+    """Two of two jobs each, in the same output folder."""
+    trial = Trial(place)
+    more = ["-m", "seed=0,1", "resume=null", f"output_dir={place}/out"]
+    both = [trial.begin(*more, name=name) for name in ("a", "b")]
+    for child in both:
+        goes_on(child.end())
+    folders = [file.parent for file in sorted((place / "out").rglob("summary.json"))]
+    need(len(folders) == 4, f"{len(folders)} runs have ended")
+    for folder in folders:
+        seed = saved_config(folder)["seed"]
+        whole = Trial(place / f"seed_{seed}", *([] if seed == 0 else [f"seed={seed}"])).whole()
+        found = list(differences(whole, folder))
+        need(not found, f"{folder}: {'; '.join(found)}")
+    return "four runs, identical to those of single commands"
+
+
+def worker_killed(place: Path) -> str:
+    """kill -9 of the only one."""
+    trial = image_trial(place, "dataset.num_workers=1")
+
+    def strike() -> None:
+        for worker in multiprocessing.active_children():
+            if worker.pid is not None:
+                os.kill(worker.pid, signal.SIGKILL)
+
+    ended = trial.run(prepare=lambda: watch(At("on_train_batch_start", partial(strike), 1, 1), Slow(0.05)))
+    one_line(ended, 1, "DataLoader worker")
+    trial.go_on()
+    return "one line, exit code 1; identical"
+
+
+FAULTS = [
+    ("a second run in the same folder", "refused in one line, exit code 2; the first identical", folder_in_use),
+    ("two begin at the same moment, resume=auto", "one trains, one is refused; identical", same_moment),
+    ("two -m sweeps side by side", "all runs identical", sweeps),
+    ("kill -9 of a worker process", "one line, exit code 1; identical", worker_killed),
+]

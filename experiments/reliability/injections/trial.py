@@ -1,0 +1,270 @@
+"""One fault: runs in a folder of its own, what is asked of them, and the row that says what was seen."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+
+from experiments.reliability.forks import SMALL, differences, start, unreadable
+from localfeat import training
+from localfeat.run import main as run_main
+from localfeat.run_folder import has_ended
+from localfeat.writing import write_whole
+
+QUICK = [
+    *SMALL,
+    "method=greedy_ce",
+    "split=k2",
+    "epochs=2",
+    "trainer.limit_train_batches=4",
+    "trainer.limit_val_batches=1",
+    "trainer.limit_test_batches=1",
+    "callbacks.checkpoint_every_n_batches=2",
+]
+"""Eight batches of the digits, with a checkpoint after each two and each epoch."""
+
+LAST_WORDS = ("error: ", "stopped by ")
+LONGEST = 120.0  # seconds, of a run
+
+
+class UnexpectedError(Exception):
+    """What was seen is not what was expected; the message says what."""
+
+
+class NotPossibleError(Exception):
+    """This machine does not let the fault happen; the message says why."""
+
+
+@dataclass
+class Row:
+    """Of the table. ``ok``: None if the fault could not be made here."""
+
+    fault: str
+    expected: str
+    seen: str
+    ok: bool | None
+    seconds: float
+
+
+@dataclass
+class Ended:
+    """A process that has ended: its exit code, what it said, and how long it took."""
+
+    code: int
+    output: str
+    errors: str
+    seconds: float
+
+    @property
+    def last_line(self) -> str:
+        return ([""] + [line for line in self.errors.splitlines() if line.strip()])[-1]
+
+
+def need(condition: object, otherwise: str) -> None:
+    """Raise ``UnexpectedError(otherwise)`` unless ``condition`` holds."""
+    if not condition:
+        raise UnexpectedError(otherwise)
+
+
+class Trial:
+    """A folder for the runs of one fault.
+
+    Attributes:
+        place: of everything.
+        folder: of the run that meets the fault.
+        command: overrides of all its runs.
+    """
+
+    def __init__(self, place: Path, *more: str, base: list[str] = QUICK) -> None:
+        self.place = place
+        self.folder = place / "run"
+        self.command = [*base, *more]
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+
+    def begin(
+        self,
+        *more: str,
+        prepare: Callable[[], object] = lambda: None,
+        entry: Callable[[], None] = run_main,
+        name: str = "log",
+    ) -> Child:
+        """Begin a run with resume=auto in ``folder``; for another ``entry``, a command with the arguments ``more``."""
+        for file in (self.place / name, self.place / f"{name}.err"):
+            file.unlink(missing_ok=True)
+        own = [*self.command, "resume=auto", f"hydra.run.dir={self.folder}"] if entry is run_main else []
+
+        def begin() -> None:
+            os.setsid()  # a group of its own, as a shell gives it to a command
+            undisturbed()
+            prepare()
+
+        log, errors = self.place / name, self.place / f"{name}.err"
+        return Child(start([*own, *more], log, errors=errors, prepare=begin, entry=entry), log, errors)
+
+    def run(self, *more: str, **how: Any) -> Ended:
+        """Begin it and wait for its end."""
+        return self.begin(*more, **how).end()
+
+    def go_on(self, *more: str, code: int = 0, but: str = "nothing", whole: Path | None = None) -> Ended:
+        """The same command again: it ends, and what it leaves is that of the uninterrupted run."""
+        self.readable()
+        ended = self.run(*more, name="again")
+        need(ended.code == code, f"the same command again: exit code {ended.code}, {ended.last_line[:200]}")
+        need("Traceback" not in ended.errors + ended.output, "the same command again: a stack trace")
+        self.identical(but=but, whole=whole)
+        return ended
+
+    def identical(self, *, but: str = "nothing", whole: Path | None = None) -> None:
+        """The run has ended like the uninterrupted one."""
+        need(has_ended(self.folder), "no summary.json in the end")
+        self.readable()
+        found = list(differences(whole or self.whole(), self.folder, but=but))
+        need(not found, f"not identical in the end: {'; '.join(found)}")
+
+    def readable(self) -> None:
+        """Nothing in the run's folder is damaged."""
+        found = list(unreadable(self.folder))
+        need(not found, f"unreadable: {'; '.join(found)}")
+
+    def whole(self) -> Path:
+        """The folder of the uninterrupted run of the same command, made once in a process."""
+        key = tuple(self.command)
+        if key not in _WHOLE:
+            place = self.place.parent / f"whole_{os.getpid()}_{len(_WHOLE)}"
+            shutil.rmtree(place, ignore_errors=True)
+            log = place / "log"
+            ended = Child(
+                start([*self.command, f"hydra.run.dir={place}/run"], log, errors=log, prepare=undisturbed), log, log
+            ).end()
+            need(ended.code == 0, f"the uninterrupted run ended with {ended.code}: {log}")
+            _WHOLE[key] = place / "run"
+        return _WHOLE[key]
+
+    def cut_short(self) -> None:
+        """``folder`` becomes a run killed in its second epoch: checkpoints after four and six batches, seven rows."""
+        key = tuple(self.command)
+        if key not in _CUT:
+            ended = self.run(prepare=lambda: watch(At("on_train_batch_start", kill, 1, 4)))
+            need(ended.code == -signal.SIGKILL, f"it was to be killed and ended with {ended.code}")
+            _CUT[key] = self.place.parent / f"cut_{os.getpid()}_{len(_CUT)}"
+            shutil.rmtree(_CUT[key], ignore_errors=True)
+            shutil.move(self.folder, _CUT[key])
+        shutil.copytree(_CUT[key], self.folder)
+
+
+_WHOLE: dict[tuple[str, ...], Path] = {}
+_CUT: dict[tuple[str, ...], Path] = {}
+
+
+@dataclass
+class Child:
+    """A run's process, which leads a group of its own."""
+
+    number: int
+    log: Path
+    errors: Path
+
+    def __post_init__(self) -> None:
+        self.begun = time.perf_counter()
+
+    def ended(self) -> bool:
+        """Whether it has; it stays for ``end`` to collect."""
+        return os.waitid(os.P_PID, self.number, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """Until ``condition``."""
+        while not condition():
+            need(not self.ended(), f"it has ended too early: {self.errors.read_text()[-300:]}")
+            need(time.perf_counter() - self.begun < LONGEST, f"nothing happened for {LONGEST:.0f} s")
+            time.sleep(0.002)
+
+    def end(self) -> Ended:
+        """Wait for it, but not for ever."""
+        since = time.perf_counter()
+        while not self.ended():
+            if time.perf_counter() - since > LONGEST:
+                os.killpg(self.number, signal.SIGKILL)
+                os.waitpid(self.number, 0)
+                raise UnexpectedError(f"it hung for {LONGEST:.0f} s")
+            time.sleep(0.002)
+        code = os.waitstatus_to_exitcode(os.waitpid(self.number, 0)[1])
+        read = [file.read_text(errors="replace") for file in (self.log, self.errors)]
+        return Ended(code, *read, time.perf_counter() - since)
+
+
+def one_line(ended: Ended, code: int, *texts: str) -> str:
+    """Demand an exit code, and on stderr one last line, with ``texts`` in it; returns it."""
+    need("Traceback" not in ended.errors + ended.output, f"a stack trace (exit code {ended.code})")
+    need(ended.code == code, f"exit code {ended.code}, not {code}: {ended.last_line[:300]}")
+    final = [line for line in ended.errors.splitlines() if line.startswith(LAST_WORDS)]
+    need(len(final) == 1 and ended.last_line == final[0], f"no single last line, but {ended.errors[-400:]!r}")
+    for text in texts:
+        need(text in final[0], f"{text!r} is not in its last line: {final[0][:300]}")
+    return final[0]
+
+
+def goes_on(ended: Ended, *warnings: str) -> None:
+    """Demand exit code 0, no stack trace, and a line that begins with "warning: " for each of ``warnings``."""
+    need("Traceback" not in ended.errors + ended.output, f"a stack trace (exit code {ended.code})")
+    need(ended.code == 0, f"exit code {ended.code}, not 0: {ended.last_line[:300]}")
+    said = [line for line in ended.errors.splitlines() if line.startswith("warning: ")]
+    for text in warnings:
+        need(any(text in line for line in said), f"no warning with {text!r}: {said}")
+
+
+# --- within the run's process -----------------------------------------------------------------------------------------
+
+
+class At(Callback):
+    """Calls ``action()`` once when ``hook`` is called in epoch ``epoch`` with ``batches`` batches of it begun."""
+
+    def __init__(self, hook: str, action: Callable[[], object], epoch: int = 0, batches: int = 0) -> None:
+        self.done = False
+
+        def act(trainer: lightning.Trainer, *_: Any) -> None:
+            ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            if not self.done and trainer.current_epoch == epoch and ready >= batches:
+                self.done = True
+                action()
+
+        setattr(self, hook, act)
+
+
+class Slow(Callback):
+    """Waits in every batch."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        time.sleep(self.seconds)
+
+
+def watch(*callbacks: Callback) -> None:
+    """Every run of this process has these callbacks, too, before its own."""
+    build = training.build_callbacks
+    training.build_callbacks = lambda *a, **k: [*callbacks, *build(*a, **k)]  # type: ignore[assignment]
+
+
+def kill() -> None:
+    """As if the machine's memory had been short."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def undisturbed() -> None:
+    """No login of the machine's, and small pictures: to draw them takes longer than the rest of such a run."""
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "SLURM_", "HYDRA_"))]:
+        del os.environ[name]
+    os.environ["NETRC"] = os.devnull
+    for name in ("learning_curves", "reconstruction_grid"):
+        setattr(training, name, lambda *arguments: write_whole(arguments[-1], b"a picture"))
