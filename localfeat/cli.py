@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from localfeat.errors import RunFailed, Stopped, UserError, contexts
+from localfeat.names import shown
 
 
 @contextmanager
@@ -47,8 +49,8 @@ def one_line_errors() -> Iterator[Callable[[Exception], str | None]]:
 
 
 def report(line: str) -> None:
-    """Say what is wrong, on stderr."""
-    print(f"error: {line}", file=sys.stderr)
+    """Say what is wrong, on stderr, in one line whatever a name in it holds."""
+    print(f"error: {shown(line)}", file=sys.stderr)
 
 
 def exit_code(error: Exception) -> int:
@@ -131,13 +133,15 @@ def _hydra_line(error: Exception) -> str:
 def _unknown_override(key: str) -> str:
     from localfeat.config import known_keys, unknown_key
 
-    if re.match(r"backbone\.(arguments|variants)\.", key):
-        return f"{key}: there is no such key yet; add it with +{key}=<value>"
     choices = [a for a in sys.argv[1:] if re.fullmatch(r"[a-z_]+=[a-z0-9_]+", a) and not a.startswith(f"{key}=")]
     try:
         known = known_keys(choices)
     except Exception:  # another of them is wrong too
         known = known_keys([])
+    if found := re.match(r"backbone\.(arguments|variants)\.", key):
+        near = difflib.get_close_matches(key, [name for name in known if name.startswith(found[0])], n=1, cutoff=0.8)
+        meant = f"; did you mean {near[0]}?" if near else f"; add it with +{key}=<value>"
+        return f"{key}: there is no such key yet{meant}"
     return unknown_key(key, known)
 
 

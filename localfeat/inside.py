@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 from localfeat.errors import UserError
+from localfeat.names import shown
 
 WANDBS_LINK = "debug-core.log"
 
@@ -31,10 +32,6 @@ def check_inside(folder: str | Path) -> None:
                 continue
             mode = os.lstat(path).st_mode
             if stat.S_ISLNK(mode) and not f"{os.path.realpath(path)}{os.sep}".startswith(f"{top}{os.sep}"):
-                raise UserError(f"{_shown(path)} is a link that leads out of the run's folder: remove it")
+                raise UserError(f"{shown(path)} is a link that leads out of the run's folder: remove it")
             if not (stat.S_ISLNK(mode) or stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise UserError(f"{_shown(path)} is neither a file nor a folder: remove it from the run's folder")
-
-
-def _shown(path: str) -> str:
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in path)
+                raise UserError(f"{shown(path)} is neither a file nor a folder: remove it from the run's folder")

@@ -42,12 +42,17 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """What the run wrote down when it ended.
 
     Raises:
-        UserError: the run has not ended.
+        UserError: the run has not ended, or the file is damaged.
     """
     file = folder / "summary.json"
     if not file.is_file():
         raise UserError(f"{folder} has no summary.json: the run has not ended (resume={folder} goes on with it)")
-    found: dict[str, Any] = json.loads(file.read_text())
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:  # no JSON, or no text
+        raise UserError(f"{file} is damaged, or no summary of a run ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is damaged, or no summary of a run")
     return found
 
 

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 
 from localfeat.artifacts import wandb_logger, wandb_results
 from localfeat.artifacts.callbacks import StopOnSignal, Throughput
-from localfeat.artifacts.checkpoint_files import WholeCheckpointIO, newest_sound, read_checkpoint
+from localfeat.artifacts.checkpoint_files import WholeCheckpointIO, newest_sound, read_checkpoint, remove_previous
 from localfeat.artifacts.checkpoints import BestCheckpoint
 from localfeat.artifacts.console import final_table
 from localfeat.artifacts.export import export_backbone
@@ -38,6 +38,7 @@ from localfeat.build import (
     build_loggers,
     build_trainer,
     check,
+    without_initial_weights,
 )
 from localfeat.config import typed_overrides
 from localfeat.data import ImageDataModule
@@ -46,7 +47,7 @@ from localfeat.inside import check_inside
 from localfeat.learner import Learner
 from localfeat.locks import sole_run
 from localfeat.network import model_name
-from localfeat.run_folder import BEST, CHECKPOINTS, CONFIG, LAST, PREVIOUS, SUMMARY, has_ended, left_to_go_on
+from localfeat.run_folder import BEST, CHECKPOINTS, CONFIG, LAST, SUMMARY, has_ended, left_to_go_on
 from localfeat.stopping import StopRequest
 from localfeat.writing import failing_in_one_line, remove_parts, write_whole
 
@@ -80,7 +81,8 @@ def _train(config: Config, folder: Path, stop: StopRequest, *, resume: bool) -> 
     _check_folder(folder, resume=resume)
     datamodule = build_datamodule(config)
     trainer = _trainer(config, folder, datamodule, stop)
-    learner = build_learner(config, datamodule.num_classes)
+    goes_on = resume and left_to_go_on(folder)  # its weights come from there: nothing to download for it
+    learner = build_learner(without_initial_weights(config) if goes_on else config, datamodule.num_classes)
     datamodule.prepare_data()  # last: what is to be refused should not wait for a download
     datamodule.setup("fit")
     _check_shares(config, datamodule)
@@ -98,8 +100,7 @@ def _train(config: Config, folder: Path, stop: StopRequest, *, resume: bool) -> 
         if config.get("test", True):  # runs of earlier versions do not have the key
             summary.test_accuracy = trainer.test(learner, datamodule=datamodule, verbose=False)[0]["test/accuracy"]
         summary.classes = datamodule.class_names
-        with failing_in_one_line(folder):
-            return _write(config, folder, summary, trainer, learner, datamodule)
+        return _write(config, folder, summary, trainer, learner, datamodule)
 
 
 def _check_folder(folder: Path, *, resume: bool) -> None:
@@ -129,6 +130,8 @@ def _begin(folder: Path, trainer: lightning.Trainer, *, resume: bool) -> Path | 
     for logger in trainer.loggers:
         if isinstance(logger, MetricsCsv):
             logger.resume_from_step = batches
+            if batches >= trainer.log_every_n_steps and not logger.path.is_file():  # type: ignore[attr-defined]
+                print(f"warning: {logger.path} is gone: it begins again behind batch {batches}", file=sys.stderr)
     return checkpoint
 
 
@@ -310,15 +313,18 @@ def _write(
 ) -> dict[str, Any]:
     """The run's files, the table on the terminal, and the same for W&B."""
     learner.eval()
-    export_backbone(learner.backbone, folder / "backbone.safetensors", arguments=config["backbone"]["arguments"])
+    export = folder / "backbone.safetensors"
+    with failing_in_one_line(export):
+        export_backbone(learner.backbone, export, arguments=config["backbone"]["arguments"])
     images = {"learning_curves": folder / "learning_curves.png"}
     learning_curves(folder / "metrics.csv", images["learning_curves"])
     reconstructions, pixels = wandb_results.reconstructed(learner, datamodule)
     if reconstructions:
         images["reconstructions"] = folder / "reconstructions.png"
         reconstruction_grid(reconstructions, pixels, images["reconstructions"])
-    write_summary(folder / SUMMARY, summary)
-    (folder / CHECKPOINTS / PREVIOUS).unlink(missing_ok=True)  # only a run that is cut short goes on from it
+    with failing_in_one_line(folder / SUMMARY):
+        write_summary(folder / SUMMARY, summary)
+    remove_previous(folder)
     wandb_results.end(trainer.loggers, summary, images, reconstructions)
     final_table(summary, folder)
     return summary.to_dict()

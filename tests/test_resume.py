@@ -19,9 +19,9 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 
 from localfeat import locks
-from localfeat.artifacts.checkpoint_files import newest_sound, read_checkpoint
+from localfeat.artifacts.checkpoint_files import WholeCheckpointIO, newest_sound, read_checkpoint, remove_previous
 from localfeat.config import saved_config
-from localfeat.errors import RunFailed, UserError
+from localfeat.errors import RunFailed, Stopped, UserError
 from localfeat.locks import is_locked, sole_run, try_lock
 from localfeat.resuming import difference, earlier_run
 from localfeat.run import _resume_argument, run
@@ -162,6 +162,40 @@ def test_previous_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert seen == [5]
 
 
+def test_a_checkpoint_that_is_its_own_previous_leaves_one_name(tmp_path: Path) -> None:
+    """After a failure between the two renames: to rename a file to itself does nothing."""
+    last = tmp_path / "last.ckpt"
+    last.write_bytes(b"old")
+    os.link(last, tmp_path / "previous.ckpt")
+    WholeCheckpointIO().save_checkpoint({"new": 1}, last)
+    assert files_below(tmp_path) == {"last.ckpt", "previous.ckpt"}
+    assert (tmp_path / "previous.ckpt").read_bytes() == b"old"
+
+
+def test_a_complete_run_whose_previous_stays_has_not_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "checkpoints" / "previous.ckpt").mkdir(parents=True)  # which unlink refuses
+    remove_previous(tmp_path)
+    said = capsys.readouterr().err
+    assert (
+        said.startswith(f"warning: {tmp_path}/checkpoints/previous.ckpt cannot be removed (") and said.count("\n") == 1
+    )
+
+
+def test_figures_that_are_gone_are_told(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The checkpoint is of batch 6, from 0."""
+    (killed / "metrics.csv").unlink()
+    go_on(killed)
+    assert f"warning: {killed / 'metrics.csv'} is gone: it begins again behind batch 6\n" in capsys.readouterr().err
+    assert metrics(killed)[0]["step"] == "6"
+
+
+@pytest.mark.parametrize("content", [b"", b'{"seed": 0', b"[]", b"\xff\xfe"])
+def test_a_damaged_summary_is_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"summary\.json is damaged, or no summary of a run"):
+        read_summary(tmp_path)
+
+
 def test_a_checkpoint_of_another_run_is_one_line(killed: Path, whole: Any) -> None:
     """Sound, but its parts do not fit: no stack trace."""
     content = checkpoint(killed)
@@ -188,6 +222,17 @@ def test_killed_before_its_first_checkpoint(
         watched_by(patch, At(hook, kill, 0, batches))
         assert child_exit(lambda: small_run(folder, *QUICK)) == -signal.SIGKILL
     assert_same_run(folder, go_on(folder), whole)
+
+
+def test_what_goes_on_needs_no_initial_weights(whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be gone by now, or the network that they came from."""
+    weights = tmp_path / "weights.safetensors"
+    shutil.copyfile(whole[0] / "backbone.safetensors", weights)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        watched_by(patch, At("on_train_batch_start", lambda: os.kill(os.getpid(), signal.SIGTERM), 1, 2))
+        small_run(tmp_path / "run", *QUICK, f"backbone.weights={weights}")
+    weights.unlink()
+    assert go_on(tmp_path / "run")["epochs"] == 2
 
 
 # --- random numbers --------------------------------------------------------------------------------------------------

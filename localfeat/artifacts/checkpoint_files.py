@@ -65,6 +65,7 @@ def _keep(file: Path, name: Path) -> None:
     except OSError:  # a file system without hard links
         shutil.copyfile(file, second)
     os.replace(second, name)
+    second.unlink(missing_ok=True)  # a rename between two names of the same file does nothing
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
@@ -123,3 +124,12 @@ def newest_sound(folder: Path) -> tuple[Path | None, int]:
     if complaints:
         raise UserError(f"{'; '.join(complaints)}; without {folder / CHECKPOINTS} the run begins anew")
     return None, 0
+
+
+def remove_previous(folder: Path) -> None:
+    """Only a run that is cut short goes on from it: that it stays is no reason to call a complete run failed."""
+    file = folder / CHECKPOINTS / PREVIOUS
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        print(f"warning: {file} cannot be removed ({error.strerror})", file=sys.stderr)

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from localfeat.data.names import shown
 from localfeat.errors import UserError
+from localfeat.names import shown
 from localfeat.writing import write_whole
 
 NESTED_UNDER = ("state_dict", "model")

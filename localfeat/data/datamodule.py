@@ -252,8 +252,8 @@ class ImageDataModule(lightning.LightningDataModule):
 
 def _check_loading(batch_size: int, eval_batch_size: int, val_fraction: float, num_workers: int) -> None:
     for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-        if value < 1:
-            raise UserError(f"{name}={value}: it must be at least 1")
+        if not 1 <= value < 2**31:
+            raise UserError(f"{name}={value}: it must be at least 1, and below {2**31}")
     if not 0 <= val_fraction < 1:
         raise UserError(f"val_fraction={val_fraction}: it must lie in [0, 1)")
     if num_workers < 0:

@@ -21,8 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from localfeat.data.names import shown
 from localfeat.locks import UNSUPPORTED, try_lock
+from localfeat.names import shown
 from localfeat.writing import PART, whole_file
 
 LOCK = ".localfeat.lock"
