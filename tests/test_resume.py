@@ -25,6 +25,7 @@ from localfeat.errors import RunFailed, Stopped, UserError
 from localfeat.locks import is_locked, sole_run, try_lock
 from localfeat.resuming import difference, earlier_run
 from localfeat.run import _resume_argument, run
+from localfeat.runs import read_summary
 from tests.command_line import call
 from tests.test_run import assert_same_run
 from tests.whole_runs import (
