@@ -236,6 +236,31 @@ def test_what_goes_on_needs_no_initial_weights(whole: Any, tmp_path: Path, monke
     assert go_on(tmp_path / "run")["epochs"] == 2
 
 
+# --- runs that end before their last epoch ---------------------------------------------------------------------------
+
+ENDS: dict[str, tuple[list[str], tuple[str, int]]] = {
+    # what ends it, where it is killed
+    "within an epoch, killed at one's end": (["trainer.max_steps=10"], ("on_train_epoch_start", 2)),
+    "within an epoch, killed before the test": (["trainer.max_steps=10"], ("on_test_start", 3)),
+    "by early stopping, killed before the test": (
+        ["callbacks.early_stopping=1", "optimizer.lr=1e-12"],
+        ("on_test_start", 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_run_that_ends_early_resumed_ends_there(end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides, (hook, epoch) = ENDS[end]
+    overrides = [*QUICK, "epochs=3", "callbacks.checkpoint_every_n_batches=null", *overrides]
+    expected = tmp_path / "whole", small_run(tmp_path / "whole", *overrides)
+    with monkeypatch.context() as patch:
+        watched_by(patch, At(hook, _raise, epoch))
+        with pytest.raises(RunFailed):
+            small_run(tmp_path / "run", *overrides)
+    assert_same_run(tmp_path / "run", go_on(tmp_path / "run"), expected)
+
+
 # --- random numbers --------------------------------------------------------------------------------------------------
 
 

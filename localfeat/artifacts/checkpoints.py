@@ -67,7 +67,31 @@ class LastCheckpoint(Checkpoint):
         self.file = folder / LAST
         self.epochs, self.batches = epochs, batches
         self.stop = stop or (lambda: None)
-        self._due = False
+        self._due = self._at_epoch_end = False
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Have Lightning go on from an epoch's end with the next epoch also if there are ``max_steps``.
+
+        It would count the ended epoch a second time, and leave the next one out.
+        """
+        trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Early stopping has ended the run: it goes on with no further epoch."""
+        checkpoint["stopped_early"] = trainer.should_stop and self._at_epoch_end
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        trainer.should_stop = checkpoint.get("stopped_early", False)
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Count the last epoch of a run that had ended before it was resumed; Lightning leaves it out."""
+        if stage == "fit" and trainer.fit_loop.done:
+            progress: Any = trainer.fit_loop.epoch_progress.current
+            progress.completed = progress.processed
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -77,9 +101,12 @@ class LastCheckpoint(Checkpoint):
             self._save_or_stop(trainer, self._due)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._save_or_stop(
-            trainer, self._due or (trainer.current_epoch + 1) % self.epochs == 0 or is_last_epoch(trainer)
-        )
+        due = self._due or (trainer.current_epoch + 1) % self.epochs == 0 or is_last_epoch(trainer)
+        self._at_epoch_end = True
+        try:
+            self._save_or_stop(trainer, due)
+        finally:
+            self._at_epoch_end = False
 
     def _save_or_stop(self, trainer: lightning.Trainer, due: bool) -> None:
         signum = self.stop()
