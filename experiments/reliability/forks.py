@@ -62,6 +62,8 @@ def start(
     try:
         for number, file in ((1, log), (2, errors or log)):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), number)
+        sys.stdout = os.fdopen(1, "w", closefd=False)  # not what a test has put there
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
         torch.set_num_threads(1)
         sys.argv = ["localfeat.run", *arguments]
         prepare()

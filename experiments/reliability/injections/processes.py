@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from functools import partial
 from pathlib import Path
 
 from experiments.reliability.forks import differences, rows_of
@@ -48,7 +47,7 @@ def same_moment(place: Path) -> str:
 def sweeps(place: Path) -> str:
     """Two of two jobs each, in the same output folder."""
     trial = Trial(place)
-    more = ["-m", "seed=0,1", "resume=null", f"output_dir={place}/out"]
+    more = ["-m", "seed=0,1", "resume=null", f"output_dir={place}/out", "hydra.run.dir=none"]
     both = [trial.begin(*more, name=name) for name in ("a", "b")]
     for child in both:
         goes_on(child.end())
@@ -63,15 +62,14 @@ def sweeps(place: Path) -> str:
 
 
 def worker_killed(place: Path) -> str:
-    """kill -9 of the only one."""
+    """kill -9 of the one that reads training images."""
     trial = image_trial(place, "dataset.num_workers=1")
 
     def strike() -> None:
-        for worker in multiprocessing.active_children():
-            if worker.pid is not None:
-                os.kill(worker.pid, signal.SIGKILL)
+        newest = max(worker.pid or 0 for worker in multiprocessing.active_children())
+        os.kill(newest, signal.SIGKILL)
 
-    ended = trial.run(prepare=lambda: watch(At("on_train_batch_start", partial(strike), 1, 1), Slow(0.05)))
+    ended = trial.run(prepare=lambda: watch(At("on_train_batch_start", strike, 1, 1), Slow(0.05)))
     one_line(ended, 1, "DataLoader worker")
     trial.go_on()
     return "one line, exit code 1; identical"

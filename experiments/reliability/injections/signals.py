@@ -17,7 +17,6 @@ from tests.data.formats import write_image_folder
 
 SOON = 10.0  # seconds
 WANDB = ["logger=wandb", "logger.mode=offline"]
-GENERATOR = random.Random(0)
 
 
 def at_random(name: str, *more: str, but: str = "nothing") -> Callable[[Path], str]:
@@ -36,7 +35,7 @@ def at_random(name: str, *more: str, but: str = "nothing") -> Callable[[Path], s
 
 def stop_and_go_on(trial: Trial, name: str, more: list[str], but: str) -> str:
     """In one of eight batches."""
-    number, rows = getattr(signal, name), GENERATOR.randint(1, 6)
+    number, rows = getattr(signal, name), random.Random(f"{name} {trial.place.name}").randint(1, 6)
 
     def prepare() -> None:
         os.environ["HOME"] = str(trial.place)

@@ -100,7 +100,7 @@ class Trial:
     ) -> Child:
         """Begin a run with resume=auto in ``folder``; for another ``entry``, a command with the arguments ``more``."""
         for file in (self.place / name, self.place / f"{name}.err"):
-            file.unlink(missing_ok=True)
+            file.write_bytes(b"")
         own = [*self.command, "resume=auto", f"hydra.run.dir={self.folder}"] if entry is run_main else []
 
         def begin() -> None:
@@ -109,7 +109,9 @@ class Trial:
             prepare()
 
         log, errors = self.place / name, self.place / f"{name}.err"
-        return Child(start([*own, *more], log, errors=errors, prepare=begin, entry=entry), log, errors)
+        options = [argument for argument in more if argument.startswith("-")]
+        rest = [argument for argument in more if argument not in options]
+        return Child(start([*options, *own, *rest], log, errors=errors, prepare=begin, entry=entry), log, errors)
 
     def run(self, *more: str, **how: Any) -> Ended:
         """Begin it and wait for its end."""
