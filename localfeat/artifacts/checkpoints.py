@@ -138,8 +138,16 @@ def log_now(trainer: lightning.Trainer) -> None:
 class AveragedWeights(EMAWeightAveraging):
     """An exponential moving average of the weights, by steps of the optimizers: batches that only accumulate are none.
 
-    Lightning goes by ``global_step``, which counts all batches here.
+    Lightning goes by ``global_step``, which counts all batches here. And it averages buffers of whole numbers, with the
+    fractions cut off: Swin's attention would look its position biases up at wrong places. Those are copied here.
     """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        mean = self._kwargs["avg_fn"]
+        self._kwargs["avg_fn"] = lambda average, now, count: (
+            mean(average, now, count) if average.is_floating_point() else now
+        )
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int

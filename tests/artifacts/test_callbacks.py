@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any, cast
 
+import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from localfeat.artifacts.callbacks import SeedEachBatch, Throughput, batch_seed
+from localfeat.artifacts.checkpoints import AveragedWeights
 from localfeat.artifacts.peak_memory import PeakMemory
 from tests.artifacts.tiny import BATCH_SIZE, TinyLearner, fit, loader, trainer
 
@@ -144,3 +147,17 @@ def test_real_time(tmp_path: Path) -> None:
     fit(tmp_path, TinyLearner(lambda _: time.sleep(0.02)), [speed], train=6)
     assert speed.images_per_second is not None
     assert 0.2 * BATCH_SIZE / 0.02 < speed.images_per_second < BATCH_SIZE / 0.02
+
+
+def test_an_average_leaves_whole_numbers_alone() -> None:
+    """Positions in a table, as in Swin's attention: 0.9 * 41 + 0.1 * 41 is less than 41."""
+    module, average = lightning.LightningModule(), AveragedWeights(decay=0.9)
+    module.register_buffer("positions", torch.arange(100), persistent=False)
+    module.register_buffer("mean", torch.zeros(1))
+    average.setup(cast(Any, None), module, "fit")
+    assert average._average_model is not None
+    for _ in range(3):
+        average._average_model.update_parameters(module)
+        module.get_buffer("mean").fill_(1)
+    torch.testing.assert_close(average._average_model.module.get_buffer("positions"), torch.arange(100), rtol=0, atol=0)
+    torch.testing.assert_close(average._average_model.module.get_buffer("mean"), torch.tensor([0.19]))
