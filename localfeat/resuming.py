@@ -9,6 +9,7 @@ from typing import Any
 
 from localfeat.config import saved_config, shown
 from localfeat.errors import UserError
+from localfeat.run_folder import CONFIG
 
 NEUTRAL = ("resume", "output_dir", "dataset.root", "dataset.download", "dataset.num_workers", "dataset.in_memory")
 NEUTRAL_PARTS = ("logger", "callbacks.progress_bar", "callbacks.checkpoint_every_")
@@ -38,7 +39,7 @@ def earlier_run(asked: dict[str, Any], folder: Path) -> Path | None:
     Raises:
         UserError: ``folder`` holds a run of another configuration.
     """
-    if (folder / "config.yaml").is_file():
+    if (folder / CONFIG).is_file():
         if found := difference(saved_config(folder), asked):
             raise UserError(
                 f"resume=auto: {folder} holds a run of another configuration ({found}); give another folder"
@@ -48,6 +49,8 @@ def earlier_run(asked: dict[str, Any], folder: Path) -> Path | None:
     if output.resolve() not in folder.resolve().parents[1:3]:
         return None
     for candidate in _newest_first(output):
+        if not _may_be(candidate, asked):
+            continue
         try:
             saved = saved_config(candidate)
         except UserError:  # another project's, or damaged: not ours to go on with
@@ -58,8 +61,20 @@ def earlier_run(asked: dict[str, Any], folder: Path) -> Path | None:
 
 
 def _newest_first(output: Path) -> Iterator[Path]:
-    files = [file for depth in DEPTHS for file in output.glob(f"{depth}/config.yaml")]
+    files = [file for depth in DEPTHS for file in output.glob(f"{depth}/{CONFIG}")]
     yield from (file.parent for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True))
+
+
+QUICKLY_COMPARED = ("seed", "epochs", "batch_size", "image_size")
+
+
+def _may_be(folder: Path, asked: dict[str, Any]) -> bool:
+    """Whether some whole numbers are the same: reading the rest of a configuration takes some 10 ms."""
+    try:
+        lines = set((folder / CONFIG).read_text().splitlines())
+    except (OSError, ValueError):  # not ours to go on with
+        return False
+    return all(f"{key}: {asked[key]}" in lines for key in QUICKLY_COMPARED if key in asked)
 
 
 def difference(saved: dict[str, Any], asked: dict[str, Any]) -> str | None:

@@ -89,9 +89,11 @@ def requeue(signum: int, environment: Mapping[str, str] = os.environ) -> str | N
     program = shutil.which("scontrol")
     if program is None:
         return f"Slurm job {job} was not put into the queue again: there is no scontrol here"
-    done = subprocess.run([program, "requeue", job], capture_output=True, text=True, timeout=60, check=False)
-    if done.returncode:
-        return f"Slurm job {job} was not put into the queue again: {' '.join(done.stderr.split())}"
+    try:
+        subprocess.run([program, "requeue", job], capture_output=True, text=True, timeout=60, check=True)
+    except subprocess.SubprocessError as error:
+        said = getattr(error, "stderr", None) or str(error)
+        return f"Slurm job {job} was not put into the queue again: {' '.join(str(said).split())}"
     return f"Slurm job {job} is in the queue again"
 
 

@@ -150,7 +150,9 @@ MUTANTS = [
             )
         },
     ),
-    Mutant("5", "gradients are not clipped", STEPPING, {"if self.optimization.gradient_clip is not None:": "if False:"}),
+    Mutant(
+        "5", "gradients are not clipped", STEPPING, {"if self.optimization.gradient_clip is not None:": "if False:"}
+    ),
     Mutant("5", "the schedule is not stepped", LEARNER, {"            scheduler.step()": "            pass"}),
     Mutant(
         "5",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,15 @@ from localfeat.artifacts.summary import RunSummary
 SECONDS_BETWEEN_READINGS = 0.5
 
 
+class PatientConsole(Console):
+    """Where nobody reads any more (``| head``), it falls silent; rich's own would end the training."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # what Python still has to flush, and what others print
+
+
 class RunProgress(RichProgressBar):
     """A bar per epoch with loss, validation accuracy and images per second.
 
@@ -30,7 +41,7 @@ class RunProgress(RichProgressBar):
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__()
-        self._plain = console or Console()
+        self._plain = console or PatientConsole()
         self._read_at = 0.0
 
     @property
@@ -77,7 +88,7 @@ def epoch_line(trainer: lightning.Trainer) -> str:
 
 def final_table(summary: RunSummary, folder: str | Path, console: Console | None = None) -> None:
     """Prints the run's main figures and where its files are. Figures that were not taken are left out."""
-    console = console or Console()
+    console = console or PatientConsole()
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim" if console.is_terminal else None)
     table.add_column(overflow="fold")

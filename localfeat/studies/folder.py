@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from localfeat.errors import UserError
 from localfeat.locks import is_locked, try_lock
-from localfeat.resuming import is_neutral
+from localfeat.resuming import OF_OWN_IMAGES, is_neutral
 from localfeat.run_folder import has_ended, left_to_go_on
 from localfeat.studies.study import Job, Study, read_grid
 from localfeat.writing import write_whole
@@ -145,4 +145,5 @@ def _difference(recorded: Sequence[str] | None, asked: Sequence[str]) -> str | N
 
 def _values(overrides: Sequence[str]) -> dict[str, str]:
     grid = {key: values[0].lstrip("+") for key, values in read_grid(overrides).items()}
-    return {key: value for key, value in grid.items() if not is_neutral(key)}
+    own = OF_OWN_IMAGES if grid.get("dataset") == "dataset=image_folder" else ()
+    return {key: value for key, value in grid.items() if key in own or not is_neutral(key)}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,10 @@ import rich
 from rich.console import Console
 
 from localfeat.artifacts.callbacks import Throughput
-from localfeat.artifacts.console import RunProgress, final_table
+from localfeat.artifacts.console import PatientConsole, RunProgress, final_table
 from localfeat.artifacts.summary import RunSummary
 from tests.artifacts.tiny import TinyLearner, loader, trainer
+from tests.whole_runs import child_exit
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
 
@@ -105,3 +108,20 @@ def test_figures_that_were_not_taken_are_left_out() -> None:
     text = io.StringIO()
     final_table(a_summary(), "run", Console(file=text, width=100))
     assert text.getvalue().split() == ["folder", "run"]
+
+
+def test_a_reader_that_has_gone_ends_nothing() -> None:
+    """``| head -1``: rich would leave the process."""
+
+    def print_twice() -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+        sys.stdout = os.fdopen(1, "w")
+        console = PatientConsole()
+        console.print("epoch 1")
+        console.print("epoch 2")
+        print("more", flush=True)
+        assert console.quiet
+
+    assert child_exit(print_twice) == 0
