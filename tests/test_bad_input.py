@@ -366,7 +366,11 @@ def python(folder: Path, *arguments: str, **environment: str) -> subprocess.Comp
     ("typed", "line"),
     [
         ("learning_rate=1", "learning_rate: there is no such key (see --cfg job)"),
-        ("backbone.pretrained=true", "backbone.pretrained=true: the weights of swin_tiny_patch4_window7_224 cannot be"),
+        pytest.param(
+            "backbone.pretrained=true",
+            "backbone.pretrained=true: the weights of swin_tiny_patch4_window7_224 cannot be",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_process_ends_with_one_line(typed: str, line: str, tmp_path: Path) -> None:

@@ -50,7 +50,12 @@ def check(family: str, method: str, modules: int) -> None:
 
 @pytest.mark.parametrize(
     ("family", "method", "modules"),
-    [(*case, k) for case in CASES for k in (2, 3, 4) if case[0] != "resnet" or k == 2],
+    [
+        pytest.param(*case, k, marks=[pytest.mark.slow] if case[0] == "resnet" else [])
+        for case in CASES
+        for k in (2, 3, 4)
+        if case[0] != "resnet" or k == 2
+    ],
 )
 def test_no_division_has_a_lower_peak(family: str, method: str, modules: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every one is run on the meta device by the learner's own loop, to the byte."""

@@ -71,10 +71,22 @@ def test_another_method_is_not_recommended_for_its_cost(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("typed", "key", "expected"),
     [
-        (["budget=1GiB", "method=feature_recon", "efficiency=lean"], "efficiency", "as typed"),
-        (["budget=1GiB", "method.temperature=0.2", "efficiency=none"], "method", "feature_recon"),
+        pytest.param(
+            ["budget=1GiB", "method=feature_recon", "efficiency=lean"], "efficiency", "as typed", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["budget=1GiB", "method.temperature=0.2", "efficiency=none"],
+            "method",
+            "feature_recon",
+            marks=pytest.mark.slow,
+        ),
         (["budget=1GiB", "method=image_recon", "efficiency.loss_slices=2", "split=balanced", "split.k=3"], "cuts", 2),
-        (["budget=1GiB", "method=greedy_ce", "split=cuts", "split.cuts=[1,2]", "efficiency=none"], "cuts", [1, 2]),
+        pytest.param(
+            ["budget=1GiB", "method=greedy_ce", "split=cuts", "split.cuts=[1,2]", "efficiency=none"],
+            "cuts",
+            [1, 2],
+            marks=pytest.mark.slow,
+        ),
         (["budget=1GiB", "dataset.mixup=0.5", "efficiency=none", "split=k2"], "method", "e2e"),
     ],
 )
@@ -90,6 +102,7 @@ def test_what_is_typed_is_kept(
         check_command(found)
 
 
+@pytest.mark.slow
 def test_a_budget_for_smaller_batches(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Accumulated: the gradients that wait for more batches have their place too."""
     typed = ["method=greedy_ce", "efficiency=none"]

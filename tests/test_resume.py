@@ -209,7 +209,13 @@ def test_a_checkpoint_of_another_run_is_one_line(killed: Path, whole: Any) -> No
 # --- the beginning of a run ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moment", [("on_fit_start", 0), ("on_train_batch_start", 1), ("on_train_batch_end", 1)])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        ("on_train_batch_start", 1),
+        *(pytest.param(m, marks=pytest.mark.slow) for m in [("on_fit_start", 0), ("on_train_batch_end", 1)]),
+    ],
+)
 def test_killed_before_its_first_checkpoint(
     moment: tuple[str, int], whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,6 +365,7 @@ def test_auto_in_a_folder_of_another_run_is_refused(
     assert {name: (killed / name).read_bytes() for name in before} == before
 
 
+@pytest.mark.slow
 def test_auto_resumes_every_job_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:

@@ -73,7 +73,14 @@ KILLS: dict[str, dict[str, Any]] = {
     "at an epoch's end": {"hook": "on_train_epoch_start", "epoch": 2},
     "before the test": {"hook": "on_test_start", "epoch": 3},
 }
-EVERYWHERE = ["feature_recon", "feature_recon bf16 averaged and accumulated"]
+QUICK = [
+    *(("feature_recon bf16 averaged and accumulated", moment) for moment in KILLS),
+    ("feature_recon", "in an epoch"),
+    ("e2e bf16 augmented", "in an epoch"),
+    ("greedy_contrast by epochs", "in an epoch"),
+    ("greedy_contrast by epochs", "at an epoch's end"),
+]
+"""What the default tests kill; the tests of stops have other moments."""
 
 
 @pytest.fixture
@@ -128,7 +135,7 @@ def test_law_6_one_folder_with_a_known_set_of_files(method: str, more: set[str],
 @quickly
 @pytest.mark.parametrize(
     ("variant", "moment"),
-    [(v, k) for v in VARIANTS for k in KILLS if v in EVERYWHERE or k in ("in an epoch", "at an epoch's end")],
+    [pytest.param(v, k, marks=[] if (v, k) in QUICK else pytest.mark.slow) for v in VARIANTS for k in KILLS],
 )
 def test_law_6_a_killed_run_resumed_ends_the_same(variant: str, moment: str, whole: Any, tmp_path: Path) -> None:
     folder = tmp_path / "run"

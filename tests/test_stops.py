@@ -71,8 +71,9 @@ MOMENTS: dict[str, tuple[str, int, int, int]] = {
     ("variant", "moment", "name"),
     [
         *[(ACCUMULATED, moment, "SIGTERM") for moment in MOMENTS],
-        *[("feature_recon", "before a batch", name) for name in ALL],
-        ("greedy_contrast by epochs", "after a batch", "SIGINT"),
+        ("feature_recon", "before a batch", "SIGINT"),
+        *[pytest.param("feature_recon", "before a batch", name, marks=pytest.mark.slow) for name in ALL[1:]],
+        pytest.param("greedy_contrast by epochs", "after a batch", "SIGINT", marks=pytest.mark.slow),
     ],
 )
 def test_stopped_and_resumed_is_as_never_stopped(

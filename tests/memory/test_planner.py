@@ -68,6 +68,7 @@ def test_peaks_and_largest_batches(family: str) -> None:
         assert true_peak(family, option, exact + STEP) > found.budget - SCALARS
 
 
+@pytest.mark.slow
 def test_options_that_are_fitted_fit_and_cost_no_more() -> None:
     whole = next(o for o in planner("swin", 2**40).options() if o.method == "e2e" and o.efficiency == "none")
     found = planner("swin", 0.8 * whole.peak_bytes)
@@ -81,7 +82,7 @@ def test_options_that_are_fitted_fit_and_cost_no_more() -> None:
         assert option.step_cost <= min(rivals) + 1e-9
 
 
-@pytest.mark.parametrize("batch", [4, 2, 0])
+@pytest.mark.parametrize("batch", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 0))])
 def test_small_budgets(batch: int) -> None:
     known = next(o for o in planner("vit", 2**40).options() if o.efficiency == "none" and o.modules == 2)
     budget = true_peak("vit", known, batch) + 2 * SCALARS if batch else MIB
