@@ -4,10 +4,11 @@
 
 Twelve small runs over all methods, in fp32 and bf16, with one, two and four local modules, averaged weights and
 accumulated gradients. Each is trained once without interruption, then again by the same command with resume=auto, which
-is killed at a random moment, begun again, killed again … and in the end left alone. Every third moment is uniform over
-the time that the uninterrupted run took, from the process's beginning; the others come some milliseconds after a row of
-metrics.csv, chosen among those still to be written. After every kill each file of the folder is read. Writes kills.json
-and kills.md into experiments/reliability/results, and leaves the runs in <folder>.
+is killed at a random moment, begun again, up to three times, and in the end left alone; and all this over until there
+are enough kills. Every third moment is uniform over the time that the uninterrupted run took, from the process's
+beginning; the others come some milliseconds after a row of metrics.csv, chosen among those still to be written. After
+every kill each file of the folder is read. Writes kills.json and kills.md into experiments/reliability/results, and
+leaves the runs in <folder>.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from experiments.reliability.forks import SMALL, differences, end_of, rows_of, s
 from localfeat.artifacts.metrics_csv import read_rows
 from localfeat.artifacts.summary import environment
 from localfeat.cli import parse_arguments
-from localfeat.run_folder import SUMMARY, has_ended
+from localfeat.run_folder import has_ended
 from localfeat.writing import write_whole
 
 RESULTS = Path(__file__).parent / "results"
@@ -64,6 +65,7 @@ CASES = {
     ],
 }
 
+LONGEST_CHAIN = 3  # kills of one run
 ROWS = 22  # of metrics.csv in the end: 21 batches and the test
 
 
@@ -85,7 +87,7 @@ class Outcome:
     overrides: list[str]
     seconds: float
     kills: list[Kill] = field(default_factory=list)
-    attempts: int = 0
+    runs: int = 0
     different: list[str] = field(default_factory=list)
 
 
@@ -108,44 +110,53 @@ def _named_folder(arguments: list[str]) -> list[str]:
 
 
 def attack(case: str, overrides: list[str], folder: Path, kills: int, generator: random.Random) -> Outcome:
-    """Train ``case`` twice: left alone, and killed ``kills`` times."""
+    """Train ``case`` once left alone, and as often killed as it takes to have ``kills``."""
     command = [*SMALL, *overrides]
     begun = time.perf_counter()
     assert end_of(start([*command, f"hydra.run.dir={folder}/whole"], folder / "whole.log")) == 0, folder / "whole.log"
     outcome = Outcome(case, overrides, time.perf_counter() - begun)
-    again = [*command, "resume=auto", f"hydra.run.dir={folder}/killed"]
-    while not outcome.attempts or not has_ended(folder / "killed"):
-        outcome.attempts += 1
-        child = start(again, folder / "killed.log")
-        if len(outcome.kills) < kills:
-            begun = time.perf_counter()
-            running = wait_for_moment(child, folder / "killed", outcome, generator)
-            seconds = time.perf_counter() - begun
-            if running and os.waitpid(child, os.WNOHANG)[0] == 0:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                outcome.kills.append(look(folder / "killed", seconds))
-            if has_ended(folder / "killed"):
-                (folder / "killed" / SUMMARY).unlink()  # it was faster: it ends once more, from its last checkpoint
-        else:
-            assert end_of(child) == 0, folder / "killed.log"
-    outcome.different = list(differences(folder / "whole", folder / "killed"))
+    while len(outcome.kills) < kills:
+        outcome.runs += 1
+        killed = folder / f"killed_{outcome.runs}"
+        again = [*command, "resume=auto", f"hydra.run.dir={killed}"]
+        for _ in range(min(LONGEST_CHAIN, kills - len(outcome.kills))):
+            if has_ended(killed) or rows_of(killed / "metrics.csv") >= ROWS - 1:
+                break  # all that is left are tests and pictures
+            kill_once(again, killed, outcome, generator)
+        if not has_ended(killed):
+            assert end_of(start(again, killed.with_suffix(".log"))) == 0, killed
+        outcome.different += [f"run {outcome.runs}: {what}" for what in differences(folder / "whole", killed)]
     return outcome
+
+
+def kill_once(command: list[str], folder: Path, outcome: Outcome, generator: random.Random) -> None:
+    """Start the command and kill it at a random moment, if it does not end before."""
+    begun = time.perf_counter()
+    child = start(command, folder.with_suffix(".log"))
+    if wait_for_moment(child, folder, outcome, generator):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        outcome.kills.append(look(folder, time.perf_counter() - begun))
 
 
 def wait_for_moment(child: int, folder: Path, outcome: Outcome, generator: random.Random) -> bool:
     """Return at the next moment to kill at; False if the process has ended before."""
     if len(outcome.kills) % 3 == 0:
         time.sleep(generator.uniform(0, outcome.seconds))
-        return True
+        return os.waitpid(child, os.WNOHANG)[0] == 0
     file = folder / "metrics.csv"
-    row = generator.randint(min(rows_of(file), ROWS), ROWS)
+    row = generator.randint(min(rows_of(file) + 1, ROWS), ROWS)
     while rows_of(file) < row:
         if os.waitpid(child, os.WNOHANG)[0]:
             return False
         time.sleep(0.0005)
     time.sleep(generator.uniform(0, 0.03))
-    return True
+    return os.waitpid(child, os.WNOHANG)[0] == 0
+
+
+def rows_of(file: Path) -> int:
+    """Lines below the first."""
+    return max(0, file.read_bytes().count(b"\n") - 1) if file.exists() else 0
 
 
 def look(folder: Path, seconds: float) -> Kill:
