@@ -154,11 +154,6 @@ def wait_for_moment(child: int, folder: Path, outcome: Outcome, generator: rando
     return os.waitpid(child, os.WNOHANG)[0] == 0
 
 
-def rows_of(file: Path) -> int:
-    """Lines below the first."""
-    return max(0, file.read_bytes().count(b"\n") - 1) if file.exists() else 0
-
-
 def look(folder: Path, seconds: float) -> Kill:
     """What a kill has left."""
     parts = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.part")) if folder.is_dir() else []
