@@ -22,12 +22,11 @@ from omegaconf import OmegaConf
 
 from localfeat.artifacts import wandb_logger, wandb_results
 from localfeat.artifacts.callbacks import StopOnSignal, Throughput
-from localfeat.artifacts.checkpoint_files import WholeCheckpointIO, newest_sound, read_checkpoint, remove_previous
+from localfeat.artifacts.checkpoint_files import WholeCheckpointIO, read_checkpoint, remove_previous
 from localfeat.artifacts.checkpoints import BestCheckpoint
 from localfeat.artifacts.console import final_table
 from localfeat.artifacts.export import export_backbone
 from localfeat.artifacts.figures import learning_curves, reconstruction_grid
-from localfeat.artifacts.metrics_csv import MetricsCsv
 from localfeat.artifacts.peak_memory import PeakMemory
 from localfeat.artifacts.summary import RunSummary, environment, write_summary
 from localfeat.build import (
@@ -43,13 +42,13 @@ from localfeat.build import (
 from localfeat.config import typed_overrides
 from localfeat.data import ImageDataModule
 from localfeat.errors import RunFailed, Stopped, UserError
-from localfeat.inside import check_inside
 from localfeat.learner import Learner
 from localfeat.locks import sole_run
 from localfeat.network import model_name
-from localfeat.run_folder import BEST, CHECKPOINTS, CONFIG, LAST, SUMMARY, has_ended, left_to_go_on
+from localfeat.run_folder import BEST, CHECKPOINTS, CONFIG, LAST, SUMMARY, left_to_go_on
 from localfeat.stopping import StopRequest
-from localfeat.writing import failing_in_one_line, remove_parts, write_whole
+from localfeat.taking_over import check_folder, take_over
+from localfeat.writing import failing_in_one_line, write_whole
 
 _C = TypeVar("_C", bound=Callback)
 
@@ -78,7 +77,7 @@ def train(config: Config, folder: Path, *, resume: bool) -> dict[str, Any]:
 
 def _train(config: Config, folder: Path, stop: StopRequest, *, resume: bool) -> dict[str, Any]:
     surroundings = environment()  # now: a commit made while the run trains is not what ran
-    _check_folder(folder, resume=resume)
+    check_folder(folder, resume=resume)
     datamodule = build_datamodule(config)
     trainer = _trainer(config, folder, datamodule, stop)
     goes_on = resume and left_to_go_on(folder)  # its weights come from there: nothing to download for it
@@ -89,7 +88,7 @@ def _train(config: Config, folder: Path, stop: StopRequest, *, resume: bool) -> 
     with ExitStack() as stack:
         with failing_in_one_line(folder):
             stack.enter_context(sole_run(folder))
-            checkpoint = _begin(folder, trainer, resume=resume)
+            checkpoint = take_over(folder, trainer, resume=resume)
         found = _with_cuts(config, learner)
         wandb_results.begin(trainer.loggers, found, learner, folder, resume=resume)
         with failing_in_one_line(folder / CONFIG):
@@ -101,38 +100,6 @@ def _train(config: Config, folder: Path, stop: StopRequest, *, resume: bool) -> 
             summary.test_accuracy = trainer.test(learner, datamodule=datamodule, verbose=False)[0]["test/accuracy"]
         summary.classes = datamodule.class_names
         return _write(config, folder, summary, trainer, learner, datamodule)
-
-
-def _check_folder(folder: Path, *, resume: bool) -> None:
-    """Refuse to train where a run would be damaged, or where files of somebody else would be written to."""
-    if folder.is_dir():
-        check_inside(folder)
-    if has_ended(folder):
-        if resume:
-            raise UserError(f"resume={folder}: this run has ended, its summary.json is there")
-        raise UserError(f"{folder} holds a run that has ended: give another folder, or move this one away")
-    if not resume and left_to_go_on(folder):
-        raise UserError(f"{folder} holds a run that was cut short: resume={folder} goes on with it, or move it away")
-
-
-def _begin(folder: Path, trainer: lightning.Trainer, *, resume: bool) -> Path | None:
-    """Put the folder in order, now that nobody else trains there; returns what to go on from."""
-    _check_folder(folder, resume=resume)  # another process may have been there meanwhile
-    for place in (folder, folder / CHECKPOINTS):
-        remove_parts(place)
-    if not resume:
-        (folder / CHECKPOINTS / BEST).unlink(missing_ok=True)  # of one that was killed before its first last.ckpt
-        return None
-    checkpoint, batches = newest_sound(folder)
-    if checkpoint is None:
-        print(f"{folder}: no checkpoint yet, the run begins at its beginning")
-        (folder / CHECKPOINTS / BEST).unlink(missing_ok=True)
-    for logger in trainer.loggers:
-        if isinstance(logger, MetricsCsv):
-            logger.resume_from_step = batches
-            if batches >= trainer.log_every_n_steps and not logger.path.is_file():  # type: ignore[attr-defined]
-                print(f"warning: {logger.path} is gone: it begins again behind batch {batches}", file=sys.stderr)
-    return checkpoint
 
 
 def _fit(

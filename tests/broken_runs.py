@@ -102,7 +102,7 @@ RUNS: list[tuple[str, str, str, dict[str, str], list[str]]] = [
     (
         "6",
         "a run is begun over another one",
-        TRAINING,
+        "localfeat/taking_over.py",
         {"    if not resume and left_to_go_on(folder):": "    if False:"},
         ["tests/test_run.py", "-k", "takes_no_other"],
     ),

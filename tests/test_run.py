@@ -33,6 +33,7 @@ from tests.whole_runs import (
     exported,
     files_below,
     killed_run,
+    made_once,
     metrics,
     small_run,
 )
@@ -94,17 +95,7 @@ quickly = pytest.mark.usefixtures("no_pictures")
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Folder and summary of a variant's uninterrupted run, made once."""
-    made: dict[str, tuple[Path, dict[str, Any]]] = {}
-
-    def get(variant: str) -> tuple[Path, dict[str, Any]]:
-        if variant not in made:
-            folder = tmp_path_factory.mktemp("whole") / "run"
-            with pytest.MonkeyPatch.context() as patch:
-                draw_nothing(patch)
-                made[variant] = folder, small_run(folder, *VARIANTS[variant])
-        return made[variant]
-
-    return get
+    return made_once(tmp_path_factory, VARIANTS)
 
 
 def assert_same_run(folder: Path, summary: dict[str, Any], expected: tuple[Path, dict[str, Any]]) -> None:

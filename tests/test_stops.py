@@ -16,7 +16,18 @@ from localfeat.run import run
 from localfeat.stopping import StopRequest, requeue
 from tests.command_line import call
 from tests.test_run import VARIANTS, assert_same_run
-from tests.whole_runs import BATCHES, SMALL, At, checkpoint, child_exit, composed, draw_nothing, small_run, watched_by
+from tests.whole_runs import (
+    BATCHES,
+    SMALL,
+    At,
+    checkpoint,
+    child_exit,
+    composed,
+    draw_nothing,
+    made_once,
+    small_run,
+    watched_by,
+)
 
 ALL = ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"]
 ACCUMULATED = "feature_recon bf16 averaged and accumulated"
@@ -38,17 +49,7 @@ def same_handlers() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Folder and summary of a variant's uninterrupted run, made once."""
-    made: dict[str, tuple[Path, dict[str, Any]]] = {}
-
-    def get(variant: str) -> tuple[Path, dict[str, Any]]:
-        if variant not in made:
-            folder = tmp_path_factory.mktemp("whole") / "run"
-            with pytest.MonkeyPatch.context() as patch:
-                draw_nothing(patch)
-                made[variant] = folder, small_run(folder, *VARIANTS[variant])
-        return made[variant]
-
-    return get
+    return made_once(tmp_path_factory, VARIANTS)
 
 
 def send(name: str) -> Any:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,23 @@ def composed(*overrides: str) -> DictConfig:
 def small_run(folder: Path, *overrides: str) -> dict[str, Any]:
     """What summary.json holds after a small run in ``folder``."""
     return run(composed(*SMALL, *overrides), folder)
+
+
+def made_once(
+    factory: pytest.TempPathFactory, variants: Mapping[str, list[str]]
+) -> Callable[[str], tuple[Path, dict[str, Any]]]:
+    """Gives folder and summary of a variant's uninterrupted run, which is made when it is first asked for."""
+    made: dict[str, tuple[Path, dict[str, Any]]] = {}
+
+    def get(variant: str) -> tuple[Path, dict[str, Any]]:
+        if variant not in made:
+            folder = factory.mktemp("whole") / "run"
+            with pytest.MonkeyPatch.context() as patch:
+                draw_nothing(patch)
+                made[variant] = folder, small_run(folder, *variants[variant])
+        return made[variant]
+
+    return get
 
 
 def draw_nothing(patch: pytest.MonkeyPatch) -> None:
