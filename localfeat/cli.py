@@ -139,8 +139,9 @@ def _unknown_override(key: str) -> str:
     except Exception:  # another of them is wrong too
         known = known_keys([])
     if found := re.match(r"backbone\.(arguments|variants)\.", key):
-        near = difflib.get_close_matches(key, [name for name in known if name.startswith(found[0])], n=1, cutoff=0.8)
-        meant = f"; did you mean {near[0]}?" if near else f"; add it with +{key}=<value>"
+        names = [name.removeprefix(found[0]) for name in known if name.startswith(found[0])]
+        near = difflib.get_close_matches(key.removeprefix(found[0]), names, n=1, cutoff=0.7)
+        meant = f"; did you mean {found[0]}{near[0]}?" if near else f"; add it with +{key}=<value>"
         return f"{key}: there is no such key yet{meant}"
     return unknown_key(key, known)
 

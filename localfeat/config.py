@@ -35,7 +35,6 @@ def register_resolvers() -> None:
     """Make the functions known that conf/ calls as ``${localfeat.…}``, and have what Hydra itself builds checked."""
     guard_hydra()
     OmegaConf.register_new_resolver("localfeat.run_dir", _run_dir, replace=True)
-    OmegaConf.register_new_resolver("localfeat.hydra_subdir", _hydra_subdir, replace=True)
     OmegaConf.register_new_resolver("localfeat.linear_lr", _linear_lr, replace=True)
 
 
@@ -51,11 +50,6 @@ def _run_dir(resume: object, output_dir: object, name: object) -> str:
     if "/" in last or len(last.encode()) > _LONGEST_NAME:
         raise UserError(f"method.name, in {last}, is part of a folder's name: no / and fewer than 200 letters, please")
     return folder
-
-
-def _hydra_subdir(resume: object) -> str | None:
-    """Where Hydra notes what was typed; a run that goes on keeps the note of what began it."""
-    return ".hydra" if resume in (None, AUTO) else None
 
 
 def typed_overrides(folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from localfeat.errors import RunFailed
+from localfeat.errors import Diverged
 from localfeat.nonfinite import NonFinite, Trouble
 from localfeat.writing import write_whole
 
@@ -89,7 +89,7 @@ class Divergence:
         """After a batch. Waits for the device.
 
         Raises:
-            RunFailed: a module has left out too many steps in a row. The batch, or of an accumulation window the last
+            Diverged: a module has left out too many steps in a row. The batch, or of an accumulation window the last
                 one whose loss was not finite, is written into the run's folder.
         """
         limit = 1 if torch.is_anomaly_enabled() else self.limit
@@ -105,14 +105,14 @@ class Divergence:
                 self._name(module, batch, optimizers, now=in_a_row[module] > 0 and self.nonfinite.stepped)
         for module, count in enumerate(in_a_row):
             if limit is not None and count >= limit and self.nonfinite.stepped:
-                raise RunFailed(self._last_words(module, count, *self._suspect(module, batch, optimizers)))
+                raise Diverged(self._last_words(module, count, *self._suspect(module, batch, optimizers)))
         if losses.is_cuda:
             self._suspects.clear()  # the memory of their images; the next look is many batches away
 
-    def anomaly(self, module: int, operation: str, batch: Batch) -> RunFailed:
+    def anomaly(self, module: int, operation: str, batch: Batch) -> Diverged:
         """What to raise when anomaly detection has found the operation in a module (from 0)."""
         facts = {"module": f"module_{module + 1}", "term": operation, "value": "nan"}
-        return RunFailed(f"module {module + 1} at {batch}: {operation}; {batch.write(facts)}")
+        return Diverged(f"module {module + 1} at {batch}: {operation}; {batch.write(facts)}")
 
     def _suspect(self, module: int, batch: Batch, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[Batch, Trouble]:
         known = self._suspects.get(module)
@@ -134,6 +134,6 @@ class Divergence:
             return f"{trouble} at {batch} (trainer.detect_anomaly=true): {written}"
         return (
             f"{trouble} at {batch}, and {count} steps of this module in a row were left out "
-            f"(optimizer.stop_after_nonfinite={self.limit}): {written}; a lower optimizer.lr may help, "
+            f"(optimizer.stop_after_nonfinite={self.limit}): {written}; begin anew with a lower optimizer.lr, or look: "
             "trainer.detect_anomaly=true names the operation"
         )

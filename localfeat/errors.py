@@ -20,6 +20,10 @@ class RunFailed(RuntimeError):
     """
 
 
+class Diverged(RunFailed):
+    """A run whose losses or gradients are no longer finite: it would end so again if it went on."""
+
+
 class Stopped(BaseException):
     """A signal told this process to stop, and it has put its things in order.
 

@@ -57,6 +57,22 @@ def is_locked(file: Path) -> bool:
     return descriptor is None
 
 
+def check_free(folder: Path) -> None:
+    """Refuse a folder in which a process trains now.
+
+    Raises:
+        UserError: says which process it is.
+    """
+    file = folder / RUN_LOCK
+    with suppress(OSError):  # no locks, no permission: whoever trains there will be told
+        if is_locked(file):
+            raise UserError(_in_use(folder))
+
+
+def _in_use(folder: Path) -> str:
+    return f"{folder} is in use: {_holder(folder / RUN_LOCK)} trains there"
+
+
 @contextmanager
 def sole_run(folder: Path) -> Iterator[None]:
     """Keep every other process from training in ``folder``, which is made if need be. Leaves no file behind.
@@ -76,7 +92,7 @@ def sole_run(folder: Path) -> Iterator[None]:
         yield
         return
     if descriptor is None:
-        raise UserError(f"{folder} is in use: {_holder(file)} trains there")
+        raise UserError(_in_use(folder))
     try:
         os.truncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())

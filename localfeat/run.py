@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -19,11 +18,11 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from localfeat.cli import check_arguments, exit_code, one_line_errors, report
 from localfeat.config import AUTO, plain, register_resolvers, saved_config
-from localfeat.errors import RunFailed, Stopped, UserError
+from localfeat.errors import Diverged, RunFailed, Stopped, UserError
 from localfeat.paths import conf_dir
 from localfeat.stopping import report_stop, requeue
 
@@ -42,26 +41,38 @@ def run(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
         Stopped: by a signal.
     """
     if cfg.resume is None:
-        return _train(plain(cfg), Path(folder), resume=False)
+        return _train(plain(cfg), Path(folder), resume=False, notes=_notes(cfg))
     if cfg.resume == AUTO:
-        return _go_on_or_begin({**plain(cfg), "resume": None}, Path(folder))
+        return _go_on_or_begin({**plain(cfg), "resume": None}, Path(folder), _notes(cfg))
     resumed = str(cfg.resume)
     if not resumed:
         raise UserError("resume= is empty: give the folder of a run that was cut short, or auto")
     return _train(saved_config(resumed), Path(resumed), resume=True)
 
 
-def _go_on_or_begin(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _notes(cfg: DictConfig) -> dict[str, str]:
+    """What Hydra itself writes about a job: what was typed, what came of it, how Hydra was configured."""
+    if not HydraConfig.initialized():  # called as a function
+        return {}
+    hydra_cfg = HydraConfig.get()
+    parts = {"config": cfg, "overrides": hydra_cfg.overrides.task, "hydra": OmegaConf.create({"hydra": hydra_cfg})}
+    return {f".hydra/{name}.yaml": OmegaConf.to_yaml(part) for name, part in parts.items()}
+
+
+def _go_on_or_begin(config: dict[str, Any], folder: Path, notes: dict[str, str]) -> dict[str, Any]:
     from localfeat.build import check
+    from localfeat.locks import check_free
     from localfeat.resuming import earlier_run
     from localfeat.run_folder import has_ended
     from localfeat.runs import read_summary
 
+    check_free(folder)
     found = earlier_run(check(config), folder)
     if found is None:
-        return _train(config, folder, resume=False)
+        return _train(config, folder, resume=False, notes=notes)
     if found != folder:
         _discard(folder)
+        check_free(found)
     if has_ended(found):
         print(f"{found}: this run has ended, there is nothing left to do (without resume=auto another one begins)")
         return read_summary(found)
@@ -69,12 +80,16 @@ def _go_on_or_begin(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     return _train(saved_config(found), found, resume=True)
 
 
-def _train(config: dict[str, Any], folder: Path, *, resume: bool) -> dict[str, Any]:
+def _train(
+    config: dict[str, Any], folder: Path, *, resume: bool, notes: dict[str, str] | None = None
+) -> dict[str, Any]:
     """Train; whatever ends it before its end is told together with how to go on."""
     from localfeat.training import train
 
     try:
-        return train(config, folder, resume=resume)
+        return train(config, folder, resume=resume, notes=notes or {})
+    except Diverged:  # it would again
+        raise
     except (RunFailed, Stopped) as end:
         way = f"; go on with: python -m localfeat.run {_resume_argument(folder)}" if _can_go_on(folder) else ""
         if isinstance(end, RunFailed):
@@ -129,15 +144,15 @@ def _leave(cfg: DictConfig, folder: Path, multirun: bool) -> None:
 
 def _check_resume(resume: str, overrides: list[str], multirun: bool) -> None:
     others = [override for override in overrides if not override.startswith("resume=")]
+    if others and resume != AUTO and not Path(resume, "config.yaml").is_file():
+        raise UserError(f"resume={resume}: it is auto, or the folder of a run that was cut short")
     if resume != AUTO and (multirun or others):
         raise UserError(f"resume=<folder> takes the run's own configuration: leave out {' '.join(others) or '-m'}")
 
 
 def _discard(folder: Path) -> None:
-    """Remove the folder of a refused run, and those it lies in, as far as they hold nothing but Hydra's notes."""
+    """Remove the folder of a refused run, and those it lies in, as far as they are empty."""
     kept = {Path.cwd(), *Path.cwd().parents}
-    if [path.name for path in folder.iterdir()] == [".hydra"]:
-        shutil.rmtree(folder / ".hydra")
     with suppress(OSError):  # not empty
         while folder not in kept:
             folder.rmdir()

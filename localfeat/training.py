@@ -8,10 +8,11 @@ import os
 import random
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import lightning
@@ -43,7 +44,7 @@ from localfeat.config import typed_overrides
 from localfeat.data import ImageDataModule
 from localfeat.errors import RunFailed, Stopped, UserError
 from localfeat.learner import Learner
-from localfeat.locks import sole_run
+from localfeat.locks import check_free, sole_run
 from localfeat.network import model_name
 from localfeat.run_folder import BEST, CHECKPOINTS, CONFIG, LAST, SUMMARY, left_to_go_on
 from localfeat.stopping import StopRequest
@@ -53,7 +54,9 @@ from localfeat.writing import failing_in_one_line, write_whole
 _C = TypeVar("_C", bound=Callback)
 
 
-def train(config: Config, folder: Path, *, resume: bool) -> dict[str, Any]:
+def train(
+    config: Config, folder: Path, *, resume: bool, notes: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
     """Run ``config`` (plain values, all resolved) in ``folder``; returns what summary.json holds.
 
     SIGINT, SIGTERM, SIGUSR1 and SIGHUP end it: while it trains, when the batch under way is in ``last.ckpt``.
@@ -61,6 +64,7 @@ def train(config: Config, folder: Path, *, resume: bool) -> dict[str, Any]:
     Args:
         resume: go on with the run in ``folder`` from its newest sound checkpoint, or from its beginning if it was cut
             short before the first one.
+        notes: files to write when a new run has its folder for itself, name -> text.
 
     Raises:
         UserError: before anything is trained or overwritten, if the configuration cannot be, or if ``folder`` holds
@@ -72,11 +76,14 @@ def train(config: Config, folder: Path, *, resume: bool) -> dict[str, Any]:
     config = check(config)
     stop = StopRequest()
     with stop.listening(), _clean_process(config["seed"]):
-        return _train(config, folder, stop, resume=resume)
+        return _train(config, folder, stop, {} if resume else notes, resume=resume)
 
 
-def _train(config: Config, folder: Path, stop: StopRequest, *, resume: bool) -> dict[str, Any]:
+def _train(
+    config: Config, folder: Path, stop: StopRequest, notes: Mapping[str, str], *, resume: bool
+) -> dict[str, Any]:
     surroundings = environment()  # now: a commit made while the run trains is not what ran
+    check_free(folder)
     check_folder(folder, resume=resume)
     datamodule = build_datamodule(config)
     trainer = _trainer(config, folder, datamodule, stop)
@@ -91,8 +98,9 @@ def _train(config: Config, folder: Path, stop: StopRequest, *, resume: bool) -> 
             checkpoint = take_over(folder, trainer, resume=resume)
         found = _with_cuts(config, learner)
         wandb_results.begin(trainer.loggers, found, learner, folder, resume=resume)
-        with failing_in_one_line(folder / CONFIG):
-            write_whole(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(found)).encode())
+        for name, text in {**notes, CONFIG: OmegaConf.to_yaml(OmegaConf.create(found))}.items():
+            with failing_in_one_line(folder / name):
+                write_whole(folder / name, text.encode())
         _fit(trainer, learner, datamodule, checkpoint, stop)
         best = _load_best(learner, folder, trainer)
         summary = _summarise(config, folder, trainer, learner, best, surroundings)

@@ -154,6 +154,7 @@ RESUME = {
     "resume=garbled": "garbled/config.yaml cannot be read: ",
     "resume=damaged": "damaged/checkpoints/last.ckpt cannot be read (",
     "resume=ended": "resume=ended: this run has ended, its summary.json is there",
+    "resume=atuo epochs=9": "resume=atuo: it is auto, or the folder of a run that was cut short",
     "resume=fresh epochs=9": "resume=<folder> takes the run's own configuration: leave out epochs=9",
 }
 LINES = {**KEYS_AND_GROUPS, **TYPES, **RANGES, **COMBINATIONS, **BACKBONES, **FILES}

@@ -454,6 +454,31 @@ def test_a_folder_in_use_is_refused(killed: Path, tmp_path: Path) -> None:
     assert {name: (killed / name).read_bytes() for name in files_below(killed)} == before
 
 
+def test_in_use_is_said_first_and_nothing_is_written(
+    killed: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Not that it was cut short, nor that it is another configuration: whoever moves it away ends the other run."""
+    before = {name: (killed / name).read_bytes() for name in files_below(killed) - {".lock"}}
+    with sole_run(killed):
+        for typed in (["resume=auto"], [], ["resume=auto", "split=k4"], ["method=e2e"]):
+            arguments = [*SMALL, *QUICK, f"hydra.run.dir={killed}", *typed]
+            assert call(monkeypatch, "localfeat.run", *arguments) == 2
+            said = capfd.readouterr()
+            assert said.out == "" and f"{killed} is in use: process {os.getpid()} on" in said.err
+    assert {name: (killed / name).read_bytes() for name in files_below(killed)} == before
+
+
+def test_a_refused_command_leaves_the_notes_of_the_run_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*SMALL, *QUICK, f"hydra.run.dir={tmp_path}/run"]
+    assert call(monkeypatch, "localfeat.run", *arguments) == 0
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in files_below(tmp_path / "run")}
+    assert {f".hydra/{name}.yaml" for name in ("config", "overrides", "hydra")} < before.keys()
+    assert call(monkeypatch, "localfeat.run", *arguments, "seed=7") == 2
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in files_below(tmp_path / "run")} == before
+
+
 def test_a_run_holds_its_lock_until_its_end_and_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
     lock = tmp_path / "run" / ".lock"
