@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -40,21 +41,22 @@ def run(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
         RunFailed: something around the run is not as it should be, like a full disk.
         Stopped: by a signal.
     """
+    return _run(cfg, Path(folder), {})
+
+
+def _run(cfg: DictConfig, folder: Path, notes: dict[str, str]) -> dict[str, Any]:
     if cfg.resume is None:
-        return _train(plain(cfg), Path(folder), resume=False, notes=_notes(cfg))
+        return _train(plain(cfg), folder, resume=False, notes=notes)
     if cfg.resume == AUTO:
-        return _go_on_or_begin({**plain(cfg), "resume": None}, Path(folder), _notes(cfg))
+        return _go_on_or_begin({**plain(cfg), "resume": None}, folder, notes)
     resumed = str(cfg.resume)
     if not resumed:
         raise UserError("resume= is empty: give the folder of a run that was cut short, or auto")
     return _train(saved_config(resumed), Path(resumed), resume=True)
 
 
-def _notes(cfg: DictConfig) -> dict[str, str]:
-    """What Hydra itself writes about a job: what was typed, what came of it, how Hydra was configured."""
-    if not HydraConfig.initialized():  # called as a function
-        return {}
-    hydra_cfg = HydraConfig.get()
+def _notes(cfg: DictConfig, hydra_cfg: HydraConf) -> dict[str, str]:
+    """What Hydra itself writes about a job, file -> text: what was typed, what came of it, how Hydra was configured."""
     parts = {"config": cfg, "overrides": hydra_cfg.overrides.task, "hydra": OmegaConf.create({"hydra": hydra_cfg})}
     return {f".hydra/{name}.yaml": OmegaConf.to_yaml(part) for name, part in parts.items()}
 
@@ -121,7 +123,7 @@ def _attempt(cfg: DictConfig, explain: Callable[[Exception], str | None]) -> tup
     try:
         if cfg.resume is not None:
             _check_resume(str(cfg.resume), list(job.overrides.task), multirun)
-        run(cfg, folder)
+        _run(cfg, folder, _notes(cfg, job))
         return None
     except Stopped as stopped:
         _leave(cfg, folder, multirun)

@@ -382,6 +382,7 @@ def test_a_process_ends_with_one_line(typed: str, line: str, tmp_path: Path) -> 
     assert {path.name for path in tmp_path.iterdir()} <= {"hub"}
 
 
+@pytest.mark.slow
 def test_a_process_with_a_fault_of_ours_ends_with_a_stack_trace(tmp_path: Path) -> None:
     code = "import localfeat.training as t, localfeat.run as r; t.build_learner = lambda *a: 1 / 0; r.main()"
     ended = python(tmp_path, "-c", code, *SHORT)

@@ -51,7 +51,7 @@ def check(family: str, method: str, modules: int) -> None:
 @pytest.mark.parametrize(
     ("family", "method", "modules"),
     [
-        pytest.param(*case, k, marks=[pytest.mark.slow] if case[0] == "resnet" else [])
+        pytest.param(*case, k, marks=[pytest.mark.slow] if case[0] == "resnet" or k == 3 else [])
         for case in CASES
         for k in (2, 3, 4)
         if case[0] != "resnet" or k == 2

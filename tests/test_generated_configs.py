@@ -107,19 +107,19 @@ def examples(count: int) -> Callable[[Any], Any]:
 
 
 @given(overrides=valid())
-@examples(4)
+@examples(3)
 def test_what_is_right_trains(command: Callable[[list[str]], Ended], overrides: list[str]) -> None:
     check_trained(command(overrides))
 
 
 @given(mistake=invalid())
-@examples(10)
+@examples(6)
 def test_what_is_wrong_is_one_line(command: Callable[[list[str]], Ended], mistake: Mistake) -> None:
     check_mistake(command(mistake.overrides), mistake)
 
 
 @given(overrides=anything())
-@examples(5)
+@examples(4)
 def test_anything_trains_or_is_one_line(command: Callable[[list[str]], Ended], overrides: list[str]) -> None:
     check_either(command(overrides))
 

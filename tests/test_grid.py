@@ -110,6 +110,7 @@ def test_one_batch_of_every_data_set_in_its_true_form(
     assert all(math.isfinite(loss) for loss in summary["module_losses"].values())
 
 
+@pytest.mark.slow  # the README's second command is this one
 def test_the_papers_setting_as_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``dataset=cifar100 method=feature_recon split=k4``, only the amount of data is reduced."""
     write_source(monkeypatch, "cifar100", tmp_path / "data")

@@ -55,6 +55,7 @@ def check_command(found: dict[str, Any]) -> Any:
     return config
 
 
+@pytest.mark.slow
 def test_another_method_is_not_recommended_for_its_cost(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Where end-to-end training does not fit: the configuration's own method, though a greedy one is cheaper."""
     wide = ["backbone.arguments.embed_dim=64", "batch_size=64"]  # next to it the auxiliary parts are small
@@ -80,7 +81,12 @@ def test_another_method_is_not_recommended_for_its_cost(monkeypatch: pytest.Monk
             "feature_recon",
             marks=pytest.mark.slow,
         ),
-        (["budget=1GiB", "method=image_recon", "efficiency.loss_slices=2", "split=balanced", "split.k=3"], "cuts", 2),
+        pytest.param(
+            ["budget=1GiB", "method=image_recon", "efficiency.loss_slices=2", "split=balanced", "split.k=3"],
+            "cuts",
+            2,
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             ["budget=1GiB", "method=greedy_ce", "split=cuts", "split.cuts=[1,2]", "efficiency=none"],
             "cuts",

@@ -67,8 +67,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def marked(command: str) -> object:
-    """The sweep of 24 jobs takes half a minute: tests/test_sweep.py has one of its groups in the default suite."""
-    return pytest.param(command, marks=[pytest.mark.slow] if " -m dataset=" in command else [])
+    """Half a minute each: tests/test_sweep.py has a group of the sweep, tests/test_plan.py smaller plans."""
+    long = " -m dataset=" in command or "localfeat.plan dataset=cifar10" in command
+    return pytest.param(command, marks=[pytest.mark.slow] if long else [])
 
 
 @pytest.mark.parametrize("command", [marked(command) for command in PYTHON])

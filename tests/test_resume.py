@@ -255,7 +255,7 @@ ENDS: dict[str, tuple[list[str], tuple[str, int]]] = {
 }
 
 
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("end", [pytest.param(e, marks=pytest.mark.slow if "at one's end" in e else []) for e in ENDS])
 def test_a_run_that_ends_early_resumed_ends_there(end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides, (hook, epoch) = ENDS[end]
     overrides = [*QUICK, "epochs=3", "callbacks.checkpoint_every_n_batches=null", *overrides]
@@ -315,7 +315,7 @@ def stopping(patch: pytest.MonkeyPatch) -> None:
     watched_by(patch, At("on_train_batch_start", lambda: os.kill(os.getpid(), signal.SIGTERM), 1, 2))
 
 
-@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("given", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_the_same_command_again_goes_on(
     given: bool, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -406,6 +406,7 @@ def test_auto_in_a_folder_of_ones_own_looks_nowhere_else(tmp_path: Path, killed:
     assert earlier_run(asked, tmp_path / "mine") is None and earlier_run(asked, killed) == killed
 
 
+@pytest.mark.slow
 def test_auto_knows_a_value_by_another_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

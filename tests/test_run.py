@@ -75,8 +75,8 @@ KILLS: dict[str, dict[str, Any]] = {
     "before the test": {"hook": "on_test_start", "epoch": 3},
 }
 QUICK = [
-    *(("feature_recon bf16 averaged and accumulated", moment) for moment in KILLS),
-    ("feature_recon", "in an epoch"),
+    ("feature_recon bf16 averaged and accumulated", "before validation"),
+    ("feature_recon bf16 averaged and accumulated", "before the test"),
     ("e2e bf16 augmented", "in an epoch"),
     ("greedy_contrast by epochs", "in an epoch"),
     ("greedy_contrast by epochs", "at an epoch's end"),
@@ -165,7 +165,7 @@ def test_law_6_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
 
 
 @quickly
-@pytest.mark.parametrize(("every", "accumulate"), [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (3, 2), (1, 3)])
+@pytest.mark.parametrize(("every", "accumulate"), [(1, 1), (3, 1), (4, 1), (3, 2)])
 def test_law_6_when_checkpoints_are_written(
     every: int, accumulate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

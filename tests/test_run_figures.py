@@ -352,6 +352,7 @@ def test_law_7_the_test_set_is_not_touched_before_training_has_ended(
     assert [event for event in events[chosen:] if "test" in event] == ["test loader", "read test", "load test"]
 
 
+@pytest.mark.slow
 def test_law_7_other_test_labels_change_nothing_but_test_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

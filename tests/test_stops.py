@@ -68,10 +68,16 @@ MOMENTS: dict[str, tuple[str, int, int, int]] = {
 }
 
 
+QUICK = ("after a batch", "before an epoch's last batch", "in validation", "after training")
+
+
 @pytest.mark.parametrize(
     ("variant", "moment", "name"),
     [
-        *[(ACCUMULATED, moment, "SIGTERM") for moment in MOMENTS],
+        *[
+            pytest.param(ACCUMULATED, moment, "SIGTERM", marks=[] if moment in QUICK else pytest.mark.slow)
+            for moment in MOMENTS
+        ],
         ("feature_recon", "before a batch", "SIGINT"),
         *[pytest.param("feature_recon", "before a batch", name, marks=pytest.mark.slow) for name in ALL[1:]],
         pytest.param("greedy_contrast by epochs", "after a batch", "SIGINT", marks=pytest.mark.slow),
@@ -90,7 +96,7 @@ def test_stopped_and_resumed_is_as_never_stopped(
     assert_same_run(folder, run(composed(f"resume={folder}"), "not used"), whole(variant))
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), pytest.param("SIGTERM", 143, marks=pytest.mark.slow)])
 def test_command_line_says_how_to_go_on(
     name: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

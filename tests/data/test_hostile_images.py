@@ -246,9 +246,10 @@ def test_a_failing_disk_is_one_line_and_no_bad_image(
 @pytest.mark.slow  # DataLoader looks after its workers every five seconds
 def test_a_worker_that_is_killed_is_one_line(tmp_path: Path) -> None:
     write_image_folder(tmp_path, {"train": 40, "test": 1})
+    others = set(active_children())  # of tests before
     batches = iter(on_disk(tmp_path, 1).train_dataloader())
     next(batches)
-    (worker,) = active_children()
+    (worker,) = set(active_children()) - others
     os.kill(worker.pid or 0, signal.SIGKILL)
     with pytest.raises(RunFailed, match=r"a process that reads images has died.*num_workers") as error:
         list(batches)
@@ -258,9 +259,10 @@ def test_a_worker_that_is_killed_is_one_line(tmp_path: Path) -> None:
 def test_workers_leave_signals_to_the_main_process(tmp_path: Path) -> None:
     """A Ctrl-C or a scheduler's signal reaches them too; the main process needs them to finish its batch."""
     write_image_folder(tmp_path, {"train": 20, "test": 1})
+    others = set(active_children())  # of tests before
     batches = iter(on_disk(tmp_path, 1).train_dataloader())
     next(batches)
-    (worker,) = active_children()
+    (worker,) = set(active_children()) - others
     sender = os.fork()  # SIGTERM of the parent itself means that the worker is to end
     if sender == 0:
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
@@ -273,9 +275,10 @@ def test_workers_leave_signals_to_the_main_process(tmp_path: Path) -> None:
 
 def test_a_worker_ends_when_its_parent_tells_it_to(tmp_path: Path) -> None:
     write_image_folder(tmp_path, {"train": 20, "test": 1})
+    others = set(active_children())  # of tests before
     batches = iter(on_disk(tmp_path, 1).train_dataloader())
     next(batches)
-    (worker,) = active_children()
+    (worker,) = set(active_children()) - others
     worker.terminate()
     worker.join(10)
     assert worker.exitcode == 0

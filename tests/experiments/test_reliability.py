@@ -26,6 +26,7 @@ def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+@pytest.mark.slow
 def test_a_row_of_the_table(tmp_path: Path, nothing_remembered: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     chosen = [fault for fault in faults.FAULTS if fault[0] in LEAN]

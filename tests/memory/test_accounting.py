@@ -201,6 +201,7 @@ def test_a_backbone_that_never_had_data(family: str) -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_many_images_of_a_large_network() -> None:
     """Swin-T end to end, 128 images: an independent emulation said 13435 MiB in float32 and 8996 in bfloat16."""
     with torch.device("meta"):

@@ -120,6 +120,7 @@ class LoseAt(Callback):
             raise Lost
 
 
+@pytest.mark.slow  # as the next one, of which it is a part
 def test_a_job_that_was_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sweep resumes it in a process of its own; it ends as one that was never interrupted."""
     monkeypatch.chdir(tmp_path)
