@@ -14,6 +14,7 @@ from pathlib import Path
 from localfeat.errors import UserError
 
 RUN_LOCK = ".lock"
+FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 
 
@@ -78,14 +79,16 @@ def sole_run(folder: Path) -> Iterator[None]:
     """Keep every other process from training in ``folder``, which is made if need be. Leaves no file behind.
 
     Raises:
-        UserError: one is training there.
-        OSError: the folder cannot be written to.
+        UserError: one is training there, or nobody may write there.
+        OSError: the folder cannot be written to for another reason, like a full disk.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / RUN_LOCK
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         descriptor = try_lock(file)
     except OSError as error:
+        if error.errno in FORBIDDEN:
+            raise UserError(f"{folder} cannot be written ({error.strerror})") from error
         if error.errno not in UNSUPPORTED:
             raise
         print(f"warning: no locks on this file system: two runs in {folder} would damage each other", file=sys.stderr)

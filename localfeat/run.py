@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,7 +24,7 @@ from localfeat.cli import check_arguments, exit_code, one_line_errors, report
 from localfeat.config import AUTO, plain, register_resolvers, saved_config
 from localfeat.errors import Diverged, RunFailed, Stopped, UserError
 from localfeat.paths import conf_dir
-from localfeat.stopping import report_stop, requeue
+from localfeat.stopping import name, requeue
 
 
 def run(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
@@ -96,7 +95,7 @@ def _train(
         way = f"; go on with: python -m localfeat.run {_resume_argument(folder)}" if _can_go_on(folder) else ""
         if isinstance(end, RunFailed):
             raise RunFailed(f"{end}{way}") from end
-        print(f"stopped by {signal.Signals(end.signum).name}{way}", file=sys.stderr)
+        print(f"stopped by {name(end.signum)}{way}", file=sys.stderr)
         raise
 
 
@@ -128,7 +127,7 @@ def _attempt(cfg: DictConfig, explain: Callable[[Exception], str | None]) -> tup
     except Stopped as stopped:
         _leave(cfg, folder, multirun)
         if cfg.resume is not None and (line := requeue(stopped.signum)):
-            report_stop(line)
+            print(line, file=sys.stderr)
         raise
     except Exception as error:
         line = explain(error)

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -54,19 +53,18 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield  # Python hands signals to the main thread only
             return
-        before = {s: signal.getsignal(s) for s in SIGNALS}
-        handled = {s: handler for s, handler in before.items() if handler is not signal.SIG_IGN}
-        self.install(handled)
+        before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+        self.install()
         try:
             yield
         finally:
-            for signum, handler in handled.items():
+            for signum, handler in before.items():
                 signal.signal(signum, handler)
 
-    def install(self, signals: Mapping[signal.Signals, object] | None = None) -> None:
-        """Take the signals over again from a library that has put its own handlers there."""
+    def install(self) -> None:
+        """Take the signals over, also from a library that has put its own handlers there meanwhile."""
         if threading.current_thread() is threading.main_thread():
-            for signum in SIGNALS if signals is None else signals:
+            for signum in SIGNALS:
                 if signal.getsignal(signum) is not signal.SIG_IGN:
                     signal.signal(signum, self.handle)
 
@@ -95,8 +93,3 @@ def requeue(signum: int, environment: Mapping[str, str] = os.environ) -> str | N
         said = getattr(error, "stderr", None) or str(error)
         return f"Slurm job {job} was not put into the queue again: {' '.join(str(said).split())}"
     return f"Slurm job {job} is in the queue again"
-
-
-def report_stop(line: str) -> None:
-    """Say it on stderr."""
-    print(line, file=sys.stderr)

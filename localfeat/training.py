@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import logging
 import os
@@ -94,14 +93,9 @@ def _train(
     datamodule.setup("fit")
     _check_shares(config, datamodule)
     with ExitStack() as stack:
-        try:
-            with failing_in_one_line(folder):
-                stack.enter_context(sole_run(folder))
-                checkpoint = take_over(folder, trainer, resume=resume)
-        except RunFailed as error:
-            if isinstance(error.__cause__, PermissionError) or getattr(error.__cause__, "errno", None) == errno.EROFS:
-                raise UserError(str(error)) from error  # a wrong place, not a full one
-            raise
+        with failing_in_one_line(folder):
+            stack.enter_context(sole_run(folder))
+            checkpoint = take_over(folder, trainer, resume=resume)
         found = _with_cuts(config, learner)
         wandb_results.begin(trainer.loggers, found, learner, folder, resume=resume)
         for name, text in {**notes, CONFIG: OmegaConf.to_yaml(OmegaConf.create(found))}.items():
