@@ -46,10 +46,11 @@ test-gpu: $(STAMP) ## tests marked gpu, one at a time (needs a CUDA device)
 	@$(VENV_PYTHON) -m pytest -m gpu --timeout 1800 $(ARGS)
 
 .PHONY: check
-check: $(STAMP) ## ruff check, ruff format --check, mypy
+check: $(STAMP) ## ruff check, ruff format --check, mypy, the import law
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
 	@$(VENV_PYTHON) -m mypy
+	@.venv/bin/lint-imports --no-logo
 
 .PHONY: format
 format: $(STAMP) ## mend what ruff can mend, and format

@@ -12,40 +12,48 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from localfeat.data import ImageDataModule
-    from localfeat.efficiency import Efficiency
-    from localfeat.errors import UserError
-    from localfeat.learner import Learner
+    from localfeat.backbones.split import Split
+    from localfeat.data.datamodule import ImageDataModule
+    from localfeat.efficiency.settings import Efficiency
+    from localfeat.learner.module import Learner
+    from localfeat.learner.optimization import Optimization
     from localfeat.memory.accounting import step_memory
     from localfeat.memory.balanced_split import BalancedSplit
-    from localfeat.network import Split
-    from localfeat.objectives import METHODS, Method, Objective, Site
-    from localfeat.optimization import Optimization
+    from localfeat.methods.base import METHODS, Method, Site
+    from localfeat.methods.objective import Objective
+    from localfeat.methods.parts.decoders import DeconvDecoder, InterpDecoder, OneLayerDecoder
+    from localfeat.utils.errors import UserError
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "BalancedSplit": "localfeat.memory.balanced_split",
-    "Efficiency": "localfeat.efficiency",
-    "ImageDataModule": "localfeat.data",
-    "Learner": "localfeat.learner",
-    "METHODS": "localfeat.objectives",
-    "Method": "localfeat.objectives",
-    "Objective": "localfeat.objectives",
-    "Optimization": "localfeat.optimization",
-    "Site": "localfeat.objectives",
-    "Split": "localfeat.network",
-    "UserError": "localfeat.errors",
+    "DeconvDecoder": "localfeat.methods.parts.decoders",
+    "Efficiency": "localfeat.efficiency.settings",
+    "ImageDataModule": "localfeat.data.datamodule",
+    "InterpDecoder": "localfeat.methods.parts.decoders",
+    "Learner": "localfeat.learner.module",
+    "METHODS": "localfeat.methods.base",
+    "Method": "localfeat.methods.base",
+    "Objective": "localfeat.methods.objective",
+    "OneLayerDecoder": "localfeat.methods.parts.decoders",
+    "Optimization": "localfeat.learner.optimization",
+    "Site": "localfeat.methods.base",
+    "Split": "localfeat.backbones.split",
+    "UserError": "localfeat.utils.errors",
     "step_memory": "localfeat.memory.accounting",
 }
 __all__ = [
     "METHODS",
     "BalancedSplit",
+    "DeconvDecoder",
     "Efficiency",
     "ImageDataModule",
+    "InterpDecoder",
     "Learner",
     "Method",
     "Objective",
+    "OneLayerDecoder",
     "Optimization",
     "Site",
     "Split",

@@ -43,10 +43,10 @@ class Mutant:
         return self.tests or ["tests/test_laws.py", "tests/test_law_2.py", "-k", f"law_{self.law}_"]
 
 
-LEARNER = "localfeat/learner.py"
-STEPPING = "localfeat/stepping.py"
-MODULE = "localfeat/network/local_module.py"
-OBJECTIVE = "localfeat/objectives/objective.py"
+LEARNER = "localfeat/learner/module.py"
+STEPPING = "localfeat/learner/stepping.py"
+MODULE = "localfeat/methods/local_module.py"
+OBJECTIVE = "localfeat/methods/objective.py"
 TESTS_OF_LEARNER = ["tests/test_learner.py", "tests/test_learner_precision.py"]
 
 MUTANTS = [
@@ -132,7 +132,7 @@ MUTANTS = [
     Mutant(
         "4",
         "logits leave out the final norm",
-        "localfeat/network/blocks.py",
+        "localfeat/backbones/decompose.py",
         {
             "lambda m, x: m.forward_head(m.norm(x)))  # type: ignore[operator]\n    return Decomposition(cast": (
                 "lambda m, x: m.forward_head(x))\n    return Decomposition(cast"
@@ -157,14 +157,14 @@ MUTANTS = [
     Mutant(
         "5",
         "weight decay on norms and biases",
-        "localfeat/optimization.py",
+        "localfeat/learner/optimization.py",
         {'"weight_decay": 0.0}': '"weight_decay": self.weight_decay}'},
     ),
-    Mutant("5", "betas are not passed on", "localfeat/optimization.py", {"betas=self.betas, ": ""}),
+    Mutant("5", "betas are not passed on", "localfeat/learner/optimization.py", {"betas=self.betas, ": ""}),
     Mutant(
         "5",
         "the warm-up starts one batch late",
-        "localfeat/optimization.py",
+        "localfeat/learner/optimization.py",
         {"(batch + 1) / (warmup + 1)": "batch / (warmup + 1)"},
     ),
     Mutant(
@@ -177,20 +177,20 @@ MUTANTS = [
     Mutant(
         "8",
         "another temperature",
-        "localfeat/objectives/methods.py",
+        "localfeat/methods/base.py",
         {"temperature: float = 0.1": "temperature: float = 0.11"},
     ),
-    Mutant("8", "another activation", "localfeat/objectives/auxiliary.py", {"return F.gelu(": "return F.silu("}),
+    Mutant("8", "another activation", "localfeat/methods/parts/heads.py", {"return F.gelu(": "return F.silu("}),
     Mutant(
         "8",
         "the target is not normalised",
-        "localfeat/objectives/targets.py",
+        "localfeat/methods/parts/targets.py",
         {"F.layer_norm(maps, maps.shape[-1:])": "maps"},
     ),
     Mutant(
         "8",
         "weights interpolated over K - 1",
-        "localfeat/objectives/methods.py",
+        "localfeat/methods/base.py",
         {"self.index / (local - 1)": "self.index / local"},
     ),
     Mutant(
@@ -231,14 +231,14 @@ MUTANTS = [
     Mutant(
         "contrast",
         "an image is its own negative",
-        "localfeat/objectives/losses.py",
+        "localfeat/methods/parts/losses.py",
         {'similarity.masked_fill(itself, float("-inf"))': "similarity"},
         ["tests/objectives/test_losses.py"],
     ),
     Mutant(
         "split",
         "what is left over goes first",
-        "localfeat/network/split.py",
+        "localfeat/backbones/split.py",
         {"[small] * (modules - larger) + [small + 1] * larger": "[small + 1] * larger + [small] * (modules - larger)"},
         ["tests/network/test_split.py"],
     ),
@@ -293,7 +293,7 @@ def check_unbroken(mutants: list[Mutant]) -> None:
     arguments = sorted({a for m in mutants for a in m.arguments if a.endswith(".py")})
     with tempfile.TemporaryDirectory() as name:
         folder = copied_tree(Path(name))
-        where = "import localfeat.learner as m; print(m.__file__)"
+        where = "import localfeat.learner.module as m; print(m.__file__)"
         environment = {**os.environ, "PYTHONPATH": str(folder)}
         found = subprocess.check_output([sys.executable, "-c", where], cwd=folder, env=environment, text=True)
         if not Path(found.strip()).resolve().is_relative_to(folder.resolve()):

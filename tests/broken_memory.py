@@ -11,28 +11,28 @@ MUTANTS: list[tuple[str, str, str, dict[str, str], list[str]]] = [
     (
         EFFICIENCY,
         "slices draw random numbers of their own",
-        "localfeat/network/sliced.py",
+        "localfeat/efficiency/slices.py",
         {"if func is not Tensor.bernoulli_:": "if True:"},
         ["tests/network/test_recompute.py"],
     ),
     (
         EFFICIENCY,
         "autocast is lost when blocks are computed again in slices",
-        "localfeat/network/sliced.py",
+        "localfeat/efficiency/slices.py",
         {"with self.autocast.restored(), rows:": "with rows:"},
         ["tests/network/test_recompute.py"],
     ),
     (
         EFFICIENCY,
         "running statistics are updated twice",
-        "localfeat/network/recompute.py",
+        "localfeat/efficiency/recompute.py",
         {"            norm._buffers.update(buffers)": "            pass"},
         ["tests/network/test_recompute.py"],
     ),
     (
         EFFICIENCY,
         "the backward pass of fused attention forgets the mask",
-        "localfeat/network/window_attention.py",
+        "localfeat/efficiency/window_attention.py",
         {
             "            probabilities = _probabilities(q, k, bias, mask)\n": (
                 "            probabilities = _probabilities(q, k, bias, None)\n"
@@ -43,7 +43,7 @@ MUTANTS: list[tuple[str, str, str, dict[str, str], list[str]]] = [
     (
         EFFICIENCY,
         "fused attention has no effect",
-        "localfeat/assembly.py",
+        "localfeat/learner/assembly.py",
         {"fuse_window_attention(backbone)": "pass"},
         ["tests/test_efficiency.py", "tests/network/test_window_attention.py"],
     ),

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-LEARNER = "localfeat/learner.py"
-MEANS = "localfeat/training_figures.py"
-TRAINING = "localfeat/training.py"
-CHECKPOINTS = "localfeat/artifacts/checkpoints.py"
-CALLBACKS = "localfeat/artifacts/callbacks.py"
-MEMORY = "localfeat/artifacts/peak_memory.py"
-METRICS = "localfeat/artifacts/metrics_csv.py"
+LEARNER = "localfeat/learner/module.py"
+MEANS = "localfeat/learner/figures.py"
+TRAINING = "localfeat/run/train.py"
+CHECKPOINTS = "localfeat/run/checkpoints/callbacks.py"
+CALLBACKS = "localfeat/run/callbacks/batches.py"
+MEMORY = "localfeat/run/callbacks/peak_memory.py"
+METRICS = "localfeat/run/loggers/metrics_csv.py"
 DATA = "localfeat/data/datamodule.py"
 
 RESUME = ["tests/test_run.py", "-k", "killed_run or killed_again"]
-FILES = "localfeat/artifacts/checkpoint_files.py"
-WRITING = "localfeat/writing.py"
-LOCKS = "localfeat/locks.py"
-RESUMING = "localfeat/resuming.py"
+FILES = "localfeat/run/checkpoints/files.py"
+WRITING = "localfeat/utils/files.py"
+LOCKS = "localfeat/utils/locks.py"
+RESUMING = "localfeat/run/resume.py"
 
 STOPS = ["tests/test_stops.py", "-k", "stopped_and_resumed"]
 DAMAGED = ["tests/test_resume.py", "-k", "newest_sound or every_damage"]
@@ -102,7 +102,7 @@ RUNS: list[tuple[str, str, str, dict[str, str], list[str]]] = [
     (
         "6",
         "a run is begun over another one",
-        "localfeat/taking_over.py",
+        "localfeat/run/taking_over.py",
         {"    if not resume and left_to_go_on(folder):": "    if False:"},
         ["tests/test_run.py", "-k", "takes_no_other"],
     ),
@@ -124,7 +124,7 @@ RUNS: list[tuple[str, str, str, dict[str, str], list[str]]] = [
     (
         "7",
         "test images are drawn",
-        "localfeat/artifacts/wandb_results.py",
+        "localfeat/run/wandb_results.py",
         {'split = "train" if datamodule.val_dataloader() == [] else "val"': 'split = "test"'},
         FIGURES,
     ),
@@ -171,7 +171,7 @@ RUNS: list[tuple[str, str, str, dict[str, str], list[str]]] = [
     (
         "7",
         "the console counts GB",
-        "localfeat/artifacts/console.py",
+        "localfeat/run/console.py",
         {"/ GIB:.3f} GiB{heaviest}": "/ 1e9:.3f} GiB{heaviest}"},
         ["tests/artifacts/test_console.py"],
     ),

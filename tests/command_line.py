@@ -9,13 +9,15 @@ import sys
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
+from localfeat.studies.commands import COMMANDS
 
-def call(monkeypatch: pytest.MonkeyPatch, module: str, *arguments: str) -> int:
-    """Run ``python -m <module> <arguments>`` in the current folder; returns its exit code."""
+
+def call(monkeypatch: pytest.MonkeyPatch, command: str, *arguments: str) -> int:
+    """Run ``localfeat <command> <arguments>`` in the current folder; returns its exit code."""
     GlobalHydra.instance().clear()
-    monkeypatch.setattr(sys, "argv", [f"{module.replace('.', '/')}.py", *arguments])
+    monkeypatch.setattr(sys, "argv", [f"localfeat {command}", *arguments])
     try:
-        importlib.import_module(module).main()
+        importlib.import_module(COMMANDS[command][0]).main()
     except SystemExit as left:
         return 0 if left.code is None else int(left.code)
     finally:

@@ -12,7 +12,7 @@ from functools import cache
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-from localfeat.config import known_keys
+from localfeat.run.configuration import known_keys
 from tests.whole_runs import TINY_SWIN
 
 Texts = SearchStrategy[str]
@@ -180,7 +180,7 @@ NOT_TARGETS = [
     "3",
     "null",
     "[a]",
-    "localfeat.cli.sys.exit",
+    "localfeat.run.command_line.sys.exit",
 ]
 
 # What excludes each other, each wrong whatever stands before it.

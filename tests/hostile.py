@@ -51,7 +51,7 @@ def refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], module: str, *arguments: str, code: int = 2
 ) -> str:
     """The one line that a command leaves."""
-    assert call(monkeypatch, f"localfeat.{module}", *arguments) == code
+    assert call(monkeypatch, module, *arguments) == code
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("error: ") and len(printed.err.splitlines()) == 1
     return printed.err

@@ -11,11 +11,11 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from localfeat.efficiency import Efficiency
-from localfeat.learner import Learner
-from localfeat.network import build_backbone
-from localfeat.objectives import METHODS, as_method
-from localfeat.optimization import Optimization
+from localfeat.backbones.timm_models import build_backbone
+from localfeat.efficiency.settings import Efficiency
+from localfeat.learner.module import Learner
+from localfeat.learner.optimization import Optimization
+from localfeat.methods.base import METHODS, as_method
 
 IMAGE_SIZE = 32
 CLASSES = 5

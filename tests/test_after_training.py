@@ -1,4 +1,4 @@
-"""``localfeat.evaluate`` and ``localfeat.predict`` on a run of the digits."""
+"""``localfeat.run.evaluate`` and ``localfeat.run.predict`` on a run of the digits."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from localfeat.artifacts.export import build_backbone
 from localfeat.data import ImageDataModule
-from localfeat.evaluate import evaluate
+from localfeat.run.evaluate import evaluate
+from localfeat.run.export import build_backbone
 from tests.command_line import call
 
 
@@ -24,7 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         short = ["epochs=2", "trainer.limit_train_batches=6", "callbacks=ema", "callbacks.ema=0.5"]
-        assert call(patch, "localfeat.run", *short, "hydra.run.dir=run") == 0
+        assert call(patch, "run", *short, "hydra.run.dir=run") == 0
     return folder / "run"
 
 
@@ -54,7 +54,7 @@ def test_evaluate_repeats_the_runs_own_figures(
 ) -> None:
     summary = json.loads((run / "summary.json").read_text())
     monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, "localfeat.evaluate", f"run={run}", "json=figures.json") == 0
+    assert call(monkeypatch, "evaluate", f"run={run}", "json=figures.json") == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["accuracy"] == pytest.approx(summary["test_accuracy"], abs=1e-6)
     assert figures["images"] == 359
@@ -85,7 +85,7 @@ def test_predict_writes_the_models_probabilities(
     run: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, "localfeat.predict", f"run={run}", f"images={digits}", "batch_size=3") == 0
+    assert call(monkeypatch, "predict", f"run={run}", f"images={digits}", "batch_size=3") == 0
     with (tmp_path / "predictions.csv").open() as handle:
         header, *rows = csv.reader(handle)
     assert header == ["file", "prediction", *"0123456789"]
@@ -136,7 +136,7 @@ def test_mistakes_are_one_line(
     tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, f"localfeat.{module}", *(a.format(run=run) for a in arguments)) == 2
+    assert call(monkeypatch, module, *(a.format(run=run) for a in arguments)) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
@@ -152,12 +152,12 @@ def test_predictions_are_whole_or_the_old_ones(
     shutil.copytree(digits, images)
     os.rename(images / "0.png", os.fsencode(images) + b"/\xff.png")
     arguments = [f"run={run}", "images=images", "batch_size=1"]
-    assert call(monkeypatch, "localfeat.predict", *arguments) == 0
+    assert call(monkeypatch, "predict", *arguments) == 0
     before = (tmp_path / "predictions.csv").read_bytes()
     assert before.count(b"\n") == 9 and b"images/\xff.png," in before
     (images / "more" / "7.png").write_bytes(b"no image")
     capsys.readouterr()
-    assert call(monkeypatch, "localfeat.predict", *arguments) == 2
+    assert call(monkeypatch, "predict", *arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and "7.png" in printed.err and len(printed.err.splitlines()) == 1
     assert (tmp_path / "predictions.csv").read_bytes() == before
@@ -179,7 +179,7 @@ def test_an_output_that_cannot_be_written_is_one_line(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "fsync", full)
     output = {"evaluate": ["json=figures.json"], "predict": [f"images={digits}", "output=figures.json"]}
-    assert call(monkeypatch, f"localfeat.{module}", f"run={run}", *output[module]) == 1
+    assert call(monkeypatch, module, f"run={run}", *output[module]) == 1
     err = capsys.readouterr().err
     assert err == "error: figures.json cannot be written (No space left on device)\n"
     assert list(tmp_path.iterdir()) == []
@@ -189,6 +189,6 @@ def test_an_ended_run_is_not_resumed(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (run / "summary.json").read_bytes()
-    assert call(monkeypatch, "localfeat.run", f"resume={run}") == 2
+    assert call(monkeypatch, "run", f"resume={run}") == 2
     assert "has ended" in capsys.readouterr().err
     assert (run / "summary.json").read_bytes() == before

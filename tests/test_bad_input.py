@@ -20,10 +20,10 @@ import yaml
 from omegaconf import OmegaConf
 from PIL import Image
 
-from localfeat import training
-from localfeat.config import plain
-from localfeat.errors import UserError
-from localfeat.paths import conf_dir
+from localfeat.run import train as training
+from localfeat.run.conf_dir import conf_dir
+from localfeat.run.configuration import plain
+from localfeat.utils.errors import UserError
 from tests.command_line import call
 from tests.whole_runs import TINY_SWIN, composed
 
@@ -228,7 +228,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 def refused(arguments: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> str:
     """The line that a command is refused with; everything is as it was before."""
     before = contents(here)
-    assert call(monkeypatch, "localfeat.run", *arguments) == 2
+    assert call(monkeypatch, "run", *arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("error: ") and printed.err.endswith("\n") and printed.err.count("\n") == 1
@@ -263,7 +263,7 @@ def test_an_image_that_a_worker_cannot_read_is_one_line(
 ) -> None:
     files = ["dataset=image_folder", "dataset.root=broken", "dataset.in_memory=false", "dataset.num_workers=1"]
     less = ["batch_size=4", "image_size=16", "dataset.val_fraction=0", "method=e2e", "trainer.limit_train_batches=null"]
-    assert call(monkeypatch, "localfeat.run", *SHORT, *files, *less) == 2
+    assert call(monkeypatch, "run", *SHORT, *files, *less) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and "broken/train/cat/0.png" in err
 
@@ -306,7 +306,7 @@ def test_bad_images_are_named_and_left_out_when_asked_for(
 ) -> None:
     less = ["dataset.skip_bad_images=true", "dataset.in_memory=false", "dataset.num_workers=1", "output_dir=out"]
     limits = ["dataset.val_fraction=0", "trainer.limit_train_batches=null", "epochs=2"]
-    assert call(monkeypatch, "localfeat.run", *SHORT, *READING, *less, *limits) == 0
+    assert call(monkeypatch, "run", *SHORT, *READING, *less, *limits) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
     assert len(lines) == 1 and lines[0].startswith("warning: left out: cannot read the image ")
     assert "broken/train/cat/0.png" in lines[0] and len(list((here / "out").rglob("summary.json"))) == 1
@@ -316,7 +316,7 @@ def test_a_bad_job_of_a_sweep_does_not_stop_the_others(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     typed = ["-m", *SHORT, "split=even", "split.modules=1,9,2", "output_dir=out"]
-    assert call(monkeypatch, "localfeat.run", *typed) == 2
+    assert call(monkeypatch, "run", *typed) == 2
     err = capsys.readouterr().err
     assert re.fullmatch(r"error: job 1 \(.*split\.modules=9.*\): split\.modules=9: 9 local modules need .*\n", err)
     assert sorted(path.parent.name for path in (here / "out").rglob("summary.json")) == ["0", "2"]
@@ -326,7 +326,7 @@ def test_a_bad_job_of_a_sweep_does_not_stop_the_others(
 def test_a_sweep_that_cannot_be_composed_runs_nothing(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(monkeypatch, "localfeat.run", "-m", *SHORT, "method=e2e,foo", "output_dir=out") == 2
+    assert call(monkeypatch, "run", "-m", *SHORT, "method=e2e,foo", "output_dir=out") == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("error: method=foo: it is one of e2e, feature_recon, ")
     assert {path.name for path in (here / "out").rglob("*") if path.is_file()} == {"multirun.yaml"}
@@ -344,14 +344,14 @@ def test_a_fault_of_ours_is_not_explained_away(
 
     monkeypatch.setattr(training, "build_learner", fault)
     with pytest.raises(kind, match="a fault of ours"):
-        call(monkeypatch, "localfeat.run", *SHORT)
+        call(monkeypatch, "run", *SHORT)
     assert "error: " not in capsys.readouterr().err
 
 
 def test_a_full_error_can_be_had(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(UserError, match="epochs=0: it must be at least 1"):
-        call(monkeypatch, "localfeat.run", *SHORT, "epochs=0")
+        call(monkeypatch, "run", *SHORT, "epochs=0")
 
 
 # --- the same in a process of its own ---
@@ -384,7 +384,7 @@ def test_a_process_ends_with_one_line(typed: str, line: str, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_a_process_with_a_fault_of_ours_ends_with_a_stack_trace(tmp_path: Path) -> None:
-    code = "import localfeat.training as t, localfeat.run as r; t.build_learner = lambda *a: 1 / 0; r.main()"
+    code = "import localfeat.run.train as t, localfeat.run.command as r; t.build_learner = lambda *a: 1 / 0; r.main()"
     ended = python(tmp_path, "-c", code, *SHORT)
     assert ended.returncode == 1
     assert "Traceback" in ended.stderr and "ZeroDivisionError: division by zero" in ended.stderr
@@ -396,7 +396,7 @@ def test_a_process_with_a_fault_of_ours_ends_with_a_stack_trace(tmp_path: Path) 
 @pytest.mark.parametrize("typed", ["--help", "--cfg job", "--cfg job zzz=1", "dataset=mnist"])
 def test_answers_without_heavy_imports(typed: str, tmp_path: Path) -> None:
     code = (
-        "import atexit, sys, localfeat.run as r;"
+        "import atexit, sys, localfeat.run.command as r;"
         f"atexit.register(lambda: print('imported:', [m for m in {HEAVY} if m in sys.modules], file=sys.stderr));"
         "r.main()"
     )
@@ -408,7 +408,7 @@ def test_answers_without_heavy_imports(typed: str, tmp_path: Path) -> None:
 def test_help_names_groups_choices_and_values_that_there_are(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(monkeypatch, "localfeat.run", "--help") == 0
+    assert call(monkeypatch, "run", "--help") == 0
     text = capsys.readouterr().out
     for group in (path for path in conf_dir().iterdir() if path.is_dir()):
         assert f"\n{group.name}: {', '.join(sorted(file.stem for file in group.glob('*.yaml')))}\n" in text
@@ -426,6 +426,6 @@ def test_help_names_groups_choices_and_values_that_there_are(
 def test_cfg_job_prints_the_whole_configuration(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(monkeypatch, "localfeat.run", "--cfg", "job", "method=e2e") == 0
+    assert call(monkeypatch, "run", "--cfg", "job", "method=e2e") == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed == OmegaConf.to_container(composed("method=e2e"))

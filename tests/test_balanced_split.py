@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from localfeat import BalancedSplit
-from localfeat.errors import UserError
-from localfeat.learner import Learner
+from localfeat.learner.module import Learner
 from localfeat.memory.accounting import step_memory
+from localfeat.utils.errors import UserError
 from tests.small import IMAGE_SIZE, backbone
 from tests.whole_runs import draw_nothing, exported, metrics, small_run
 

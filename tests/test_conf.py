@@ -12,13 +12,13 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from localfeat import trust
-from localfeat.build import build_datamodule, build_learner, build_model, check
-from localfeat.config import construct, plain
-from localfeat.errors import UserError
-from localfeat.objectives import METHODS
-from localfeat.paths import conf_dir
-from localfeat.run import run
+from localfeat.methods.base import METHODS
+from localfeat.run import trust
+from localfeat.run.build import build_datamodule, build_learner, build_model, check
+from localfeat.run.command import run
+from localfeat.run.conf_dir import conf_dir
+from localfeat.run.configuration import construct, plain
+from localfeat.utils.errors import UserError
 from tests.data.formats import write_image_folder, write_source
 from tests.whole_runs import SMALL, TINY_SWIN, composed, small_run
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from localfeat.efficiency import Efficiency
-from localfeat.learner import Learner
+from localfeat.efficiency.settings import Efficiency
+from localfeat.learner.module import Learner
 from localfeat.memory.tracker import StorageTracker
 from tests.small import batch, disturbed, gradients, learner
 

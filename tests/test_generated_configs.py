@@ -17,9 +17,9 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from localfeat import training
-from localfeat.config import unknown_key
 from localfeat.data import ImageDataModule
+from localfeat.run import train as training
+from localfeat.run.configuration import unknown_key
 from tests.command_line import call
 from tests.generated import KEYS, OTHERS, SHORT, Mistake, anything, invalid, keys_of, mistyped, valid
 from tests.whole_runs import draw_nothing
@@ -61,7 +61,7 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
             os.chdir(folder)
             try:
                 with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                    code = call(monkeypatch, "localfeat.run", *SHORT, *overrides)
+                    code = call(monkeypatch, "run", *SHORT, *overrides)
             finally:
                 os.chdir(before)
             files = [path.relative_to(folder).as_posix() for path in Path(folder).rglob("*")]

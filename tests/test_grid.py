@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from localfeat.artifacts.export import build_backbone as build_exported
-from localfeat.learner import Learner
-from localfeat.network import build_backbone
-from localfeat.objectives import METHODS
-from localfeat.run import run
+from localfeat.backbones.timm_models import build_backbone
+from localfeat.learner.module import Learner
+from localfeat.methods.base import METHODS
+from localfeat.run.command import run
+from localfeat.run.export import build_backbone as build_exported
 from tests.data.formats import write_source
 from tests.small import AtStep, trainer
 from tests.whole_runs import composed, draw_nothing, exported, small_run

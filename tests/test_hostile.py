@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from localfeat.config import saved_config, typed_overrides
-from localfeat.errors import UserError
-from localfeat.inside import check_inside
-from localfeat.literal import LARGEST_BYTES, read_yaml
+from localfeat.run.configuration import saved_config, typed_overrides
+from localfeat.run.inside import check_inside
+from localfeat.run.literal import LARGEST_BYTES, read_yaml
+from localfeat.utils.errors import UserError
 from tests.command_line import call
 from tests.hostile import MODULE, PICKLES, refused, watched, zip_with_pickle
 from tests.whole_runs import SMALL, draw_nothing, files_below
@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         draw_nothing(patch)
-        assert call(patch, "localfeat.run", *SMALL, "epochs=1", "hydra.run.dir=run") == 0
+        assert call(patch, "run", *SMALL, "epochs=1", "hydra.run.dir=run") == 0
     return folder / "run"
 
 
@@ -107,7 +107,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "run={folder}"),
     "evaluate last": ("evaluate", "run={folder}", "checkpoint=last"),
     "predict": ("predict", "run={folder}", "images={images}"),
-    "inspect": ("inspect", "run={folder}", "split=test", "images=64", "train_images=64"),
+    "probe": ("probe", "run={folder}", "split=test", "images=64", "train_images=64"),
 }
 
 
@@ -137,7 +137,7 @@ def test_a_report_builds_no_foreign_method(
 ) -> None:
     (marker.parent / "hostile.py").write_text(MODULE.format(marker=str(marker)).replace("Mine", "Method2"))
     tampered(copied, "method", _target_="hostile.Method")
-    assert call(monkeypatch, "localfeat.report", str(copied), "output=report") in (0, 2)
+    assert call(monkeypatch, "report", str(copied), "output=report") in (0, 2)
     assert not marker.exists() and "hostile" not in sys.modules
 
 
@@ -249,5 +249,5 @@ def test_an_inspection_writes_into_the_run_only(
 ) -> None:
     (copied.parent / "elsewhere").mkdir()
     (copied / "inspection").symlink_to("../elsewhere")
-    assert "leads out" in refused(monkeypatch, capsys, "inspect", f"run={copied}")
+    assert "leads out" in refused(monkeypatch, capsys, "probe", f"run={copied}")
     assert list((copied.parent / "elsewhere").iterdir()) == []

@@ -14,10 +14,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from localfeat.artifacts.export import build_backbone, load_backbone_weights, read_backbone_file, read_state
-from localfeat.errors import UserError
-from localfeat.network import build_backbone as backbone_of
-from localfeat.network import model_name
+from localfeat.backbones.timm_models import build_backbone as backbone_of
+from localfeat.backbones.timm_models import model_name
+from localfeat.run.export import build_backbone, load_backbone_weights, read_backbone_file, read_state
+from localfeat.utils.errors import UserError
 from tests.hostile import PICKLES, bare_pickle, refused, script, unpacks_to_much, watched
 from tests.whole_runs import SMALL, TINY_SWIN, files_below
 

@@ -1,4 +1,4 @@
-"""``python -m localfeat.inspect`` on runs of the digits: figures, files, what it refuses, and W&B."""
+"""``localfeat probe`` on runs of the digits: figures, files, what it refuses, and W&B."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import torch
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from localfeat.artifacts.export import build_backbone
-from localfeat.config import saved_config
 from localfeat.data import ImageDataModule
 from localfeat.data.sources import Digits
-from localfeat.evaluate import evaluate
-from localfeat.inspect import _table
-from localfeat.inspection import inspecting
-from localfeat.inspection.features import sample
-from localfeat.inspection.figures import accuracy_by_depth, cka_heat_map, draw_accuracies
-from localfeat.inspection.inspecting import Request, inspect_run
-from localfeat.inspection.upload import COLUMNS, LOGGER, _settings, upload
-from localfeat.run import run
+from localfeat.run.command import run
+from localfeat.run.configuration import saved_config
+from localfeat.run.evaluate import evaluate
+from localfeat.run.export import build_backbone
+from localfeat.studies.probe import inspecting
+from localfeat.studies.probe.command import _table
+from localfeat.studies.probe.features import sample
+from localfeat.studies.probe.figures import accuracy_by_depth, cka_heat_map, draw_accuracies
+from localfeat.studies.probe.inspecting import Request, inspect_run
+from localfeat.studies.probe.upload import COLUMNS, LOGGER, _settings, upload
 from tests.artifacts.test_wandb_logger import read_run, records
 from tests.command_line import call
 from tests.inspection import reference
@@ -134,7 +134,7 @@ def test_the_table_prints_the_figures(
     """And without a second run, blocks are compared with those of the same network; e2e reconstructs nothing."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "reconstructions.png").write_text("of an earlier inspection")
-    assert call(monkeypatch, "localfeat.inspect", f"run={runs}/e2e", *SIZES, f"output={tmp_path}/out") == 0
+    assert call(monkeypatch, "probe", f"run={runs}/e2e", *SIZES, f"output={tmp_path}/out") == 0
     found = json.loads((tmp_path / "out" / "inspection.json").read_text())
     heading, *lines = capsys.readouterr().out.splitlines()
     assert heading.split() == ["block", "module", "channels", "linear", "probe", "kNN"]
@@ -156,8 +156,8 @@ def test_the_table_prints_the_figures(
 def test_the_table_has_the_other_network_beside_it(
     runs: Path, inspected: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("localfeat.inspection.inspecting.inspect_run", lambda request: inspected)
-    assert call(monkeypatch, "localfeat.inspect", f"run={runs}/local", f"e2e={runs}/e2e") == 0
+    monkeypatch.setattr("localfeat.studies.probe.inspecting.inspect_run", lambda request: inspected)
+    assert call(monkeypatch, "probe", f"run={runs}/local", f"e2e={runs}/e2e") == 0
     heading, first, *lines = capsys.readouterr().out.splitlines()
     assert (
         heading.endswith("e2e probe    CKA")
@@ -287,7 +287,7 @@ def test_mistakes_are_one_line(
     changed(runs / "e2e", tmp_path / "other_seed", seed=1)
     changed(runs / "e2e", tmp_path / "other_data", source="svhn")
     changed(runs / "e2e", tmp_path / "no_validation", val_fraction=0.0)
-    assert call(monkeypatch, "localfeat.inspect", *(a.format(runs=runs) for a in arguments)) == 2
+    assert call(monkeypatch, "probe", *(a.format(runs=runs) for a in arguments)) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1

@@ -14,9 +14,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from localfeat.learner import Learner
+from localfeat.learner.module import Learner
 from localfeat.memory.tracker import StorageTracker
-from localfeat.objectives import as_method
+from localfeat.methods.base import as_method
 from tests.small import IMAGE_SIZE, LOCAL_METHODS, SPLIT_BACKBONES, learner, loader, trainer
 
 SCALARS = 2048  # bytes: losses, counters, and the norm of every gradient of the last step

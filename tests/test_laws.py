@@ -15,8 +15,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from localfeat.learner import Learner
-from localfeat.objectives import METHODS
+from localfeat.learner.module import Learner
+from localfeat.methods.base import METHODS
 from tests import golden
 from tests.small import (
     CLASSES,

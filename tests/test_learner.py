@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 
-from localfeat.errors import UserError
-from localfeat.learner import Learner
-from localfeat.objectives import METHODS, Method
-from localfeat.optimization import Optimization, undecayed_parameters
+from localfeat.learner.module import Learner
+from localfeat.learner.optimization import Optimization, undecayed_parameters
+from localfeat.methods.base import METHODS, Method
+from localfeat.utils.errors import UserError
 from tests.small import (
     CLASSES,
     AtStep,

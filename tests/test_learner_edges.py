@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from localfeat.artifacts.callbacks import LogShortRuns
-from localfeat.artifacts.peak_memory import PeakMemory
-from localfeat.errors import UserError
-from localfeat.learner import Learner
-from localfeat.network import build_backbone
-from localfeat.optimization import Optimization
+from localfeat.backbones.timm_models import build_backbone
+from localfeat.learner.module import Learner
+from localfeat.learner.optimization import Optimization
+from localfeat.run.callbacks.batches import LogShortRuns
+from localfeat.run.callbacks.peak_memory import PeakMemory
+from localfeat.utils.errors import UserError
 from tests.small import AtStep, Metrics, backbone, batch, learner, loader, trainer
 from tests.test_learner_precision import fp16
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 
-from localfeat.efficiency import Efficiency
-from localfeat.objectives import METHODS
+from localfeat.efficiency.settings import Efficiency
+from localfeat.methods.base import METHODS
 from tests.small import AtStep, Metrics, batch, gradients, learner, loader, trainer
 
 

@@ -13,11 +13,11 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from localfeat.divergence import FILE, read_batch
-from localfeat.errors import RunFailed, UserError
-from localfeat.learner import Learner
-from localfeat.nonfinite import statistics
-from localfeat.objectives import METHODS
+from localfeat.learner.divergence import FILE, read_batch
+from localfeat.learner.module import Learner
+from localfeat.learner.nonfinite import statistics
+from localfeat.methods.base import METHODS
+from localfeat.utils.errors import RunFailed, UserError
 from tests.small import Metrics, batch, learner, loader, trainer
 from tests.test_learner_precision import fp16
 

@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
+from localfeat.learner.optimization import Optimization
 from localfeat.memory.tracker import StorageTracker
-from localfeat.optimization import Optimization
 from tests.small import AtStep, learner, loader, trainer
 
 LAYERS, WIDTH = 16, 64

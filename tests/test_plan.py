@@ -1,4 +1,4 @@
-"""``python -m localfeat.plan``: what it prints, that its command makes what it promises, and what it refuses."""
+"""``localfeat plan``: what it prints, that its command makes what it promises, and what it refuses."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from localfeat.build import build_datamodule, build_learner
-from localfeat.config import plain
 from localfeat.memory.accounting import step_memory
-from localfeat.plan import parse_bytes
+from localfeat.run.build import build_datamodule, build_learner
+from localfeat.run.configuration import plain
+from localfeat.run.plan.command import parse_bytes
 from tests.command_line import call
 from tests.test_bad_input import HEAVY, python
 from tests.whole_runs import TINY_SWIN, composed
@@ -22,7 +22,7 @@ SMALL = [*TINY_SWIN, "batch_size=16", "trainer=cpu"]
 
 
 def planned(monkeypatch: pytest.MonkeyPatch, capsys: Any, *typed: str) -> dict[str, Any]:
-    assert call(monkeypatch, "localfeat.plan", *SMALL, *typed, "json=-") == 0
+    assert call(monkeypatch, "plan", *SMALL, *typed, "json=-") == 0
     printed = capsys.readouterr()
     assert printed.err == ""
     found: dict[str, Any] = json.loads(printed.out)
@@ -120,7 +120,7 @@ def test_a_budget_for_smaller_batches(monkeypatch: pytest.MonkeyPatch, capsys: A
 
 
 def test_nothing_fits(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    assert call(monkeypatch, "localfeat.plan", *SMALL, "budget=100KiB", "method=e2e", "efficiency=none") == 2
+    assert call(monkeypatch, "plan", *SMALL, "budget=100KiB", "method=e2e", "efficiency=none") == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("error: budget=100KiB: nothing fits into 95.0 KiB") and printed.err.count("\n") == 1
 
@@ -128,7 +128,7 @@ def test_nothing_fits(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
 def test_a_folder_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_conf" / "method").mkdir(parents=True)
-    text = "_target_: localfeat.objectives.Method\nname: mine\nsupervision: cross_entropy\n"
+    text = "_target_: localfeat.Method\nname: mine\nsupervision: cross_entropy\n"
     (tmp_path / "my_conf" / "method" / "mine.yaml").write_text(text)
     typed = ["--config-dir", "my_conf", "method=mine", "budget=1GiB", "efficiency=none"]
     found = planned(monkeypatch, capsys, *typed)
@@ -140,7 +140,7 @@ def test_a_folder_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
 def test_a_file_of_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     file = tmp_path / "plan.json"
     typed = ["budget=1GiB", "method=e2e", "efficiency=none", f"json={file}"]
-    assert call(monkeypatch, "localfeat.plan", *SMALL, *typed) == 0
+    assert call(monkeypatch, "plan", *SMALL, *typed) == 0
     shown = capsys.readouterr().out
     found = json.loads(file.read_text())
     assert "MiB" in shown and found["command"] in shown
@@ -176,7 +176,7 @@ def test_is_refused_in_one_line(typed: str, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     arguments = [*SMALL, *typed.split()]
-    assert call(monkeypatch, "localfeat.plan", *arguments) == 2
+    assert call(monkeypatch, "plan", *arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1
     assert printed.err.startswith(f"error: {LINES[typed]}")
@@ -186,7 +186,7 @@ def test_is_refused_in_one_line(typed: str, tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("typed", ["--help", "budget=8", "budget=8GiB zzz=1"])
 def test_answers_without_heavy_imports(typed: str, tmp_path: Path) -> None:
     code = (
-        "import atexit, sys, localfeat.plan as p;"
+        "import atexit, sys, localfeat.run.plan.command as p;"
         f"atexit.register(lambda: print('imported:', [m for m in {HEAVY} if m in sys.modules], file=sys.stderr));"
         "p.main()"
     )

@@ -29,7 +29,7 @@ def blocks(language: str) -> list[str]:
 
 
 COMMANDS = [line for block in blocks("bash") for line in block.strip().splitlines()]
-PYTHON = [command for command in COMMANDS if command.startswith("python -m localfeat.")]
+PYTHON = [command for command in COMMANDS if command.startswith(("python -m localfeat.run ", "localfeat "))]
 
 
 def test_all_commands_are_known_kinds() -> None:
@@ -39,11 +39,15 @@ def test_all_commands_are_known_kinds() -> None:
 
 def extra_arguments(command: str) -> list[str]:
     """What makes a training command small; nothing for the others."""
-    if "localfeat.plan" in command:
+    if command.startswith("localfeat plan"):
         return ["method=feature_recon", "split=k4"]  # what is typed is not searched
-    if "localfeat.sweep" in command:
+    if command.startswith("localfeat sweep"):
         return [*SMALL, "method=e2e", "seed=0"]  # one job of 36
-    if "localfeat.run" not in command or "--" in command.replace("--config-dir", "") or "resume=outputs" in command:
+    if (
+        not command.startswith("python -m localfeat.run")
+        or "--" in command.replace("--config-dir", "")
+        or "resume=outputs" in command
+    ):
         return []
     if "dataset=cifar10 " in command:  # the paper's setting stays what it is: Swin-T at 224 px
         return [*SHORT, "batch_size=2", "epochs=1"]
@@ -62,13 +66,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "my_conf" / "method").mkdir(parents=True)
         (method,) = blocks("yaml")
         (folder / "my_conf" / "method" / f"{yaml.safe_load(method)['name']}.yaml").write_text(method)
-        assert call(patch, "localfeat.run", *SMALL, "hydra.run.dir=outputs/my_run") == 0
+        assert call(patch, "run", *SMALL, "hydra.run.dir=outputs/my_run") == 0
     return folder
 
 
 def marked(command: str) -> object:
     """Half a minute each: tests/test_sweep.py has a group of the sweep, tests/test_plan.py smaller plans."""
-    long = " -m dataset=" in command or "localfeat.plan dataset=cifar10" in command
+    long = " -m dataset=" in command or "localfeat plan dataset=cifar10" in command
     return pytest.param(command, marks=[pytest.mark.slow] if long else [])
 
 
@@ -87,14 +91,14 @@ def test_command(
         without_login(place / "home", monkeypatch)
     if "resume=outputs" in command:
         cut_short(place / "outputs" / "my_run")
-    _, _, module, *arguments = shlex.split(command)
+    name, *arguments = shlex.split(command.replace("python -m localfeat.run", "localfeat run"))[1:]
     before = {*(place / "outputs").rglob("summary.json")}
-    code = call(monkeypatch, module, *arguments, *extra_arguments(command))
+    code = call(monkeypatch, name, *arguments, *extra_arguments(command))
     printed = capsys.readouterr()
     assert code == 0, printed.err
     assert not printed.err or "error" not in printed.err
     jobs = {"-m": 24, "--help": 0, "--cfg": 0}.get(arguments[0], 1)
-    trains = module == "localfeat.run" or (module == "localfeat.sweep" and "dry=true" not in arguments)
+    trains = name == "run" or (name == "sweep" and "dry=true" not in arguments)
     assert len({*(place / "outputs").rglob("summary.json")} - before) == jobs * trains
     assert printed.out.strip()
 

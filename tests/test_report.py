@@ -1,4 +1,4 @@
-"""``python -m localfeat.report``: every number in it, counted again from the runs' files; the page in a browser."""
+"""``localfeat report``: every number in it, counted again from the runs' files; the page in a browser."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         draw_nothing(patch)
         rows = {**real_runs(folder), **large_runs(folder)}
         report = folder.parent / "report"
-        assert call(patch, "localfeat.report", str(folder), f"output={report}") == 0
+        assert call(patch, "report", str(folder), f"output={report}") == 0
     yield World(report, rows)
 
 
@@ -195,14 +195,14 @@ def test_mistakes_are_one_line(
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     for arguments, line in (
-        ([], "no folder given: python -m localfeat.report <folder> (see --help)"),
+        ([], "no folder given: localfeat report <folder> (see --help)"),
         (["nowhere"], "nowhere: there is no such folder"),
         (["empty"], "empty: no finished run (config.yaml and summary.json)"),
         (["empty", "outptu=x"], "outptu: there is no such key; did you mean output?"),
         (["empty", "output="], "output= is empty: give the folder to write to"),
         (["--all", "empty"], "--all: arguments are folders and output=<folder> (see --help)"),
     ):
-        assert call(monkeypatch, "localfeat.report", *arguments) == 2
+        assert call(monkeypatch, "report", *arguments) == 2
         assert capsys.readouterr().err == f"error: {line}\n"
 
 
@@ -211,7 +211,7 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(
 ) -> None:
     (tmp_path / "file").write_text("")
     run = next(iter(world.rows.values()))[0]
-    assert call(monkeypatch, "localfeat.report", str(run), f"output={tmp_path}/file") == 2
+    assert call(monkeypatch, "report", str(run), f"output={tmp_path}/file") == 2
     assert capsys.readouterr().err.startswith(f"error: output={tmp_path}/file: ")
 
 
@@ -220,7 +220,7 @@ def test_a_later_report_replaces_an_earlier_one(world: World, tmp_path: Path, mo
     shutil.copytree(world.report, tmp_path / "report")
     (tmp_path / "report" / "plots" / "mine.png").write_bytes(b"")
     run = next(iter(world.rows.values()))[0]
-    assert call(monkeypatch, "localfeat.report", str(run), f"output={tmp_path}/report") == 0
+    assert call(monkeypatch, "report", str(run), f"output={tmp_path}/report") == 0
     left = {path.name for path in (tmp_path / "report" / "plots").iterdir()}
     assert left == {"mine.png", "1_curves.png", "1_curves.svg"}
     assert len((tmp_path / "report" / "report.csv").read_text().splitlines()) == 2

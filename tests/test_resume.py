@@ -18,14 +18,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 
-from localfeat import locks
-from localfeat.artifacts.checkpoint_files import WholeCheckpointIO, newest_sound, read_checkpoint, remove_previous
-from localfeat.config import saved_config
-from localfeat.errors import RunFailed, Stopped, UserError
-from localfeat.locks import is_locked, sole_run, try_lock
-from localfeat.resuming import difference, earlier_run
-from localfeat.run import _resume_argument, run
-from localfeat.runs import read_summary
+from localfeat.run.checkpoints.files import WholeCheckpointIO, newest_sound, read_checkpoint, remove_previous
+from localfeat.run.command import _resume_argument, run
+from localfeat.run.configuration import saved_config
+from localfeat.run.finished import read_summary
+from localfeat.run.resume import difference, earlier_run
+from localfeat.utils import locks
+from localfeat.utils.errors import RunFailed, Stopped, UserError
+from localfeat.utils.locks import is_locked, sole_run, try_lock
 from tests.command_line import call
 from tests.test_run import assert_same_run
 from tests.whole_runs import (
@@ -308,7 +308,7 @@ def _raise() -> None:
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *more: str, sweep: Sequence[str] = ()) -> int:
-    return call(monkeypatch, "localfeat.run", *sweep, *SMALL, *QUICK, "resume=auto", *more)
+    return call(monkeypatch, "run", *sweep, *SMALL, *QUICK, "resume=auto", *more)
 
 
 def stopping(patch: pytest.MonkeyPatch) -> None:
@@ -463,7 +463,7 @@ def test_in_use_is_said_first_and_nothing_is_written(
     with sole_run(killed):
         for typed in (["resume=auto"], [], ["resume=auto", "split=k4"], ["method=e2e"]):
             arguments = [*SMALL, *QUICK, f"hydra.run.dir={killed}", *typed]
-            assert call(monkeypatch, "localfeat.run", *arguments) == 2
+            assert call(monkeypatch, "run", *arguments) == 2
             said = capfd.readouterr()
             assert said.out == "" and f"{killed} is in use: process {os.getpid()} on" in said.err
     assert {name: (killed / name).read_bytes() for name in files_below(killed)} == before
@@ -473,10 +473,10 @@ def test_a_refused_command_leaves_the_notes_of_the_run_that_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = [*SMALL, *QUICK, f"hydra.run.dir={tmp_path}/run"]
-    assert call(monkeypatch, "localfeat.run", *arguments) == 0
+    assert call(monkeypatch, "run", *arguments) == 0
     before = {name: (tmp_path / "run" / name).read_bytes() for name in files_below(tmp_path / "run")}
     assert {f".hydra/{name}.yaml" for name in ("config", "overrides", "hydra")} < before.keys()
-    assert call(monkeypatch, "localfeat.run", *arguments, "seed=7") == 2
+    assert call(monkeypatch, "run", *arguments, "seed=7") == 2
     assert {name: (tmp_path / "run" / name).read_bytes() for name in files_below(tmp_path / "run")} == before
 
 

@@ -19,9 +19,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from localfeat.config import plain
-from localfeat.errors import UserError
-from localfeat.run import run
+from localfeat.run.command import run
+from localfeat.run.configuration import plain
+from localfeat.utils.errors import UserError
 from tests.whole_runs import (
     BATCHES,
     SMALL,
@@ -157,7 +157,7 @@ def test_law_6_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
         os.kill(os.getpid(), signal.SIGKILL)
 
     with monkeypatch.context() as patch:
-        patch.setattr("localfeat.artifacts.checkpoint_files.torch.save", half)
+        patch.setattr("localfeat.run.checkpoints.files.torch.save", half)
         assert child_exit(lambda: run(composed(f"resume={folder}"), "not used")) == -signal.SIGKILL
     assert [path for path in folder.rglob("*.part")]
     assert (folder / "checkpoints" / "last.ckpt").read_bytes() == before
@@ -176,7 +176,7 @@ def test_law_6_when_checkpoints_are_written(
         written.append((trainer.global_step, file.stem))
 
     monkeypatch.setattr("lightning.Trainer.save_checkpoint", note)
-    monkeypatch.setattr("localfeat.training._load_best", lambda *_: None)
+    monkeypatch.setattr("localfeat.run.train._load_best", lambda *_: None)
     small_run(
         tmp_path,
         "method=greedy_ce",

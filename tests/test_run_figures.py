@@ -20,18 +20,18 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from localfeat import training
-from localfeat.artifacts import callbacks
-from localfeat.artifacts.export import read_backbone_file
-from localfeat.artifacts.metrics_csv import read_rows
-from localfeat.artifacts.peak_memory import GIB, PeakMemory
-from localfeat.build import build_callbacks, build_datamodule
-from localfeat.config import saved_config
 from localfeat.data import ImageDataModule
 from localfeat.data.labelled import TensorImages
 from localfeat.data.sources import Digits
-from localfeat.learner import Learner
-from localfeat.objectives import METHODS
+from localfeat.learner.module import Learner
+from localfeat.methods.base import METHODS
+from localfeat.run import train as training
+from localfeat.run.build import build_callbacks, build_datamodule
+from localfeat.run.callbacks import batches as callbacks
+from localfeat.run.callbacks.peak_memory import GIB, PeakMemory
+from localfeat.run.configuration import saved_config
+from localfeat.run.export import read_backbone_file
+from localfeat.run.loggers.metrics_csv import read_rows
 from tests.whole_runs import BATCHES, checkpoint, draw_nothing, exported, files_below, metrics, small_run
 
 TERMS = {

@@ -13,11 +13,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import save_file
 
-from localfeat import training
-from localfeat.build import build_callbacks
-from localfeat.config import saved_config
-from localfeat.errors import UserError
-from localfeat.learner import Learner
+from localfeat.learner.module import Learner
+from localfeat.run import train as training
+from localfeat.run.build import build_callbacks
+from localfeat.run.configuration import saved_config
+from localfeat.utils.errors import UserError
 from tests.whole_runs import BATCHES, checkpoint, draw_nothing, exported, metrics, small_run
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from localfeat import stopping
-from localfeat.errors import Stopped
-from localfeat.run import run
-from localfeat.stopping import StopRequest, requeue
+from localfeat.run import signals as stopping
+from localfeat.run.command import run
+from localfeat.run.signals import StopRequest, requeue
+from localfeat.utils.errors import Stopped
 from tests.command_line import call
 from tests.test_run import VARIANTS, assert_same_run
 from tests.whole_runs import (
@@ -102,13 +102,13 @@ def test_command_line_says_how_to_go_on(
 ) -> None:
     folder = tmp_path / "my run"
     watched_by(monkeypatch, At("on_train_batch_start", send(name), 0, 2))
-    assert call(monkeypatch, "localfeat.run", *SMALL, f"hydra.run.dir={folder}") == code
+    assert call(monkeypatch, "run", *SMALL, f"hydra.run.dir={folder}") == code
     said = capfd.readouterr().err.splitlines()
     assert said[-2:] == [
         f"{name}: saving after this batch; once more to end at once",
         f"stopped by {name}; go on with: python -m localfeat.run resume='{folder}'",
     ]
-    assert call(monkeypatch, "localfeat.run", f"resume='{folder}'") == 0
+    assert call(monkeypatch, "run", f"resume='{folder}'") == 0
     assert (folder / "summary.json").exists() and not (folder / "checkpoints" / "previous.ckpt").exists()
 
 
@@ -126,7 +126,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert checkpoint(folder)["global_step"] == BATCHES  # the one before
 
 
-@pytest.mark.parametrize("where", ["localfeat.training.build_learner", "localfeat.training._load_best"])
+@pytest.mark.parametrize("where", ["localfeat.run.train.build_learner", "localfeat.run.train._load_best"])
 def test_before_and_after_training_it_ends_where_it_is(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,7 +136,7 @@ def test_before_and_after_training_it_ends_where_it_is(
 
     monkeypatch.setattr(where, interrupted)
     monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, "localfeat.run", *SMALL, "epochs=1", "hydra.run.dir=outputs/mine") == 130
+    assert call(monkeypatch, "run", *SMALL, "epochs=1", "hydra.run.dir=outputs/mine") == 130
     said = capfd.readouterr().err.splitlines()[-1]
     if "build" in where:
         assert said == "stopped by SIGINT" and not Path("outputs").exists()
@@ -158,7 +158,7 @@ def test_ignored_signals_stay_ignored(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_sweep_of_hydras_stops_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watched_by(monkeypatch, At("on_train_batch_start", send("SIGINT"), 0, 1))
     sweep = [*SMALL, "epochs=1", "method=greedy_ce", "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep"]
-    assert call(monkeypatch, "localfeat.run", "-m", *sweep) == 130
+    assert call(monkeypatch, "run", "-m", *sweep) == 130
     assert (tmp_path / "sweep" / "0" / "checkpoints" / "last.ckpt").exists() and not (tmp_path / "sweep" / "1").exists()
 
 
@@ -202,11 +202,11 @@ def test_usr1_puts_a_job_back_that_can_go_on(
     command = [*SMALL, "method=greedy_ce", f"hydra.run.dir={tmp_path}/run", *resume]
     with monkeypatch.context() as patch:
         watched_by(patch, At("on_train_batch_start", send("SIGUSR1"), 1, 2))
-        assert call(monkeypatch, "localfeat.run", *command) == 128 + signal.SIGUSR1
+        assert call(monkeypatch, "run", *command) == 128 + signal.SIGUSR1
     assert scontrol.exists() == bool(resume)
     if resume:
         assert capfd.readouterr().err.splitlines()[-1] == "Slurm job 5 is in the queue again"
-        assert call(monkeypatch, "localfeat.run", *command) == 0
+        assert call(monkeypatch, "run", *command) == 0
         assert (tmp_path / "run" / "summary.json").exists()
 
 

@@ -1,4 +1,4 @@
-"""``python -m localfeat.sweep``: jobs in processes of their own, whatever happens to them or to the sweep."""
+"""``localfeat sweep``: jobs in processes of their own, whatever happens to them or to the sweep."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from localfeat.studies import launch, task
+from localfeat.studies.sweep import launch, task
 from tests.studies.sweeps import E2E, K2, K4, Place, until
 
-PENDING = "localfeat.sweep study=mine/study.yaml folder=out"
+PENDING = "localfeat.studies.sweep study=mine/study.yaml folder=out"
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_every_job_leaves_a_run(place: Place, capfd: pytest.CaptureFixture[str])
     assert begun[0].endswith("| 0 done, 0 failed, 1 running, 2 left")
     assert "| 2 done, 0 failed, 0 running, 1 left, about 0:00:0" in ended[1]
     assert ended[2].endswith("| 3 done, 0 failed, 0 running, 0 left")
-    assert lines[-2:] == ["3 of 3 jobs done, 0 failed", "python -m localfeat.report out"]
+    assert lines[-2:] == ["3 of 3 jobs done, 0 failed", "localfeat report out"]
     study = json.loads((place.folder / "out" / "study.json").read_text())
     assert (study["name"], study["question"]) == ("mine", "Which?")
     assert study["jobs"][1] == {
@@ -121,7 +121,7 @@ def test_a_sweep_that_is_told_to_stop(name: str, code: int, place: Place, capfd:
     out, error = sweep.communicate(timeout=60)
     assert (sweep.returncode, error) == (code, "")
     assert "ending 1 running jobs" in out
-    assert out.splitlines()[-1].startswith("stopped with 1 of 3 jobs done; to go on: python -m localfeat.sweep study=")
+    assert out.splitlines()[-1].startswith("stopped with 1 of 3 jobs done; to go on: localfeat sweep study=")
     assert place.attempts() == [["anew"], ["anew"], []]
     (place.folder / "go").touch()
     assert place.sweep() == 0
@@ -218,7 +218,7 @@ def test_ctrl_c_before_the_first_job_is_one_line(place: Place, capfd: pytest.Cap
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    place.patch.setattr("localfeat.sweep.run", interrupt)
+    place.patch.setattr("localfeat.studies.sweep.command.run", interrupt)
     assert place.sweep() == 130
     assert capfd.readouterr().err == "interrupted\n"
 
@@ -286,7 +286,7 @@ LINES = {
 def test_is_refused_in_one_line(typed: str, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     from tests.command_line import call
 
-    assert call(place.patch, "localfeat.sweep", *typed.split()) == 2
+    assert call(place.patch, "sweep", *typed.split()) == 2
     printed = capfd.readouterr()
     assert printed.err.startswith(f"error: {LINES[typed]}") and printed.err.count("\n") == 1
     assert place.attempts() == [[], [], []]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from localfeat.config import saved_config
+from localfeat.run.configuration import saved_config
 from tests.artifacts.test_wandb_logger import records
 from tests.command_line import call
 from tests.data.formats import write_source
@@ -56,7 +56,7 @@ def sweep(monkeypatch: pytest.MonkeyPatch, folder: Path, datasets: list[str], *o
     """Run a sweep over files in their true form; returns the jobs' folders in order."""
     for dataset in datasets:
         write_source(monkeypatch, dataset, folder / "data")
-    assert call(monkeypatch, "localfeat.run", "-m", f"dataset={','.join(datasets)}", *overrides, *LESS) == 0
+    assert call(monkeypatch, "run", "-m", f"dataset={','.join(datasets)}", *overrides, *LESS) == 0
     (day,) = (folder / "outputs").iterdir()
     (time,) = day.iterdir()
     return sorted((path for path in time.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
@@ -110,7 +110,7 @@ def test_a_job_of_a_sweep_is_the_run_alone(tmp_path: Path, monkeypatch: pytest.M
     """Nothing of the jobs before it: the same figures as in a run of its own."""
     jobs = sweep(monkeypatch, tmp_path, ["cifar10"], "method=feature_recon,e2e", "trainer.precision=bf16-mixed")
     alone = ["dataset=cifar10", "method=e2e", "trainer.precision=bf16-mixed", f"hydra.run.dir={tmp_path}/alone"]
-    assert call(monkeypatch, "localfeat.run", *alone, *LESS) == 0
+    assert call(monkeypatch, "run", *alone, *LESS) == 0
     assert metrics(jobs[1]) == metrics(tmp_path / "alone")
 
 
@@ -181,7 +181,7 @@ def flattened(values: dict[str, Any], name: str) -> dict[str, Any]:
 def test_one_run_alone_has_no_group_and_logs_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_source(monkeypatch, "cifar10", tmp_path / "data")
     options = ["dataset=cifar10", "logger=wandb", "logger.name=mine", "logger.tags=[a]", f"hydra.run.dir={tmp_path}/r"]
-    assert call(monkeypatch, "localfeat.run", *options, *LESS) == 0
+    assert call(monkeypatch, "run", *options, *LESS) == 0
     run = read_offline(tmp_path / "r")
     assert (run["name"], run["group"]) == ("mine", "")
     assert metrics(tmp_path / "r")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from localfeat import trust
-from localfeat.config import construct
-from localfeat.errors import UserError
+from localfeat.run import trust
+from localfeat.run.configuration import construct
+from localfeat.utils.errors import UserError
 from tests.hostile import refused, watched
 from tests.whole_runs import SMALL
 
@@ -26,13 +26,13 @@ def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 FOREIGN = ["os.system", "subprocess.run", "builtins.eval", "hostile.Mine", "hostile.sub.Mine", "torch.load"]
 NO_PART = [
-    "localfeat.artifacts.checkpoint_files.os.system",
-    "localfeat.writing.os",
-    "localfeat.config.importlib",
+    "localfeat.run.checkpoints.files.os.system",
+    "localfeat.utils.files.os",
+    "localfeat.run.configuration.importlib",
     "localfeat.Learner",
-    "localfeat.paths.Path",
-    "localfeat.run.main",
-    "localfeat.objectives.Method.__init__",
+    "localfeat.run.conf_dir.Path",
+    "localfeat.run.command.main",
+    "localfeat.Method.__init__",
     "localfeat.nothing",
     "localfeat..Method",
     ".localfeat.Method",
@@ -44,7 +44,7 @@ NO_PART = [
     ["localfeat.Method"],
     {"_target_": "os.system"},
     "localfeat.Method\n",
-    "localfeat.objectives:Method",
+    "localfeat.methods:Method",
 ]
 
 
@@ -93,7 +93,7 @@ def test_trust_names_packages(given: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_trust_is_what_the_environment_says_when_the_process_begins() -> None:
-    code = "import os; from localfeat import trust; os.environ['LOCALFEAT_TRUST'] = 'os'; print(trust.trusted())"
+    code = "import os; from localfeat.run import trust; os.environ['LOCALFEAT_TRUST'] = 'os'; print(trust.trusted())"
     root = str(Path(__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": root, "LOCALFEAT_TRUST": "mine"}
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

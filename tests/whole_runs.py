@@ -20,11 +20,11 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
-from localfeat import training
-from localfeat.artifacts.metrics_csv import read_rows
-from localfeat.config import register_resolvers
-from localfeat.paths import conf_dir
-from localfeat.run import run
+from localfeat.run import train as training
+from localfeat.run.command import run
+from localfeat.run.conf_dir import conf_dir
+from localfeat.run.configuration import register_resolvers
+from localfeat.run.loggers.metrics_csv import read_rows
 
 BATCHES = 4  # of an epoch
 TINY_SWIN = [

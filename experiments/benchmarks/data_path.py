@@ -18,8 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from localfeat.artifacts.metrics_csv import read_series
-from localfeat.artifacts.summary import environment
+from localfeat.run.loggers.metrics_csv import read_series
+from localfeat.run.summary import environment
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "experiments" / "results"

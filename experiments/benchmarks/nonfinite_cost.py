@@ -24,12 +24,12 @@ from torch.nn.utils import get_total_norm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script
 
 from experiments.benchmarks.step_time import RESULTS, Steps, configure
-from localfeat.artifacts.callbacks import synchronize
-from localfeat.artifacts.summary import environment
-from localfeat.build import build_learner
-from localfeat.divergence import Batch
-from localfeat.learner import Learner
-from localfeat.nonfinite import NonFinite
+from localfeat.learner.divergence import Batch
+from localfeat.learner.module import Learner
+from localfeat.learner.nonfinite import NonFinite
+from localfeat.run.build import build_learner
+from localfeat.run.callbacks.batches import synchronize
+from localfeat.run.summary import environment
 
 METHODS = ("e2e", "feature_recon")
 ROUNDS, WARM_UP = 60, 5

@@ -21,13 +21,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from localfeat.artifacts.callbacks import synchronize
-from localfeat.artifacts.summary import environment
-from localfeat.build import build_learner
-from localfeat.config import plain, register_resolvers
-from localfeat.learner import Learner
-from localfeat.optimization import undecayed_parameters
-from localfeat.paths import conf_dir
+from localfeat.learner.module import Learner
+from localfeat.learner.optimization import undecayed_parameters
+from localfeat.run.build import build_learner
+from localfeat.run.callbacks.batches import synchronize
+from localfeat.run.conf_dir import conf_dir
+from localfeat.run.configuration import plain, register_resolvers
+from localfeat.run.summary import environment
 
 METHODS = ("e2e", "greedy_ce", "greedy_contrast", "image_recon", "feature_recon")
 ROUNDS, WARM_UP = 30, 3

@@ -65,12 +65,13 @@ def measure(case: tuple[Any, ...]) -> dict[str, Any]:
     import torch
     from hydra import compose, initialize_config_dir
 
-    from localfeat.artifacts.peak_memory import PeakMemory
-    from localfeat.config import construct, plain, register_resolvers
-    from localfeat.learner import Learner
+    from localfeat.backbones.split import Split
+    from localfeat.backbones.timm_models import build_backbone
+    from localfeat.learner.module import Learner
     from localfeat.memory.accounting import step_memory
-    from localfeat.network import Split, build_backbone
-    from localfeat.paths import conf_dir
+    from localfeat.run.callbacks.peak_memory import PeakMemory
+    from localfeat.run.conf_dir import conf_dir
+    from localfeat.run.configuration import construct, plain, register_resolvers
 
     network, arguments, size, batch, method, cuts, decoder, precision, efficiency = case
     register_resolvers()
@@ -131,7 +132,7 @@ def main() -> None:
         return
     import torch
 
-    from localfeat.artifacts.summary import environment
+    from localfeat.run.summary import environment
 
     # glibc would keep freed blocks of up to 32 MiB: let it give back what is larger than 64 KiB at once.
     variables = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_WAIT_POLICY": "PASSIVE"}

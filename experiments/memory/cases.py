@@ -12,12 +12,13 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from localfeat import Efficiency
-from localfeat.learner import Learner
+from localfeat.backbones.decompose import decompose
+from localfeat.backbones.timm_models import build_backbone
+from localfeat.learner.module import Learner
+from localfeat.learner.optimization import Optimization
 from localfeat.memory.accounting import StepMemory, step_memory
 from localfeat.memory.emulation import Precision
-from localfeat.network import build_backbone, decompose
-from localfeat.optimization import Optimization
-from localfeat.paths import conf_dir
+from localfeat.run.conf_dir import conf_dir
 
 PRECISIONS: tuple[Precision, ...] = ("32-true", "bf16-mixed")
 PRECISION_NAMES = {"32-true": "fp32", "bf16-mixed": "bf16"}

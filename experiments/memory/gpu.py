@@ -23,7 +23,7 @@ from experiments.benchmarks.step_time import Steps, figures, in_turn  # noqa: E4
 from experiments.memory.cases import PRECISION_NAMES, Case, memory_row  # noqa: E402
 from experiments.memory.plan import Plan  # noqa: E402
 from experiments.memory.tables import cuts, gib, settings, table  # noqa: E402
-from localfeat.artifacts.summary import environment  # noqa: E402
+from localfeat.run.summary import environment  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WARM_UP = 3

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))  # run as a script: the other files are experiment
 
 from experiments.memory import depth, large, ours, paper, step_times  # noqa: E402
 from experiments.memory.plan import Plan  # noqa: E402
-from localfeat.artifacts.summary import environment  # noqa: E402
+from localfeat.run.summary import environment  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COMMAND = "python experiments/memory/study.py"

@@ -43,10 +43,10 @@ from experiments.reliability.injections.trial import (
     Row,
     UnexpectedError,
 )
-from localfeat.artifacts.summary import environment
-from localfeat.cli import parse_arguments
-from localfeat.run import main as run_main
-from localfeat.writing import write_whole
+from localfeat.run.command import main as run_main
+from localfeat.run.command_line import parse_arguments
+from localfeat.run.summary import environment
+from localfeat.utils.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 GROUPS = [calls, numbers, loggers, disks, signals, damage, images, processes]  # those that take long come first

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from localfeat.artifacts.checkpoint_files import read_checkpoint
-from localfeat.artifacts.metrics_csv import read_rows
-from localfeat.config import saved_config
-from localfeat.run import main as run_main
-from localfeat.run_folder import CONFIG, SUMMARY
+from localfeat.run.checkpoints.files import read_checkpoint
+from localfeat.run.command import main as run_main
+from localfeat.run.configuration import saved_config
+from localfeat.run.folder import CONFIG, SUMMARY
+from localfeat.run.loggers.metrics_csv import read_rows
 
 SMALL = [
     "backbone=swin_micro",

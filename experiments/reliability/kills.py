@@ -25,11 +25,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.reliability.forks import SMALL, differences, end_of, rows_of, start, unreadable
-from localfeat.artifacts.metrics_csv import read_rows
-from localfeat.artifacts.summary import environment
-from localfeat.cli import parse_arguments
-from localfeat.run_folder import has_ended
-from localfeat.writing import write_whole
+from localfeat.run.command_line import parse_arguments
+from localfeat.run.folder import has_ended
+from localfeat.run.loggers.metrics_csv import read_rows
+from localfeat.run.summary import environment
+from localfeat.utils.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 BF16, EMA = "trainer.precision=bf16-mixed", "callbacks.ema=0.8"

@@ -5,7 +5,7 @@
 
 ``record`` trains them with the code of a checkout (some minutes on a CPU) and makes a report of them; ``compare`` looks
 at the metrics, the exported weights, ``summary.json`` and the report's figures, and exits with status 1 if one differs.
-Times, memory of the process, commits, versions and commands are left out: they differ between two runs of the same code.
+Times, memory of the process, commits, versions and commands are left out: they differ between runs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def record(checkout: Path, folder: Path) -> None:
         command = ["localfeat.run", *SHORT, *overrides, f"hydra.run.dir={run}", "callbacks.progress_bar=false"]
         subprocess.run([sys.executable, "-m", *command], cwd=folder, env=environment, check=True)
     old = (checkout / "localfeat" / "report.py").is_file()
-    module = "localfeat.report" if old else "localfeat.studies.report"
+    module = f"{'localfeat' if old else 'localfeat.studies'}.report"
     report = [sys.executable, "-m", module, *map(str, runs), f"output={(folder / 'report').resolve()}"]
     subprocess.run(report, cwd=folder, env=environment, check=True)
 

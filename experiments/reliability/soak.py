@@ -32,13 +32,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import Callback
 
-from localfeat import training
-from localfeat.artifacts.summary import environment
-from localfeat.cli import parse_arguments
-from localfeat.config import register_resolvers
-from localfeat.paths import conf_dir
-from localfeat.run import run
-from localfeat.writing import write_whole
+from localfeat.run import train as training
+from localfeat.run.command import run
+from localfeat.run.command_line import parse_arguments
+from localfeat.run.conf_dir import conf_dir
+from localfeat.run.configuration import register_resolvers
+from localfeat.run.summary import environment
+from localfeat.utils.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 EVERY, WARM_UP, READINGS = 20, 200, 5

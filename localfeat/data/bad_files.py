@@ -6,7 +6,7 @@ import sys
 
 from torch.utils.data import get_worker_info
 
-from localfeat.errors import UserError
+from localfeat.utils.errors import UserError
 
 
 class BadImage(UserError):

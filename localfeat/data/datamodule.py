@@ -13,7 +13,7 @@ from localfeat.data.labelled import Batch, BatchLoader, LabelledImages, batch_lo
 from localfeat.data.preparation import Preparation, check_options
 from localfeat.data.registry import make_source
 from localfeat.data.sampling import EpochBatches, stratified_split
-from localfeat.errors import UserError
+from localfeat.utils.errors import UserError
 
 _ORDER = ("seed", "batch_size", "val_fraction")  # what the order of training batches depends on
 

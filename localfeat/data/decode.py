@@ -28,8 +28,8 @@ from PIL import (  # noqa: F401
 from torch import Tensor
 
 from localfeat.data.bad_files import BadFiles, BadImage
-from localfeat.errors import RunFailed
-from localfeat.names import shown
+from localfeat.utils.errors import RunFailed
+from localfeat.utils.text import shown
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM", "GIF")

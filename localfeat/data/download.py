@@ -21,9 +21,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from localfeat.locks import UNSUPPORTED, try_lock
-from localfeat.names import shown
-from localfeat.writing import PART, whole_file
+from localfeat.utils.files import PART, whole_file
+from localfeat.utils.locks import UNSUPPORTED, try_lock
+from localfeat.utils.text import shown
 
 LOCK = ".localfeat.lock"
 ERRORS = (OSError, EOFError, RuntimeError, ValueError, tarfile.TarError, zlib.error, http.client.HTTPException)

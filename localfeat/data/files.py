@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 from localfeat.data.bad_files import BadFiles, BadImage
 from localfeat.data.decode import IMAGE_SUFFIXES
 from localfeat.data.labelled import Batch, FileImages, batch_loader
-from localfeat.errors import UserError
-from localfeat.names import shown
+from localfeat.utils.errors import UserError
+from localfeat.utils.text import shown
 
 
 def list_images(folder: str | Path) -> list[Path]:

@@ -11,8 +11,8 @@ from localfeat.data.bad_files import BadFiles
 from localfeat.data.decode import common_size, read_images
 from localfeat.data.files import image_paths
 from localfeat.data.labelled import FileImages, LabelledImages, TensorImages, no_sound_image
-from localfeat.errors import UserError
-from localfeat.names import prints, shown
+from localfeat.utils.errors import UserError
+from localfeat.utils.text import prints, shown
 
 MEMORY_LIMIT = 4 * 1024**3  # bytes of decoded pixels kept in memory, at most half of the machine's
 LAYOUT = "train/<class>/<image> and test/<class>/<image> (val/<class>/<image> is optional)"

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from localfeat.data.bad_files import BadFiles, BadImage
 from localfeat.data.decode import read_image
-from localfeat.errors import RunFailed, UserError
-from localfeat.names import shown
+from localfeat.utils.errors import RunFailed, UserError
+from localfeat.utils.text import shown
 
 Batch = tuple[Tensor, Tensor]
 

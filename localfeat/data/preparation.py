@@ -8,7 +8,7 @@ from torch import Tensor
 from localfeat.data import batched_transforms as batched
 from localfeat.data.mixing import mix
 from localfeat.data.randaugment import rand_augment
-from localfeat.errors import UserError
+from localfeat.utils.errors import UserError
 
 AUGMENTATIONS = ("swin", "light", "none")
 SMALL_SIDE = 40  # up to this source size "swin" pads and crops; a random resized crop would leave too few pixels

@@ -6,7 +6,7 @@ from pathlib import Path
 from localfeat.data import torchvision_sources
 from localfeat.data.image_folder import ImageFolder
 from localfeat.data.sources import Digits, Source
-from localfeat.errors import UserError
+from localfeat.utils.errors import UserError
 
 
 def make_source(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from localfeat.data.labelled import LabelledImages, TensorImages
 from localfeat.data.sampling import stratified_split
-from localfeat.errors import UserError
+from localfeat.utils.errors import UserError
 
 SPLITS = ("train", "val", "test")
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from localfeat.data import download
 from localfeat.data.labelled import TensorImages
 from localfeat.data.sources import check_labels
-from localfeat.errors import UserError
-from localfeat.names import shown
+from localfeat.utils.errors import UserError
+from localfeat.utils.text import shown
 
 _PICKLED_ARRAYS = {  # what the pickles of CIFAR are made of
     ("numpy.core.multiarray", "_reconstruct"),

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from localfeat.errors import UserError
+from localfeat.learner.optimization import undecayed_parameters
 from localfeat.memory.bare import bare_tensors
 from localfeat.memory.emulation import AUTOCAST_DTYPES, Emulation, Precision, Target
 from localfeat.memory.step_watch import MemoryShares, StepMemory, StepWatch
-from localfeat.optimization import undecayed_parameters
+from localfeat.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from localfeat.learner import Learner
+    from localfeat.learner.module import Learner
 
 __all__ = ["MemoryShares", "StepMemory", "on_meta", "step_memory"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 
-from localfeat.errors import UserError
 from localfeat.memory.segments import Segment
+from localfeat.utils.errors import UserError
 
 
 def balanced_cuts(segment: Callable[[int, int], Segment], blocks: int, modules: int) -> list[int]:

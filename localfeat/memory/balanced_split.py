@@ -6,15 +6,16 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from localfeat.efficiency import Efficiency
-from localfeat.errors import UserError
+from localfeat.backbones.split import Split
+from localfeat.efficiency.settings import Efficiency
 from localfeat.memory.balance import balanced_cuts
 from localfeat.memory.bare import without_data
 from localfeat.memory.emulation import AUTOCAST_DTYPES, Emulation, Precision, Target
 from localfeat.memory.segments import SegmentCosts, Setting
 from localfeat.memory.standing import Keeping
-from localfeat.network import Split
-from localfeat.objectives import DecoderFactory, Method
+from localfeat.methods.base import Method
+from localfeat.methods.parts.decoders import DecoderFactory
+from localfeat.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from localfeat import precision as precision_state
+from localfeat.efficiency import autocast as precision_state
 from localfeat.memory.attention_kernels import attend
 from localfeat.memory.autocast_lists import policies
 
@@ -30,7 +30,7 @@ class Emulation(TorchFunctionMode):
     """While it is active, meta tensors are computed as ``target`` would compute real ones.
 
     - Autocast as in Lightning's ``precision``: on from the entry, cast copies of weights made anew at each use.
-      ``torch.autocast("meta", enabled=False)`` and :class:`~localfeat.precision.AutocastState` work.
+      ``torch.autocast("meta", enabled=False)`` and :class:`~localfeat.efficiency.autocast.AutocastState` work.
     - Scaled dot-product attention by the kernel that ``target`` would choose.
     - Backward passes under the same rules, so that recomputation in them is seen too.
     - Optimizers of ``torch.optim`` with ``fused=True`` can be built and stepped.

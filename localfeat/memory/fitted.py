@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
-from localfeat.efficiency import Efficiency
+from localfeat.efficiency.settings import Efficiency
 from localfeat.memory.balance import cheapest_cuts
 from localfeat.memory.parts import Segment
-
-if TYPE_CHECKING:
-    from localfeat.memory.planner import Planner
-
-MOST_MODULES = 12
+from localfeat.memory.planner import MOST_MODULES, Option, Planner, without_recomputation
 
 
-def without_recomputation(efficiency: Efficiency) -> Efficiency:
-    """The same setting, with every block's activations kept."""
-    return replace(efficiency, recompute="none", slices=1, blocks=None)
+def fitted(planner: Planner) -> Iterator[Option]:
+    """For every method the cheapest cuts of all that fit, with only so many blocks recomputed as must be."""
+    recomputing = planner.efficiencies.get("slices")
+    if recomputing is None:
+        return
+    for name, method in planner.methods.items():
+        if "slices" not in planner.possible(name):
+            continue
+        found: list[Option] = []
+        for fused in {False, recomputing.fused_attention}:
+            settings = replace(recomputing, fused_attention=fused)
+            division = Fitted(planner, name, without_recomputation(settings), settings).search(method.local)
+            if division is not None:
+                cuts, blocks = division
+                found.append(planner.option(name, "slices", cuts, balanced=False, blocks=blocks, fused=fused))
+        if found:
+            yield min(found, key=lambda option: option.step_cost)
 
 
 @dataclass
 class Fitted:
-    """The search behind :meth:`Planner.fitted`.
+    """The search behind :func:`fitted`.
 
     A module recomputes its first blocks, as many as it must: in a hierarchical backbone they are the largest, in a
     columnar one all are alike.

@@ -9,19 +9,20 @@ from typing import Any
 
 from torch import nn
 
-from localfeat.efficiency import Efficiency
-from localfeat.errors import UserError
+from localfeat.backbones.split import Split
+from localfeat.efficiency.settings import Efficiency
 from localfeat.memory.balance import balanced_cuts
 from localfeat.memory.emulation import Emulation, Precision, Target
-from localfeat.memory.fitted import MOST_MODULES, Fitted, without_recomputation
 from localfeat.memory.segments import Parts, Segment, SegmentCosts, Setting
 from localfeat.memory.standing import Keeping
-from localfeat.network import Split
-from localfeat.objectives import DecoderFactory, Method
+from localfeat.methods.base import Method
+from localfeat.methods.parts.decoders import DecoderFactory
+from localfeat.utils.errors import UserError
 
 STEP = 8
 """Largest batches are multiples of this (below it 1, 2 and 4): slices of the batch are then of one size."""
 LARGEST_BATCH = 2**16
+MOST_MODULES = 12
 
 FLOPS_PER_BYTE: Mapping[tuple[Target, Precision], float] = {
     ("cuda", "32-true"): 20.0,
@@ -31,6 +32,11 @@ FLOPS_PER_BYTE: Mapping[tuple[Target, Precision], float] = {
     ("cpu", "bf16-mixed"): 20.0,
 }
 """How many FLOPs a device does in the time in which it moves a byte, roughly: a data-centre GPU, a desktop CPU."""
+
+
+def without_recomputation(efficiency: Efficiency) -> Efficiency:
+    """The same setting, with every block's activations kept."""
+    return replace(efficiency, recompute="none", slices=1, blocks=None)
 
 
 @dataclass(frozen=True)
@@ -117,30 +123,12 @@ class Planner:
         One module is the whole network under the classifier's cross entropy: end-to-end training, whatever the method.
         """
         for name, method in self.methods.items():
-            for efficiency in self._possible(name):
+            for efficiency in self.possible(name):
                 for cuts, balanced in self._divisions(name, efficiency, split, modules):
                     if method.local == bool(cuts):
-                        yield self._option(name, efficiency, cuts, balanced=balanced)
+                        yield self.option(name, efficiency, cuts, balanced=balanced)
 
-    def fitted(self) -> Iterator[Option]:
-        """For every method the cheapest cuts of all that fit, with only so many blocks recomputed as must be."""
-        recomputing = self.efficiencies.get("slices")
-        if recomputing is None:
-            return
-        for name, method in self.methods.items():
-            if "slices" not in self._possible(name):
-                continue
-            found: list[Option] = []
-            for fused in {False, recomputing.fused_attention}:
-                settings = replace(recomputing, fused_attention=fused)
-                division = Fitted(self, name, without_recomputation(settings), settings).search(method.local)
-                if division is not None:
-                    cuts, blocks = division
-                    found.append(self._option(name, "slices", cuts, balanced=False, blocks=blocks, fused=fused))
-            if found:
-                yield min(found, key=lambda option: option.step_cost)
-
-    def _possible(self, method: str) -> list[str]:
+    def possible(self, method: str) -> list[str]:
         """Efficiency settings that go with this backbone and method's decoder; all of them must not be refused.
 
         Raises:
@@ -170,7 +158,7 @@ class Planner:
             for modules in [only] if only else range(2, min(MOST_MODULES, self.blocks) + 1):
                 yield tuple(balanced_cuts(costs.segment, self.blocks, modules)), True
 
-    def _option(
+    def option(
         self,
         method: str,
         efficiency: str,
@@ -180,6 +168,7 @@ class Planner:
         blocks: tuple[int, ...] | None = None,
         fused: bool | None = None,
     ) -> Option:
+        """One way to train, evaluated; ``blocks`` and ``fused`` change the efficiency setting."""
         settings = self.efficiencies[efficiency]
         if fused is not None:
             settings = replace(settings, fused_attention=fused)

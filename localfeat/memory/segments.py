@@ -11,14 +11,17 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from localfeat.assembly import build_objective, image_size_of, prepare_blocks
-from localfeat.efficiency import Efficiency
+from localfeat.backbones.decompose import Decomposition, decompose
+from localfeat.backbones.timm_models import image_size_of
+from localfeat.efficiency.settings import Efficiency
+from localfeat.learner.assembly import build_objective, prepare_blocks
 from localfeat.memory.costs import PieceCost, measure_objective, measure_piece, signature
 from localfeat.memory.parts import Parts, Segment
 from localfeat.memory.standing import Keeping, Standing
 from localfeat.memory.tracker import rounded
-from localfeat.network import Decomposition, decompose, weighted_sum
-from localfeat.objectives import DecoderFactory, Method, Site
+from localfeat.methods.base import Method, Site
+from localfeat.methods.local_module import weighted_sum
+from localfeat.methods.parts.decoders import DecoderFactory
 
 Device = Callable[[], AbstractContextManager[Any]]
 """Makes the context in which meta tensors behave as a device's do (autocast, attention kernels)."""

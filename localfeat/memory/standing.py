@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from localfeat.learner.nonfinite import statistics
 from localfeat.memory.tracker import rounded
-from localfeat.nonfinite import statistics
 
 STATES = 2
 """Tensors of a parameter's size that AdamW keeps."""

@@ -11,9 +11,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from localfeat.artifacts.callbacks import SeedEachBatch, Throughput, batch_seed
-from localfeat.artifacts.checkpoints import AveragedWeights
-from localfeat.artifacts.peak_memory import PeakMemory
+from localfeat.run.callbacks.batches import SeedEachBatch, Throughput, batch_seed
+from localfeat.run.callbacks.peak_memory import PeakMemory
+from localfeat.run.checkpoints.callbacks import AveragedWeights
 from tests.artifacts.tiny import BATCH_SIZE, TinyLearner, fit, loader, trainer
 
 
@@ -68,7 +68,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("localfeat.artifacts.callbacks.time.perf_counter", lambda: clock.now)
+    monkeypatch.setattr("localfeat.run.callbacks.batches.time.perf_counter", lambda: clock.now)
     return clock
 
 

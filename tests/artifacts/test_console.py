@@ -12,9 +12,9 @@ import pytest
 import rich
 from rich.console import Console
 
-from localfeat.artifacts.callbacks import Throughput
-from localfeat.artifacts.console import PatientConsole, RunProgress, final_table
-from localfeat.artifacts.summary import RunSummary
+from localfeat.run.callbacks.batches import Throughput
+from localfeat.run.console import PatientConsole, RunProgress, final_table
+from localfeat.run.summary import RunSummary
 from tests.artifacts.tiny import TinyLearner, loader, trainer
 from tests.whole_runs import child_exit
 
@@ -65,7 +65,7 @@ def test_reading_metrics_does_not_happen_at_every_batch(tmp_path: Path, monkeypa
     terminal = Console(file=io.StringIO(), force_terminal=True, width=160)
     monkeypatch.setattr("lightning.pytorch.callbacks.progress.rich_progress.reconfigure", lambda **_: None)
     monkeypatch.setattr("lightning.pytorch.callbacks.progress.rich_progress.get_console", lambda: terminal)
-    monkeypatch.setattr("localfeat.artifacts.console.SECONDS_BETWEEN_READINGS", 1e9)
+    monkeypatch.setattr("localfeat.run.console.SECONDS_BETWEEN_READINGS", 1e9)
     progress, readings = RunProgress(terminal), []
     monkeypatch.setattr(progress, "get_metrics", lambda *_: readings.append(1) or {})
     run = trainer(tmp_path, callbacks=[progress], max_epochs=1, enable_progress_bar=True)

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from localfeat.artifacts.export import build_backbone, export_backbone, load_backbone_weights, read_backbone_file
-from localfeat.errors import UserError
+from localfeat.run.export import build_backbone, export_backbone, load_backbone_weights, read_backbone_file
+from localfeat.utils.errors import UserError
 
 ARGUMENTS = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4, "patch_size": 2}
 NAME = "swin_tiny_patch4_window7_224"

@@ -12,10 +12,10 @@ import torch
 from matplotlib.image import imread
 from torch import Tensor
 
-from localfeat.artifacts import figures
-from localfeat.artifacts.figures import as_pixels, learning_curves, module_terms, reconstruction_grid, running_mean
-from localfeat.artifacts.metrics_csv import MetricsCsv, read_series
-from localfeat.errors import RunFailed, UserError
+from localfeat.run import figures
+from localfeat.run.figures import as_pixels, learning_curves, module_terms, reconstruction_grid, running_mean
+from localfeat.run.loggers.metrics_csv import MetricsCsv, read_series
+from localfeat.utils.errors import RunFailed, UserError
 from tests.small_disk import fill, small_disk
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from localfeat.artifacts.metrics_csv import MetricsCsv, read_rows, read_series
+from localfeat.run.loggers.metrics_csv import MetricsCsv, read_rows, read_series
 from tests.artifacts.tiny import TinyLearner, loader, trainer
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from localfeat.artifacts import metrics_csv
-from localfeat.artifacts.metrics_csv import MetricsCsv, read_rows, read_series
-from localfeat.errors import RunFailed, UserError
+from localfeat.run.loggers import metrics_csv
+from localfeat.run.loggers.metrics_csv import MetricsCsv, read_rows, read_series
+from localfeat.utils.errors import RunFailed, UserError
 from tests.artifacts.tiny import TinyLearner, loader, trainer
 from tests.small_disk import fill, small_disk
 

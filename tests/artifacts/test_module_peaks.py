@@ -10,8 +10,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from localfeat.artifacts.peak_memory import CUDA_SOURCE, GIB, PeakMemory
 from localfeat.memory.tracker import StorageTracker
+from localfeat.run.callbacks.peak_memory import CUDA_SOURCE, GIB, PeakMemory
 from tests import small
 from tests.artifacts.tiny import MIB, NOISE, TinyLearner, fit, loader, stop_at, trainer
 
@@ -95,7 +95,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[StorageTracker]:
         }
         for name, function in functions.items():
             monkeypatch.setattr(torch.cuda, name, function)
-        monkeypatch.setattr("localfeat.artifacts.peak_memory.on_cuda", lambda pl_module: True)
+        monkeypatch.setattr("localfeat.run.callbacks.peak_memory.on_cuda", lambda pl_module: True)
         yield tracker
 
 

@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from localfeat.artifacts.checkpoints import AveragedWeights
-from localfeat.artifacts.peak_memory import GIB, PeakMemory, averaged_tensors
 from localfeat.memory.tracker import rounded
+from localfeat.run.callbacks.peak_memory import GIB, PeakMemory, averaged_tensors
+from localfeat.run.checkpoints.callbacks import AveragedWeights
 from tests.artifacts.tiny import BATCH_SIZE, MIB, NOISE, TinyLearner, fit, loader, stop_at, trainer
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from localfeat.artifacts import summary as module
-from localfeat.artifacts.summary import RunSummary, environment, git_commit, write_summary
+from localfeat.run import summary as module
+from localfeat.run.summary import RunSummary, environment, git_commit, write_summary
 
 
 def a_summary(**changes: object) -> RunSummary:

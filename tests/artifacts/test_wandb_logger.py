@@ -12,8 +12,9 @@ import pytest
 import wandb
 from matplotlib.image import imsave
 
-from localfeat.artifacts.wandb_logger import finish, has_login, log_images, resolve_mode, wandb_logger
-from localfeat.errors import UserError
+from localfeat.run.loggers.wandb_logger import has_login, log_images, resolve_mode, wandb_logger
+from localfeat.run.loggers.wandb_service import finish
+from localfeat.utils.errors import UserError
 from tests.artifacts.tiny import TinyLearner, loader, trainer
 from tests.wandb_account import without_login
 

@@ -17,13 +17,14 @@ import wandb
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
-from localfeat import training
-from localfeat.artifacts.metrics_csv import read_rows
-from localfeat.artifacts.peak_memory import GIB
-from localfeat.artifacts.wandb_logger import AXIS, finish, wandb_logger
-from localfeat.config import saved_config
-from localfeat.errors import UserError
-from localfeat.run import run
+from localfeat.run import train as training
+from localfeat.run.callbacks.peak_memory import GIB
+from localfeat.run.command import run
+from localfeat.run.configuration import saved_config
+from localfeat.run.loggers.metrics_csv import read_rows
+from localfeat.run.loggers.wandb_logger import AXIS, wandb_logger
+from localfeat.run.loggers.wandb_service import finish
+from localfeat.utils.errors import UserError
 from tests.artifacts.test_wandb_logger import records
 from tests.wandb_account import without_login
 from tests.wandb_server import serving

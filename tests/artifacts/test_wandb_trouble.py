@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import wandb
 
-from localfeat.artifacts import wandb_logger as module
-from localfeat.artifacts import wandb_service
-from localfeat.artifacts.deadline import within
-from localfeat.artifacts.wandb_logger import RunLogger, finish, wandb_logger
-from localfeat.errors import UserError
+from localfeat.run.loggers import wandb_logger as module
+from localfeat.run.loggers import wandb_service
+from localfeat.run.loggers.deadline import within
+from localfeat.run.loggers.wandb_logger import RunLogger, wandb_logger
+from localfeat.run.loggers.wandb_service import finish
+from localfeat.utils.errors import UserError
 from tests.artifacts.test_wandb_logger import records
 from tests.small_disk import fill, small_disk
 from tests.wandb_account import without_login

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from localfeat.data import ImageDataModule
-from localfeat.errors import UserError
+from localfeat.utils.errors import UserError
 from tests.data.formats import write_image_folder
 
 

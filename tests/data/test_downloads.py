@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from torchvision.datasets import CIFAR10
 
-from localfeat import writing
 from localfeat.data import download
 from localfeat.data.registry import make_source
 from localfeat.data.sources import Source
-from localfeat.errors import UserError
+from localfeat.utils import files as writing
+from localfeat.utils.errors import UserError
 from tests.data import formats
 from tests.data.serving import no_network, serve
 

@@ -25,7 +25,7 @@ from localfeat.data.bad_files import BadImage
 from localfeat.data.decode import FORMATS, MAX_PIXELS, image_size, read_image
 from localfeat.data.files import list_images
 from localfeat.data.image_folder import ImageFolder
-from localfeat.errors import RunFailed, UserError
+from localfeat.utils.errors import RunFailed, UserError
 from tests.data.formats import write_image_folder
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"

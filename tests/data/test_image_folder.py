@@ -12,7 +12,7 @@ from localfeat.data.decode import read_image
 from localfeat.data.files import image_files_loader, list_images
 from localfeat.data.image_folder import ImageFolder
 from localfeat.data.labelled import FileImages, TensorImages
-from localfeat.errors import UserError
+from localfeat.utils.errors import UserError
 from tests.data.formats import write_image_folder
 
 

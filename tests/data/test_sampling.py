@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localfeat.data.sampling import EpochBatches, stratified_split
-from localfeat.errors import UserError
+from localfeat.utils.errors import UserError
 
 
 @settings(max_examples=60, deadline=None)

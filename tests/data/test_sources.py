@@ -8,7 +8,7 @@ import torch
 
 from localfeat.data import ImageDataModule
 from localfeat.data.registry import make_source
-from localfeat.errors import UserError
+from localfeat.utils.errors import UserError
 from tests.data import formats
 from tests.data.serving import no_network, serve
 

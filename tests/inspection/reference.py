@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from localfeat.inspection.probes import RIDGES
+from localfeat.studies.probe.probes import RIDGES
 
 
 def standardised(train: np.ndarray, held_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from localfeat.backbones.decompose import decompose
 from localfeat.data import ImageDataModule
-from localfeat.errors import UserError
-from localfeat.inspection.features import Network, Place, sample
-from localfeat.network import decompose
+from localfeat.studies.probe.features import Network, Place, sample
+from localfeat.utils.errors import UserError
 from tests import small
 from tests.inspection.reference import hooked_means
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from localfeat.inspection import probes
-from localfeat.inspection.probes import linear_probe, neighbour_accuracy, standardised
+from localfeat.studies.probe import probes
+from localfeat.studies.probe.probes import linear_probe, neighbour_accuracy, standardised
 from tests.inspection import reference
 
 Data = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]

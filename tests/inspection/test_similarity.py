@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from localfeat.inspection.similarity import linear_cka_matrix
+from localfeat.studies.probe.similarity import linear_cka_matrix
 from tests.inspection import reference
 
 

@@ -12,14 +12,14 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from localfeat.artifacts.checkpoints import AveragedWeights
-from localfeat.artifacts.peak_memory import PeakMemory
-from localfeat.efficiency import Efficiency
-from localfeat.errors import UserError
-from localfeat.learner import Learner
+from localfeat.efficiency.settings import Efficiency
+from localfeat.learner.module import Learner
 from localfeat.memory.accounting import MemoryShares, on_meta, step_memory
 from localfeat.memory.tracker import rounded
-from localfeat.objectives import METHODS, as_method
+from localfeat.methods.base import METHODS, as_method
+from localfeat.run.callbacks.peak_memory import PeakMemory
+from localfeat.run.checkpoints.callbacks import AveragedWeights
+from localfeat.utils.errors import UserError
 from tests.small import CLASSES, FAMILIES, IMAGE_SIZE, backbone, learner, loader, trainer
 
 SIZE = 8  # images per batch

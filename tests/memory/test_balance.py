@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localfeat.errors import UserError
 from localfeat.memory.balance import balanced_cuts, cheapest_cuts
 from localfeat.memory.segments import Segment
+from localfeat.utils.errors import UserError
 
 Table = dict[tuple[int, int], Segment]
 repeatable = settings(derandomize=True, database=None, deadline=None)

@@ -14,11 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from localfeat.backbones.decompose import decompose
+from localfeat.efficiency.autocast import AutocastState
 from localfeat.memory.autocast_lists import SPELLINGS, policies
 from localfeat.memory.emulation import Emulation
 from localfeat.memory.tracker import StorageTracker
-from localfeat.network import decompose
-from localfeat.precision import AutocastState
 from tests.small import CLASSES, FAMILIES, IMAGE_SIZE, backbone
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
-from localfeat.efficiency import Efficiency
-from localfeat.learner import Learner
+from localfeat.efficiency.settings import Efficiency
+from localfeat.learner.module import Learner
 from localfeat.memory.accounting import step_memory
 from localfeat.memory.bare import without_data
+from localfeat.memory.fitted import fitted
 from localfeat.memory.planner import STEP, Option, Planner, Workload
-from localfeat.objectives import as_decoder, as_method
+from localfeat.methods.base import as_method
+from localfeat.methods.parts.decoders import as_decoder
 from tests.small import IMAGE_SIZE, backbone
 
 EFFICIENCIES = {
@@ -73,9 +75,9 @@ def test_options_that_are_fitted_fit_and_cost_no_more() -> None:
     whole = next(o for o in planner("swin", 2**40).options() if o.method == "e2e" and o.efficiency == "none")
     found = planner("swin", 0.8 * whole.peak_bytes)
     options = list(found.options())
-    fitted = list(found.fitted())
-    assert fitted
-    for option in fitted:
+    fitting = list(fitted(found))
+    assert fitting
+    for option in fitting:
         assert option.fits
         assert true_peak("swin", option, 32) <= found.budget + SCALARS
         rivals = [o.step_cost for o in options if o.method == option.method and o.efficiency == "slices" and o.fits]
@@ -95,7 +97,7 @@ def test_settings_that_a_backbone_refuses_are_left_out() -> None:
     """Batch normalisation needs the whole batch: no slices."""
     found = planner("resnet", 2**40)
     assert {option.efficiency for option in found.options(modules=2)} == {"none", "lean"}
-    assert list(found.fitted()) == []
+    assert list(fitted(found)) == []
 
 
 @pytest.mark.parametrize(("accumulate", "ema"), [(2, False), (1, True)])

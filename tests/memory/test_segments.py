@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 
-from localfeat.efficiency import Efficiency
-from localfeat.learner import Learner
+from localfeat.efficiency.settings import Efficiency
+from localfeat.learner.module import Learner
 from localfeat.memory.accounting import step_memory
 from localfeat.memory.bare import without_data
 from localfeat.memory.emulation import Emulation
 from localfeat.memory.segments import SegmentCosts, Setting
 from localfeat.memory.standing import Keeping, Standing
-from localfeat.objectives import METHODS, Method, as_decoder, as_method
+from localfeat.methods.base import METHODS, Method, as_method
+from localfeat.methods.parts.decoders import as_decoder
 from tests.small import CLASSES, FAMILIES, IMAGE_SIZE, backbone
 
 SCALARS = 4096  # bytes: losses, means, what small buffers share; the steps take 3 to 20 MiB

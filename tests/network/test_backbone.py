@@ -8,9 +8,8 @@ import pytest
 import timm
 import torch
 
-from localfeat.assembly import image_size_of
-from localfeat.errors import UserError
-from localfeat.network import build_backbone
+from localfeat.backbones.timm_models import build_backbone, image_size_of
+from localfeat.utils.errors import UserError
 from tests.small import CLASSES, FAMILIES, backbone, batch
 
 

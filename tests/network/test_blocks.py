@@ -9,11 +9,14 @@ import timm
 import torch
 from torch import nn
 
-from localfeat.assembly import build_local_modules, image_size_of
-from localfeat.errors import UserError
-from localfeat.network import FeatureShape, decompose
-from localfeat.network import blocks as blocks_module
-from localfeat.objectives import METHODS, OneLayerDecoder
+from localfeat.backbones import decompose as blocks_module
+from localfeat.backbones.decompose import decompose
+from localfeat.backbones.layout import FeatureShape
+from localfeat.backbones.timm_models import image_size_of
+from localfeat.learner.assembly import build_local_modules
+from localfeat.methods.base import METHODS
+from localfeat.methods.parts.decoders import OneLayerDecoder
+from localfeat.utils.errors import UserError
 from tests.small import CLASSES, FAMILIES, IMAGE_SIZE, backbone, batch, disturbed, gradients
 
 DEPTHS = {name: [1, 1, 1, 1] for name in FAMILIES} | {"resnet": [2, 2, 2, 2]}

@@ -13,11 +13,13 @@ import torch
 from timm.layers import GlobalResponseNormMlp, GluMlp, Mlp
 from torch import Tensor, nn
 
-from localfeat.efficiency import Efficiency
+from localfeat.backbones.decompose import decompose
+from localfeat.efficiency import fused_mlp
+from localfeat.efficiency.fused_mlp import FusedMlp, activations_computed_again, fuse_mlps
+from localfeat.efficiency.recompute import block_runners
+from localfeat.efficiency.settings import Efficiency
 from localfeat.memory.emulation import Emulation
 from localfeat.memory.tracker import StorageTracker
-from localfeat.network import block_runners, decompose, fuse_mlps, fused_mlp
-from localfeat.network.fused_mlp import FusedMlp, activations_computed_again
 from tests.small import IMAGE_SIZE, backbone, batch, disturbed, gradients
 
 FAMILIES = ["swin", "swinv2", "vit", "convnext"]

@@ -9,14 +9,14 @@ import torch
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
-from localfeat.efficiency import Efficiency
-from localfeat.errors import UserError
+from localfeat.backbones.decompose import decompose
+from localfeat.efficiency.recompute import block_runners, plainly
+from localfeat.efficiency.selective import run_selectively
+from localfeat.efficiency.settings import Efficiency
 from localfeat.memory.emulation import Emulation
 from localfeat.memory.tracker import StorageTracker
 from localfeat.memory.work import WorkCounter
-from localfeat.network import block_runners, decompose
-from localfeat.network.local_module import plainly
-from localfeat.network.selective import run_selectively
+from localfeat.utils.errors import UserError
 from tests.small import IMAGE_SIZE, backbone, batch, disturbed, gradients
 
 FAMILIES = ["swin", "swinv2", "vit", "convnext", "resnet"]

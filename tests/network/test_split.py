@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localfeat.errors import UserError
-from localfeat.network import Split, as_split
+from localfeat.backbones.split import Split, as_split
+from localfeat.utils.errors import UserError
 
 SWIN_TINY = (2, 2, 6, 2)
 depths_of_stages = st.lists(st.integers(1, 24), min_size=1, max_size=12)

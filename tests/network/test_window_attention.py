@@ -12,11 +12,15 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block, WindowAttention
 from torch import Tensor, nn
 
-from localfeat.efficiency import Efficiency
-from localfeat.errors import UserError
+from localfeat.efficiency import window_attention
+from localfeat.efficiency.settings import Efficiency
+from localfeat.efficiency.window_attention import (
+    FusedCosineWindowAttention,
+    FusedWindowAttention,
+    fuse_window_attention,
+)
 from localfeat.memory.tracker import StorageTracker
-from localfeat.network import window_attention
-from localfeat.network.window_attention import FusedCosineWindowAttention, FusedWindowAttention, fuse_window_attention
+from localfeat.utils.errors import UserError
 from tests.small import backbone, batch, disturbed, gradients, learner
 
 BLOCKS = {"swin": SwinTransformerBlock, "swinv2": SwinTransformerV2Block}

@@ -9,9 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from localfeat.errors import UserError
-from localfeat.objectives import DECODERS, DeconvDecoder, InterpDecoder, OneLayerDecoder, as_decoder
-from localfeat.objectives.decoders import upscale_factor
+from localfeat.methods.parts.decoders import (
+    DECODERS,
+    DeconvDecoder,
+    InterpDecoder,
+    OneLayerDecoder,
+    as_decoder,
+    upscale_factor,
+)
+from localfeat.utils.errors import UserError
 
 UPSCALES = [1, 2, 4, 8, 14, 32]
 

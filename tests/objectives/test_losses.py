@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from localfeat.objectives.losses import RECONSTRUCTION_LOSSES, supervised_nt_xent
+from localfeat.methods.parts.losses import RECONSTRUCTION_LOSSES, supervised_nt_xent
 
 
 def nt_xent_by_loops(embeddings: Tensor, labels: Tensor, temperature: float) -> Tensor:

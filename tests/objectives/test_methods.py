@@ -11,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localfeat.errors import UserError
-from localfeat.network import FeatureShape
-from localfeat.objectives import METHODS, DeconvDecoder, Method, OneLayerDecoder, Site, as_method
+from localfeat.backbones.layout import FeatureShape
+from localfeat.methods.base import METHODS, Method, Site, as_method
+from localfeat.methods.parts.decoders import DeconvDecoder, OneLayerDecoder
+from localfeat.utils.errors import UserError
 
 SHAPE = FeatureShape("NHWC", 16, 8, 8)
 

@@ -10,13 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localfeat.efficiency import Efficiency
-from localfeat.errors import UserError
+from localfeat.backbones.layout import FeatureShape
+from localfeat.efficiency.loss_slices import pooled_and_loss
+from localfeat.efficiency.settings import Efficiency
 from localfeat.memory.tracker import StorageTracker
-from localfeat.network import FeatureShape, weighted_sum
-from localfeat.objectives import DECODERS, LocalObjective, Method, Site
-from localfeat.objectives.losses import RECONSTRUCTION_LOSSES, mse
-from localfeat.objectives.sliced_loss import pooled_and_loss
+from localfeat.methods.base import Method, Site
+from localfeat.methods.local_module import weighted_sum
+from localfeat.methods.objective import LocalObjective
+from localfeat.methods.parts.decoders import DECODERS
+from localfeat.methods.parts.losses import RECONSTRUCTION_LOSSES, mse
+from localfeat.utils.errors import UserError
 from tests.small import LOCAL_METHODS, SPLIT_BACKBONES, batch, gradients, learner, loader, trainer
 
 IMAGES = 6
@@ -28,7 +31,7 @@ INPUTS, OUTPUTS = FeatureShape("NHWC", 6, 8, 8), FeatureShape("NHWC", 12, 4, 4)
 @pytest.fixture(autouse=True)
 def slices_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small batches shall have as many slices as large ones."""
-    monkeypatch.setattr("localfeat.objectives.objective.IMAGES_PER_SLICE", 1)
+    monkeypatch.setattr("localfeat.methods.objective.IMAGES_PER_SLICE", 1)
 
 
 def test_slices_have_four_images_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +287,7 @@ def test_gradients_are_handed_over_without_a_copy() -> None:
 
 @pytest.mark.parametrize("how", ["no_grad", "eval"])
 def test_evaluation_takes_no_gradients(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("localfeat.objectives.objective.pooled_and_loss", None)
+    monkeypatch.setattr("localfeat.methods.objective.pooled_and_loss", None)
     own = objective(slices=3).train(how == "no_grad")
     with torch.set_grad_enabled(how == "eval"):
         found = own(*batch_of(), LABELS)[0]["reconstruction"]

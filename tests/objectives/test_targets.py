@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from localfeat.network import FeatureShape
-from localfeat.objectives.methods import IMAGENET_MEAN, IMAGENET_STD
-from localfeat.objectives.targets import FeatureTarget, ImageTarget
+from localfeat.backbones.layout import FeatureShape
+from localfeat.methods.base import IMAGENET_MEAN, IMAGENET_STD
+from localfeat.methods.parts.targets import FeatureTarget, ImageTarget
 
 CHANNELS, HEIGHT, WIDTH, PREFIX = 6, 2, 3, 5
 

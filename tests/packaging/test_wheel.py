@@ -35,7 +35,7 @@ def printed_conf_dir(folder: Path, added: Path | None = None) -> Path:
     site folder to use instead.
     """
     add_site = f"import site; site.addsitedir({str(added)!r}); " if added else ""
-    code = f"{add_site}from localfeat.paths import conf_dir; print(conf_dir())"
+    code = f"{add_site}from localfeat.run.conf_dir import conf_dir; print(conf_dir())"
     result = subprocess.run([sys.executable, "-S", "-c", code], cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return Path(result.stdout.strip())
@@ -44,9 +44,9 @@ def printed_conf_dir(folder: Path, added: Path | None = None) -> Path:
 def test_wheel_carries_every_config_file(wheel: Path) -> None:
     expected = {f"localfeat/{path.relative_to(ROOT)}" for path in ROOT.glob("conf/**/*.yaml")}
     assert any(name.count("/") > 2 for name in expected), "no nested configuration to check"
-    packaged = {f"localfeat/reporting/{name}" for name in ("published.yaml", "page.html.j2", "page.css")}
+    packaged = {f"localfeat/studies/report/{name}" for name in ("published.yaml", "page.html.j2", "page.css")}
     names = set(names_in(wheel))
-    assert {name for name in names if name.endswith(".yaml")} == expected | {"localfeat/reporting/published.yaml"}
+    assert {name for name in names if name.endswith(".yaml")} == expected | {"localfeat/studies/report/published.yaml"}
     assert packaged <= names
 
 
@@ -91,8 +91,8 @@ def test_conf_dir_of_an_editable_install(sources: Path, tmp_path: Path) -> None:
 def test_missing_conf_is_one_clear_error(tmp_path: Path) -> None:
     checkout = copy_sources(tmp_path / "checkout")
     (checkout / "conf").rename(tmp_path / "elsewhere")
-    code = "from localfeat.paths import conf_dir; conf_dir()"
+    code = "from localfeat.run.conf_dir import conf_dir; conf_dir()"
     result = subprocess.run([sys.executable, "-S", "-c", code], cwd=checkout, capture_output=True, text=True)
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("localfeat.errors.UserError: no configuration files in ")
+    assert last.startswith("localfeat.utils.errors.UserError: no configuration files in ")
     assert str(checkout / "conf") in last

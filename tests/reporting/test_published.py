@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from localfeat.reporting import read_runs
-from localfeat.reporting.published import match_keys, published, published_for
-from localfeat.reporting.settings import settings
+from localfeat.studies.report.published import match_keys, published, published_for
+from localfeat.studies.report.runs import read_runs
+from localfeat.studies.report.settings import settings
 from tests.reporting.written import written_run
 
 TABLE_4 = {  # accuracies from scratch, Swin-T, K=4, as in TRGL's table; then memory saved

@@ -8,9 +8,9 @@ from statistics import stdev
 
 import pytest
 
-from localfeat.reporting import Row, Table, read_runs, rows
-from localfeat.reporting.provenance import notes
-from localfeat.reporting.rows import tables
+from localfeat.studies.report.provenance import notes
+from localfeat.studies.report.rows import Row, Table, rows, tables
+from localfeat.studies.report.runs import read_runs
 from tests.reporting.written import written_run
 
 CURVE = [0.5, 0.6]

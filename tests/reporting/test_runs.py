@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from localfeat.errors import UserError
-from localfeat.reporting import read_material, read_runs
-from localfeat.reporting.plots import plots
-from localfeat.reporting.rows import tables
-from localfeat.reporting.series import loss_weights
-from localfeat.reporting.words import missing, progress
+from localfeat.studies.report.plots import plots
+from localfeat.studies.report.rows import tables
+from localfeat.studies.report.runs import read_material, read_runs
+from localfeat.studies.report.series import loss_weights
+from localfeat.studies.report.words import missing, progress
+from localfeat.utils.errors import UserError
 from tests.reporting.written import edit_summary, write_study, written_run
 
 

@@ -10,10 +10,11 @@ from statistics import mean, stdev
 import pytest
 from matplotlib.figure import Figure
 
-from localfeat.reporting import Table, read_runs, tables
-from localfeat.reporting.labels import spread
-from localfeat.reporting.plots import DARK, LIGHT, colour, plots
-from localfeat.reporting.series import depth_curves, learning_curves, loss_weights, memory_points, pareto_front
+from localfeat.studies.report.labels import spread
+from localfeat.studies.report.plots import DARK, LIGHT, colour, plots
+from localfeat.studies.report.rows import Table, tables
+from localfeat.studies.report.runs import read_runs
+from localfeat.studies.report.series import depth_curves, learning_curves, loss_weights, memory_points, pareto_front
 from tests.reporting.written import GIB, written_run
 
 CURVES = {0: [0.5, 0.6, 0.7], 1: [0.52, 0.58, 0.66]}

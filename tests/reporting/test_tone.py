@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import pytest
 
-from localfeat.reporting.cells import VERSUS
-from localfeat.reporting.provenance import Notes
-from localfeat.reporting.rows import Row, Table
+from localfeat.studies.report.cells import VERSUS
+from localfeat.studies.report.provenance import Notes
+from localfeat.studies.report.rows import Row, Table
 
 
 def row(*accuracies: float) -> Any:

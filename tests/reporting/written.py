@@ -10,10 +10,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from localfeat.artifacts.metrics_csv import MetricsCsv
-from localfeat.artifacts.summary import RunSummary, write_summary
-from localfeat.config import plain
-from localfeat.paths import conf_dir
+from localfeat.run.conf_dir import conf_dir
+from localfeat.run.configuration import plain
+from localfeat.run.loggers.metrics_csv import MetricsCsv
+from localfeat.run.summary import RunSummary, write_summary
 from tests.whole_runs import composed
 
 GIB = 2**30

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from localfeat.studies import task
+from localfeat.studies.sweep import task
 from tests.command_line import call
 
 PROGRAM = (sys.executable, "-S", "-I", str(Path(__file__).with_name("stand_in.py")))
@@ -28,8 +28,9 @@ jobs:
 """
 AGAIN = "study=mine/study.yaml", "folder=out"
 IN_A_PROCESS = (
-    f"import sys; sys.path.insert(0, {str(ROOT)!r}); from localfeat.studies import task; task.PROGRAM = {PROGRAM!r}; "
-    "from localfeat.sweep import main; main()"
+    f"import sys; sys.path.insert(0, {str(ROOT)!r}); from localfeat.studies.sweep import task; "
+    f"task.PROGRAM = {PROGRAM!r}; "
+    "from localfeat.studies.sweep.command import main; main()"
 )
 
 
@@ -50,8 +51,8 @@ class Place:
 
     def sweep(self, *typed: str) -> int:
         """In this process, without composing the jobs' configurations, which takes the most time; the exit code."""
-        self.patch.setattr("localfeat.sweep.compose_all", lambda jobs: [])
-        return call(self.patch, "localfeat.sweep", *AGAIN, *typed)
+        self.patch.setattr("localfeat.studies.sweep.command.compose_all", lambda jobs: [])
+        return call(self.patch, "sweep", *AGAIN, *typed)
 
     def start(self, *typed: str) -> subprocess.Popen[str]:
         """In a process of its own."""

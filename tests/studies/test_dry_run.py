@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from localfeat.build import build_datamodule, build_learner
 from localfeat.memory.accounting import step_memory
-from localfeat.studies import Job, load_study, measure
-from localfeat.studies.dry_run import Row, rows, show, totals
-from localfeat.studies.estimate import Costs, Finished, Speeds, cheapest, checked, images_to_train, target
-from localfeat.studies.folder import StudyFolder
-from localfeat.sweep import compose_all, parse_speed
+from localfeat.run.build import build_datamodule, build_learner
+from localfeat.studies.sweep import measure
+from localfeat.studies.sweep.command import compose_all, parse_speed
+from localfeat.studies.sweep.dry_run import Row, rows, show, totals
+from localfeat.studies.sweep.estimate import Costs, Finished, Speeds, cheapest, checked, images_to_train, target
+from localfeat.studies.sweep.folder import StudyFolder
+from localfeat.studies.sweep.study import Job, load_study
 from tests.command_line import call
 from tests.whole_runs import SMALL
 
@@ -129,7 +130,7 @@ def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any)
     (done / ".hydra" / "overrides.yaml").write_text("".join(f"- {json.dumps(o)}\n" for o in jobs[0].overrides))
     (done / "summary.json").write_text(json.dumps({"images_per_second": 0.5, "seconds": 3725.4}))
     before = sorted(tmp_path.rglob("*"))
-    assert call(monkeypatch, "localfeat.sweep", "study=mine/study.yaml", "folder=out", "dry=true") == 0
+    assert call(monkeypatch, "sweep", "study=mine/study.yaml", "folder=out", "dry=true") == 0
     assert sorted(tmp_path.rglob("*")) == before  # nothing is written
     lines = capsys.readouterr().out.splitlines()
     costs = Costs()

@@ -15,11 +15,11 @@ import lightning
 import pytest
 from lightning.pytorch.callbacks import Callback
 
-from localfeat import training
-from localfeat.config import saved_config
-from localfeat.run import run
-from localfeat.studies import Job, load_study
-from localfeat.studies.task import RunJob
+from localfeat.run import train as training
+from localfeat.run.command import run
+from localfeat.run.configuration import saved_config
+from localfeat.studies.sweep.study import Job, load_study
+from localfeat.studies.sweep.task import RunJob
 from tests.command_line import call
 from tests.data.formats import write_source
 from tests.studies.sweeps import until
@@ -79,7 +79,7 @@ def test_two_jobs_of_each_study_of_the_paper(name: str, tmp_path: Path, monkeypa
         write_source(monkeypatch, dataset.removeprefix("dataset="), tmp_path / "data")
     wanted = jobs if len(jobs) == 2 else jobs[:2]
     for job in wanted:
-        code = call(monkeypatch, "localfeat.sweep", f"study={name}", "folder=out", f"job={job.name}", *typed)
+        code = call(monkeypatch, "sweep", f"study={name}", "folder=out", f"job={job.name}", *typed)
         assert code == 0
     for job in wanted:
         folder = tmp_path / "out" / job.name
@@ -133,7 +133,7 @@ def test_a_job_that_was_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         build = training.build_callbacks
         patch.setattr(training, "build_callbacks", lambda *a, **k: [LoseAt(2), *build(*a, **k)])
         run(composed(*job.overrides), cut)
-    assert call(monkeypatch, "localfeat.sweep", f"study={study}", "folder=out") == 0
+    assert call(monkeypatch, "sweep", f"study={study}", "folder=out") == 0
     run(composed(*job.overrides), whole)
     assert equal_parts(cut) == equal_parts(whole)
     assert len(metrics(whole)) > 3
@@ -141,7 +141,7 @@ def test_a_job_that_was_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def reported(folder: Path, output: Path, patch: pytest.MonkeyPatch) -> list[dict[str, str]]:
     """The rows of a study's report, without what was timed and the commit, which may be made in between."""
-    assert call(patch, "localfeat.report", str(folder), f"output={output}") == 0
+    assert call(patch, "report", str(folder), f"output={output}") == 0
     lines = list(csv.DictReader((output / "report.csv").open()))
     return [{k: v for k, v in line.items() if k not in ("images_per_second", "commit", "notes")} for line in lines]
 
@@ -154,7 +154,7 @@ def test_a_sweep_killed_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
 
     def sweep(folder: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "localfeat.sweep", f"study={study}", f"folder={folder}"]
+        command = [sys.executable, "-m", "localfeat.studies.sweep", f"study={study}", f"folder={folder}"]
         return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
 
     first, second, _ = (job.name for job in load_study(study).jobs())
@@ -174,6 +174,6 @@ def test_a_sweep_killed_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     sweep("whole").communicate()
     for job in load_study(study).jobs():
         assert equal_parts(tmp_path / "out" / job.name) == equal_parts(tmp_path / "whole" / job.name)
-    monkeypatch.setattr("localfeat.reporting.write.plots", lambda table: ())
+    monkeypatch.setattr("localfeat.studies.report.write.plots", lambda table: ())
     found, expected = (reported(tmp_path / name, tmp_path / f"report_{name}", monkeypatch) for name in ("out", "whole"))
     assert found == expected and [row["method"] for row in found] == ["e2e", "greedy_ce", "feature_recon"]

@@ -8,9 +8,9 @@ import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from localfeat.config import plain
-from localfeat.errors import UserError
-from localfeat.studies import load_study, read_grid
+from localfeat.run.configuration import plain
+from localfeat.studies.sweep.study import load_study, read_grid
+from localfeat.utils.errors import UserError
 from tests.whole_runs import composed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,7 +157,7 @@ def test_jobs_of_our_studies_are_different_configurations(file: Path) -> None:
     jobs = load_study(str(file)).jobs()
     configurations = [str(plain(composed(*job.overrides, "dataset.root=data"))) for job in (jobs[0], jobs[-1])]
     assert len(set(configurations)) == 2 and len({job.overrides for job in jobs}) == len(jobs)
-    assert file.read_text().split()[:5] == ["#", "python", "-m", "localfeat.sweep", f"study={file.parent.name}"]
+    assert file.read_text().split()[:4] == ["#", "localfeat", "sweep", f"study={file.parent.name}"]
 
 
 def test_the_papers_tables() -> None:

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
-from localfeat.studies.study import load_study
-from localfeat.studies.wandb_sweep import main, written
-from localfeat.sweep import read_request
+from localfeat.studies.sweep.command import read_request
+from localfeat.studies.sweep.study import load_study
+from localfeat.studies.sweep.wandb_sweep import main, written
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 FILES = sorted(EXPERIMENTS.glob("*/wandb.yaml"))
@@ -39,8 +39,8 @@ def test_an_agent_runs_every_job_of_the_study_once(file: Path, monkeypatch: pyte
     for job in (jobs[0], jobs[-1]):
         given = create_sweep_command_args({"args": {"job": {"value": job.name}}})["args_no_hyphens"]
         env, *command, macro = create_sweep_command(list(config["command"]))
-        assert (env, command[:3], macro) == ("${env}", ["python", "-m", "localfeat.sweep"], "${args_no_hyphens}")
-        request = read_request([*command[3:], *given])
+        assert (env, command[:2], macro) == ("${env}", ["localfeat", "sweep"], "${args_no_hyphens}")
+        request = read_request([*command[2:], *given])
         (chosen,) = request.chosen
         assert chosen.name == job.name
         assert set(job.overrides) < set(chosen.overrides)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.reliability.injections.trial import QUICK, Trial, goes_on, need, one_line
-from localfeat.artifacts import metrics_csv
+from localfeat.run.loggers import metrics_csv
 
 SHORT = [*QUICK, "epochs=1", "trainer.limit_train_batches=3"]
 DENSE, STRIDE = 12, 25

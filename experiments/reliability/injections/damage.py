@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from experiments.reliability.injections.trial import Trial, goes_on, need, one_line
-from localfeat.evaluate import main as evaluate
+from localfeat.run.evaluate import main as evaluate
 
 
 def half(file: Path) -> None:

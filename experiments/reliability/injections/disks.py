@@ -15,8 +15,8 @@ from typing import Any
 
 from experiments.reliability.injections.calls import SHORT
 from experiments.reliability.injections.trial import At, NotPossibleError, Trial, need, one_line, watch
-from localfeat import training
-from localfeat.artifacts import figures
+from localfeat.run import figures
+from localfeat.run import train as training
 
 LARGE = 1 << 16  # KiB
 FULL = "No space left on device"
@@ -71,7 +71,7 @@ def at(epoch: int, batches: int) -> Callable[[Path], object]:
 
 
 def before(name: str) -> Callable[[Path], object]:
-    """When a function of localfeat.training is called; pictures are drawn."""
+    """When a function of localfeat.run.train is called; pictures are drawn."""
 
     def moment(folder: Path) -> None:
         training.learning_curves = figures.learning_curves

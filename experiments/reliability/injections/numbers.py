@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import Callback
 
 from experiments.reliability.forks import figures
 from experiments.reliability.injections.trial import QUICK, Ended, Trial, goes_on, need, one_line, watch
-from localfeat.artifacts.checkpoint_files import read_checkpoint
-from localfeat.divergence import FILE, read_batch
+from localfeat.learner.divergence import FILE, read_batch
+from localfeat.run.checkpoints.files import read_checkpoint
 
 BASE = [*QUICK, "epochs=1"]
 TERMS = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from experiments.reliability.forks import differences, rows_of
 from experiments.reliability.injections.images import image_trial
 from experiments.reliability.injections.trial import At, Child, Ended, Slow, Trial, goes_on, need, one_line, watch
-from localfeat.config import saved_config
+from localfeat.run.configuration import saved_config
 
 
 def slowly() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from experiments.reliability.forks import rows_of
 from experiments.reliability.injections.images import image_overrides
 from experiments.reliability.injections.trial import QUICK, At, Ended, Slow, Trial, need, one_line, watch
-from localfeat import training
+from localfeat.run import train as training
 from tests.data.formats import write_image_folder
 
 SOON = 10.0  # seconds

@@ -15,10 +15,10 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 
 from experiments.reliability.forks import SMALL, differences, start, unreadable
-from localfeat import training
-from localfeat.run import main as run_main
-from localfeat.run_folder import has_ended
-from localfeat.writing import write_whole
+from localfeat.run import train as training
+from localfeat.run.command import main as run_main
+from localfeat.run.folder import has_ended
+from localfeat.utils.files import write_whole
 
 QUICK = [
     *SMALL,

@@ -1,1 +1,0 @@
-"""What a finished run leaves in its folder: metrics, summary, figures, exported weights."""

@@ -1,0 +1,1 @@
+"""timm models: built, decomposed into stem, blocks and tail, and split."""

@@ -1,0 +1,86 @@
+"""Where a backbone is cut: how many consecutive blocks each local module gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from localfeat.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Split:
+    """A rule that divides any number of blocks into local modules.
+
+    ``by="stages"`` gives every module the same number of whole stages (the paper's cuts: K=2 is {1, 2 | 3, 4},
+    K=4 one stage per module; in a ViT every block counts as a stage). ``by="blocks"`` gives every module as
+    equal a number of blocks as possible; what is left over goes to the last modules, whose features are the
+    smallest in a hierarchical network. ``cuts`` names the cuts themselves: a cut c lies after the c-th block.
+    """
+
+    modules: int | None = None
+    by: Literal["stages", "blocks"] = "stages"
+    cuts: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.modules is None) == (self.cuts is None):
+            raise UserError("a split has either modules=K or cuts=[…], and not both")
+        if self.modules is not None and self.modules < 1:
+            raise UserError(f"split.modules={self.modules}: a network has at least 1 local module")
+        if self.by not in ("stages", "blocks"):
+            raise UserError(f"split.by={self.by}: it is stages or blocks")
+
+    def blocks_per_module(self, stage_depths: Sequence[int]) -> list[int]:
+        """Number of blocks in each local module, first to last, for stages of the given depths."""
+        total = sum(stage_depths)
+        if self.cuts is not None:
+            return _from_cuts(self.cuts, total)
+        assert self.modules is not None
+        if self.modules > total:
+            raise UserError(
+                f"split.modules={self.modules}: {self.modules} local modules need {self.modules} blocks: "
+                f"this backbone has {total}"
+            )
+        if self.by == "blocks":
+            return _evenly(total, self.modules)
+        if len(stage_depths) % self.modules:
+            raise UserError(
+                f"split.modules={self.modules}: {len(stage_depths)} stages cannot be shared equally by "
+                f"{self.modules} local modules: use split=even split.modules={self.modules}"
+            )
+        size = len(stage_depths) // self.modules
+        return [sum(stage_depths[i : i + size]) for i in range(0, len(stage_depths), size)]
+
+
+@runtime_checkable
+class ResolvableSplit(Protocol):
+    """A split that depends on the backbone and on what its modules learn from."""
+
+    def resolve(self, backbone: Any, method: Any, decoder: Any, *, image_size: int | None, efficiency: Any) -> Split:
+        """Return the split for a backbone, a method, a decoder's factory and efficiency settings."""
+        ...
+
+
+def as_split(split: Split | int | Sequence[int], stage_depths: Sequence[int]) -> Split:
+    """A :class:`Split` from a shorthand: K (by stages where K divides them, else by blocks) or a list of cuts."""
+    if isinstance(split, Split):
+        return split
+    if isinstance(split, int):
+        return Split(split, by="blocks" if split < 1 or len(stage_depths) % split else "stages")
+    return Split(cuts=tuple(split))
+
+
+def _evenly(total: int, modules: int) -> list[int]:
+    small, larger = divmod(total, modules)
+    return [small] * (modules - larger) + [small + 1] * larger
+
+
+def _from_cuts(cuts: Sequence[int], total: int) -> list[int]:
+    edges = [0, *cuts, total]
+    if any(after <= before for before, after in pairwise(edges)):
+        raise UserError(
+            f"split.cuts={list(cuts)}: cuts rise and lie between 1 and {total - 1} (after that many blocks)"
+        )
+    return [after - before for before, after in pairwise(edges)]

@@ -1,0 +1,205 @@
+"""Backbones come from timm; this only turns its failures into one line and checks image sizes against windows."""
+
+from __future__ import annotations
+
+import re
+import socket
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import huggingface_hub as hub
+import timm
+from timm.data.constants import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
+from timm.data.constants import IMAGENET_DEFAULT_STD as IMAGENET_STD
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from torch import nn
+
+from localfeat.utils.errors import UserError
+
+
+def build_backbone(
+    name: str,
+    num_classes: int,
+    *,
+    image_size: int | None = None,
+    variants: Mapping[int, str] | None = None,
+    pretrained: bool = False,
+    drop_path_rate: float | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """A timm model with a classifier of ``num_classes`` outputs.
+
+    Args:
+        name: a timm model name, e.g. ``swin_tiny_patch4_window7_224``.
+        image_size: side of the square input in pixels; ``None`` keeps the model's own.
+        variants: image size -> the timm model to take instead of ``name`` at that size.
+        pretrained: download timm's ImageNet weights (the classifier is new when its size differs).
+        drop_path_rate: stochastic depth; ``None`` keeps the model's own.
+        arguments: further constructor arguments of the model, e.g. ``{"depths": [2, 2, 2, 2]}``.
+
+    Raises:
+        UserError: unknown name or argument, one by which timm would read a file or download, weights that cannot be
+            downloaded, an image size that the model's patches or windows cannot take.
+    """
+    name = model_name(name, image_size, variants)
+    check_arguments(arguments or {})
+    if drop_path_rate is not None and not 0 <= drop_path_rate < 1:
+        raise UserError(f"backbone.drop_path_rate={drop_path_rate}: it lies in [0, 1)")
+    options: dict[str, Any] = {**(arguments or {}), "num_classes": num_classes}
+    if drop_path_rate is not None:
+        options["drop_path_rate"] = drop_path_rate
+    if image_size is not None and _takes_img_size(name):
+        options["img_size"] = image_size
+    try:
+        with warnings.catch_warnings(), _hub_offline_without_network() if pretrained else nullcontext():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # what is refused is one line
+            model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+    except Exception as error:
+        explained = _explained(error, name, pretrained, bool(arguments))
+        if explained is None:
+            raise
+        raise explained from error
+    if isinstance(model, SwinTransformer | SwinTransformerV2):
+        _check_windows(model)
+    return model
+
+
+def model_name(name: str, image_size: int | None, variants: Mapping[int, str] | None = None) -> str:
+    """The timm model for an image size: a variant made for it, else ``name``.
+
+    Raises:
+        UserError: timm does not know it.
+    """
+    chosen = (variants or {}).get(image_size or 0, name)
+    architecture, _, tag = chosen.partition(".")  # a tag names pretrained weights; hf-hub:… and paths are no names
+    if not timm.is_model(architecture) or (tag and chosen not in timm.list_pretrained(f"{architecture}.*")):
+        raise UserError(f"backbone.name={chosen}: timm has no such model (see timm.list_models())")
+    return chosen
+
+
+_NO_ARGUMENTS = (
+    "checkpoint_path",
+    "cache_dir",
+    "features_only",
+    "pruned",
+    "kwargs_filter",
+    "num_classes",
+    "scriptable",
+)
+_OVERLAY = ("input_size", "fixed_input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation", "pool_size")
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments of ``timm.create_model`` by which it reads files, downloads, or makes no plain model.
+
+    Of ``pretrained_cfg_overlay`` what says how images are to be prepared is left.
+
+    Raises:
+        UserError: names the argument.
+    """
+    for name, value in arguments.items():
+        if name == "pretrained_cfg_overlay" and isinstance(value, Mapping):
+            if other := [key for key in value if key not in _OVERLAY]:
+                raise UserError(f"backbone.arguments.{name}: {other[0]} is not to be set, only {', '.join(_OVERLAY)}")
+        elif name in _NO_ARGUMENTS or str(name).startswith("pretrained"):
+            raise UserError(
+                f"backbone.arguments.{name}: it is no argument of a network's own; initial weights come from "
+                "backbone.pretrained=true or backbone.weights=<file>"
+            )
+
+
+def _takes_img_size(name: str) -> bool:
+    """Transformers fix their input size when built; convolutional networks take any."""
+    return timm.models.get_arch_name(name).startswith(("swin", "vit", "deit"))
+
+
+@contextmanager
+def _hub_offline_without_network() -> Iterator[None]:
+    """Let the hub client use its cache alone when its host has no address, instead of retrying for a minute."""
+    before = hub.constants.HF_HUB_OFFLINE
+    try:
+        if not getproxies():  # behind a proxy names need not resolve here
+            socket.getaddrinfo(urlsplit(hub.constants.ENDPOINT).hostname, 443)
+    except OSError:
+        hub.constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        hub.constants.HF_HUB_OFFLINE = before
+
+
+def _explained(error: Exception, name: str, pretrained: bool, arguments: bool) -> UserError | None:
+    """What the user can mend; ``None`` for a fault of timm's or ours."""
+    if found := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+        return UserError(f"backbone: timm's {name} takes no argument {found[1]}")
+    if (arguments or isinstance(error, TypeError | AssertionError | ValueError)) and not pretrained:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        return UserError(f"backbone: timm's {name} cannot be built so: {type(error).__name__} {reason}".rstrip())
+    if pretrained:
+        return UserError(
+            f"backbone.pretrained=true: the weights of {name} cannot be downloaded ({type(error).__name__}); "
+            "put them in a file and use backbone.weights=<file.safetensors>"
+        )
+    return None
+
+
+def _check_windows(model: SwinTransformer | SwinTransformerV2) -> None:
+    """Refuse sizes at which timm would silently pad windows or lose pixels."""
+    embed: Any = model.patch_embed
+    (size, _), (patch, _) = embed.img_size, embed.patch_size
+    stages: list[Any] = list(model.layers)
+    if not all(len(stage.blocks) for stage in stages):
+        raise UserError(
+            f"backbone.arguments.depths={[len(s.blocks) for s in stages]}: every stage has a block at least"
+        )
+    window = max(stage.blocks[0].window_size[0] for stage in stages)  # a stage smaller than the window is one window
+
+    def fits(candidate: int) -> bool:
+        side, rest = divmod(candidate, patch * 2 ** (len(stages) - 1))
+        sides = [side * 2**stage for stage in range(len(stages))]
+        return side > 0 and not rest and all(s % min(window, s) == 0 for s in sides)
+
+    if fits(size):
+        return
+    below = next((c for c in range(size, 0, -1) if fits(c)), None)
+    above = next(c for c in range(size, 4 * size + 4 * patch * window * 2 ** len(stages)) if fits(c))
+    raise UserError(
+        f"image_size={size}: patches of {patch} px and windows of {window} over {len(stages)} stages cannot tile it; "
+        f"sizes that work: {', '.join(str(c) for c in (below, above) if c)}"
+    )
+
+
+def image_size_of(backbone: nn.Module, wanted: int | None = None) -> int:
+    """Side in pixels of the square images that a timm model is trained on.
+
+    A transformer's size is fixed when it is built. A convolutional network takes any: the ``wanted`` one, else
+    that of its pretrained weights.
+
+    Raises:
+        UserError: a size other than the fixed one, or one that is not square.
+    """
+    embed: Any = getattr(backbone, "patch_embed", None)
+    fixed = getattr(embed, "img_size", None)
+    if fixed is None and wanted is not None:
+        return wanted
+    height, width = fixed or _pretrained_config(backbone).get("input_size", (3, 224, 224))[1:]
+    if height != width:
+        raise UserError(f"this backbone takes {height} x {width} images: only square ones are supported")
+    if wanted not in (None, height):
+        raise UserError(f"image_size={wanted}: this backbone was built for {height} px")
+    return int(height)
+
+
+def normalisation_of(backbone: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel (pixels in [0, 1]) that a timm model expects of its images."""
+    config = _pretrained_config(backbone)
+    return tuple(config.get("mean", IMAGENET_MEAN)), tuple(config.get("std", IMAGENET_STD))
+
+
+def _pretrained_config(backbone: nn.Module) -> dict[str, Any]:
+    return dict(getattr(backbone, "pretrained_cfg", None) or {})

@@ -1,0 +1,98 @@
+"""How the blocks of a local module are computed: plainly, or partly again in the backward pass to save memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.checkpoint import checkpoint
+
+from localfeat.efficiency.fused_mlp import activations_computed_again
+from localfeat.efficiency.selective import run_selectively
+from localfeat.efficiency.settings import Efficiency
+from localfeat.efficiency.slices import refuse_slices, run_sliced
+from localfeat.utils.errors import UserError
+
+BlockRunner = Callable[[nn.Module, Tensor], Tensor]
+"""``(block, features) -> features``: how one block is computed."""
+
+
+def plainly(block: nn.Module, x: Tensor) -> Tensor:
+    """Run a block as it is."""
+    return cast(Tensor, block(x))
+
+
+def block_runners(blocks: Sequence[nn.Module], efficiency: Efficiency) -> list[BlockRunner]:
+    """One runner per block of the backbone.
+
+    Raises:
+        UserError: a block number beyond the last block, a block that cannot be computed in slices.
+    """
+    beyond = [number for number in efficiency.blocks or () if number > len(blocks)]
+    if beyond:
+        raise UserError(f"efficiency.blocks names block {beyond[0]}: this backbone has blocks 1 to {len(blocks)}")
+    runner: BlockRunner = checkpointed if efficiency.recompute == "checkpoint" else selectively
+    if efficiency.slices > 1:
+        runner = partial(in_slices, slices=efficiency.slices)
+        for index, block in enumerate(blocks):
+            if efficiency.recomputes(index):
+                refuse_slices(block, efficiency.slices)
+    return [runner if efficiency.recomputes(i) else plainly for i in range(len(blocks))]
+
+
+def builds_graph(block: nn.Module, x: Tensor) -> bool:
+    """Whether a backward pass will come for ``block(x)``."""
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters()))
+
+
+def checkpointed(block: nn.Module, x: Tensor) -> Tensor:
+    """Run a block that keeps nothing but its input; its backward pass computes it again."""
+    if not builds_graph(block, x):
+        return plainly(block, x)
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), StatisticsKept(block)
+
+    # Autocast and the random state are restored by torch: that of the CPU too, which stands in for meta's.
+    return cast(Tensor, checkpoint(block, x, use_reentrant=False, context_fn=contexts))
+
+
+def in_slices(block: nn.Module, x: Tensor, *, slices: int) -> Tensor:
+    """Run a block in slices of the batch, as :func:`localfeat.efficiency.slices.run_sliced`, if there is a graph."""
+    return run_sliced(block, x, slices) if builds_graph(block, x) else plainly(block, x)
+
+
+def selectively(block: nn.Module, x: Tensor) -> Tensor:
+    """Run a block that keeps no result of cheap operations: :func:`localfeat.efficiency.selective.run_selectively`."""
+    if not builds_graph(block, x):
+        return plainly(block, x)
+    with activations_computed_again():
+        return run_selectively(block, x)
+
+
+class StatisticsKept(AbstractContextManager[None]):
+    """While a block is computed again, its batch normalisations update copies: the first time has counted.
+
+    The copies are thrown away. Leaving the running statistics out would be simpler, but the backward pass of a
+    normalisation saves them, and a recomputation has to save as many tensors as the first computation did. May be
+    entered again, as a graph may be gone through again.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self._norms = [m for m in block.modules() if isinstance(m, _NormBase) and m.training]
+        self._kept: list[dict[str, Tensor]] = []
+
+    def __enter__(self) -> None:
+        self._kept = [{k: buffer for k, buffer in m._buffers.items() if buffer is not None} for m in self._norms]
+        for norm, buffers in zip(self._norms, self._kept, strict=True):
+            norm._buffers.update({name: buffer.clone() for name, buffer in buffers.items()})
+
+    def __exit__(self, *error: object) -> None:
+        for norm, buffers in zip(self._norms, self._kept, strict=True):
+            norm._buffers.update(buffers)
+        self._kept = []

@@ -1,0 +1,85 @@
+"""From a timm model, a split and a method to the list of local modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from torch import nn
+
+from localfeat.backbones.decompose import Decomposition, decompose
+from localfeat.backbones.split import Split, as_split
+from localfeat.backbones.timm_models import image_size_of, normalisation_of
+from localfeat.efficiency.fused_mlp import fuse_mlps
+from localfeat.efficiency.recompute import BlockRunner, block_runners
+from localfeat.efficiency.settings import Efficiency
+from localfeat.efficiency.window_attention import fuse_window_attention
+from localfeat.methods.base import Method, Site
+from localfeat.methods.local_module import LocalModule
+from localfeat.methods.objective import ClassifierObjective, Objective
+from localfeat.methods.parts.decoders import DecoderFactory
+
+
+def build_local_modules(
+    backbone: nn.Module,
+    method: Method,
+    split: Split | int | Sequence[int],
+    decoder: DecoderFactory,
+    *,
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    efficiency: Efficiency | None = None,
+) -> nn.ModuleList:
+    """Cut ``backbone`` and give every piece its objective.
+
+    The pieces hold the backbone's own parameters: training them trains it. A method that is not local gets one
+    module, whatever the split says (the split must still be possible).
+
+    Raises:
+        UserError: an unknown family, a split that the backbone cannot have, a target that the decoder cannot reach.
+    """
+    size = image_size_of(backbone, image_size)
+    pieces = decompose(backbone, size)
+    lengths = as_split(split, pieces.stage_depths).blocks_per_module(pieces.stage_depths)
+    if not method.local:
+        lengths = [sum(lengths)]
+    efficiency = efficiency or Efficiency()
+    runners = prepare_blocks(backbone, pieces, efficiency)
+    expected = normalisation_of(backbone)
+    modules = nn.ModuleList()
+    start = 0
+    for index, length in enumerate(lengths):
+        stop = start + length
+        site = Site(
+            index=index,
+            modules=len(lengths),
+            inputs=pieces.shapes[start],
+            outputs=pieces.shapes[stop],
+            image_size=size,
+            num_classes=cast(int, backbone.num_classes),
+            mean=expected[0] if mean is None else mean,
+            std=expected[1] if std is None else std,
+            loss_slices=efficiency.loss_slices,
+        )
+        stem = pieces.stem if index == 0 else None
+        objective = build_objective(pieces, method, site, decoder)
+        modules.append(LocalModule(stem, pieces.blocks[start:stop], objective, runners[start:stop]))
+        start = stop
+    return modules
+
+
+def prepare_blocks(backbone: nn.Module, pieces: Decomposition, efficiency: Efficiency) -> list[BlockRunner]:
+    """How each block is to be computed; fused attention and MLPs are switched on in the backbone itself."""
+    if efficiency.fused_attention:
+        fuse_window_attention(backbone)
+    if efficiency.fused_mlp:
+        fuse_mlps(backbone)
+    return block_runners(pieces.blocks, efficiency)
+
+
+def build_objective(pieces: Decomposition, method: Method, site: Site, decoder: DecoderFactory) -> Objective:
+    """What the module at ``site`` is trained for: the last one by the backbone's own classifier."""
+    if site.index == site.modules - 1:
+        return ClassifierObjective(pieces.tail, method.label_smoothing)
+    return method.build(site, decoder)

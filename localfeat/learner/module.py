@@ -1,0 +1,306 @@
+"""The training loop of every method: module by module, each with its own loss, backward and optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from localfeat.backbones.modes import evaluating
+from localfeat.backbones.split import ResolvableSplit, Split
+from localfeat.efficiency.settings import Efficiency
+from localfeat.learner.assembly import build_local_modules
+from localfeat.learner.divergence import Batch, Divergence
+from localfeat.learner.figures import TrainingFigures
+from localfeat.learner.nonfinite import NonFinite, anomaly
+from localfeat.learner.optimization import Optimization
+from localfeat.learner.stepping import ModulewiseSteps
+from localfeat.methods.base import Method, as_method
+from localfeat.methods.local_module import LocalModule, LocalOutput
+from localfeat.methods.objective import ClassifierObjective, Objective, Reconstruction
+from localfeat.methods.parts.decoders import DecoderFactory, as_decoder
+from localfeat.utils.errors import UserError
+
+
+class Learner(ModulewiseSteps):
+    """Trains a timm model as a list of local modules under a plain ``lightning.Trainer``.
+
+    Batches are ``(images, labels)``: normalised float images (B, 3, H, W) and class indices (B,). A datamodule
+    with a method ``prepare(images, labels, training=bool)`` may send anything that this method turns into
+    such a batch (on the device, inside the step, so that the float images can be freed before it ends).
+
+    Args:
+        backbone: a timm model of a known family; its classifier says how many classes there are. It is trained
+            in place and stays a plain timm model.
+        method: a name from ``METHODS`` or a :class:`Method`.
+        split: K, a list of cuts, a :class:`Split` or a :class:`BalancedSplit`; ``e2e`` trains one module whatever
+            it says.
+        decoder: ``interp``, ``one_layer``, ``deconv`` or a factory ``(in_channels, out_channels, upscale) -> module``.
+        optimization: the optimizer that every module gets one of.
+        image_size: side of the square images in pixels, where the backbone does not fix it (convolutional networks);
+            ``None`` takes that of its pretrained weights.
+        mean, std: of the normalisation that the images went through, per channel, for pixels in [0, 1]; ``None``
+            takes what the backbone's pretrained weights expect. Only ``image_recon`` needs them, for its target.
+        efficiency: settings that change time and memory only.
+
+    Raises:
+        UserError: combinations that cannot be built.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        method: str | Method = "feature_recon",
+        split: Split | ResolvableSplit | int | Sequence[int] = 4,
+        decoder: str | DecoderFactory = "one_layer",
+        *,
+        optimization: Optimization | None = None,
+        image_size: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        efficiency: Efficiency | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.method = as_method(method)
+        self.optimization = optimization or Optimization()
+        self.efficiency = efficiency or Efficiency()
+        self._backbone = (backbone,)
+        self.num_classes = cast(int, backbone.num_classes)
+        if self.num_classes < 2:
+            raise UserError(f"a backbone with num_classes={self.num_classes} has no classifier to train")
+        decode = as_decoder(decoder)
+        if isinstance(split, ResolvableSplit):
+            split = split.resolve(backbone, self.method, decode, image_size=image_size, efficiency=self.efficiency)
+        self.local_modules = build_local_modules(
+            backbone,
+            self.method,
+            split,
+            decode,
+            image_size=image_size,
+            mean=mean,
+            std=std,
+            efficiency=self.efficiency,
+        )
+        self.val_accuracy = MulticlassAccuracy(self.num_classes, average="micro")
+        self.test_accuracy = MulticlassAccuracy(self.num_classes, average="micro")
+        self.forget_training()
+        users = [i for i, m in enumerate(self._modules_in_order) if m.objective.uses_images]
+        self._last_image_user = max(users, default=0)
+        if self.efficiency.compile:
+            for module in self.local_modules:
+                module.compile()
+
+    @property
+    def blocks_per_module(self) -> list[int]:
+        """Number of backbone blocks in each local module."""
+        return [len(module.blocks) for module in self._modules_in_order]
+
+    @property
+    def _modules_in_order(self) -> list[LocalModule]:
+        return [cast(LocalModule, module) for module in self.local_modules]
+
+    def forget_training(self) -> None:
+        """Start all figures of training afresh; the weights stay."""
+        self.figures = TrainingFigures()
+        self.nonfinite = NonFinite(self._modules_in_order)
+        self._divergence = Divergence(self.nonfinite, self.optimization.stop_after_nonfinite)
+        self._under_way, self._gradients = 0, {}
+
+    @property
+    def figures_of_training(self) -> list[Any]:
+        """What :meth:`forget_training` makes anew."""
+        return [self.figures, self.nonfinite, self._divergence, self._gradients]
+
+    @property
+    def epoch_means(self) -> dict[str, float]:
+        """Training figures of the last finished epoch, by name."""
+        return self.figures.epoch_means
+
+    @property
+    def skipped_steps(self) -> dict[str, int]:
+        """Steps that every module left out since its loss or gradient was not finite."""
+        return {f"module_{number}": count for number, count in enumerate(self.nonfinite.skipped, start=1)}
+
+    @property
+    def scaler_skips(self) -> int | None:
+        """Steps that the loss scale of 16-bit floats left out, all modules together; None without one."""
+        return self.nonfinite.scaler_skips
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes) of normalised images (B, 3, H, W): the plain timm model, no auxiliary parts."""
+        x = images
+        for module in self._modules_in_order:
+            _, x = module.body(x)
+        return cast(Tensor, cast(ClassifierObjective, self._modules_in_order[-1].objective).tail(x))
+
+    # --- training -----------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """One batch through every module in turn. At most one module's graph is alive at a time."""
+        self.backbone.training = self.training  # after validation Lightning restores registered modules only
+        optimizers = self._optimizers_counting_batches()
+        window = self._window(batch_index)
+        steps = batch_index % self.optimization.accumulate + 1 == window or self.trainer.is_last_batch
+        with self._naming_anomalies(batch, batch_index):
+            self.train_modules(
+                lambda: self._prepare(batch, training=True),
+                lambda loss: self.manual_backward(loss / window),
+                lambda module: self._step(optimizers[module]) if steps else self.nonfinite.wait(module),
+            )
+        if steps:
+            self.nonfinite.count()
+        else:  # the trainer counts batches, also those that only accumulate
+            self.trainer.fit_loop.epoch_loop.manual_optimization._on_before_step()
+            self.trainer.fit_loop.epoch_loop.manual_optimization._on_after_step()
+        self._log_training()
+        for scheduler in self._schedulers():
+            scheduler.step()
+
+    def train_modules(
+        self,
+        batch: Callable[[], tuple[Tensor, Tensor]],
+        backward: Callable[[Tensor], None],
+        update: Callable[[int], None],
+    ) -> None:
+        """The loop itself: every module forward, backward and update, in turn.
+
+        Args:
+            batch: makes the normalised images (B, 3, H, W) and their labels. They belong to this loop alone, which
+                frees the images after the last module that needs them.
+            backward: runs backward from one module's loss.
+            update: steps the optimizer of a module (counted from 0) and frees its gradients, if it is time to.
+        """
+        features, labels = batch()
+        images: Tensor | None = features
+        for index, module in enumerate(self._modules_in_order):
+            self._under_way = index
+            self.nonfinite.begin(index)
+            output: LocalOutput = module(features, images, labels)
+            self.nonfinite.see_loss(index, output.loss)
+            backward(output.loss)
+            features = output.features
+            if index == self._last_image_user:
+                images = None
+            self.figures.add(index, output, labels)
+            del output  # and with it the module's graph
+            update(index)
+
+    def on_train_batch_end(self, outputs: Any, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """See whether the run still learns: on a GPU only where figures are logged, as that has to wait for it."""
+        if self.device.type == "cpu" or self._logs or torch.is_anomaly_enabled():
+            optimizers = [optimizer.optimizer for optimizer in self._optimizers()]
+            self._divergence.look(self._described(batch, batch_idx), optimizers)
+
+    def on_train_epoch_start(self) -> None:
+        """Start the epoch's means afresh."""
+        self.figures.begin_epoch()
+
+    def on_train_epoch_end(self) -> None:
+        """Keep the epoch's means for the summary."""
+        self.figures.end_epoch()
+
+    def train(self, mode: bool = True) -> Learner:
+        """Also tell the backbone, which is not registered."""
+        super().train(mode)
+        self.backbone.train(mode)
+        return self
+
+    # --- evaluation ---------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Loss and accuracy of the plain timm model."""
+        self._evaluate(batch, "val", self.val_accuracy)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Loss and accuracy of the plain timm model."""
+        self._evaluate(batch, "test", self.test_accuracy)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> list[Reconstruction]:
+        """What each decoder makes of normalised images (B, 3, H, W); empty for methods that do not reconstruct."""
+        found = []
+        x = images
+        with evaluating(self.backbone), evaluating(self):
+            for index, module in enumerate(self._modules_in_order, start=1):
+                inputs, x = module.body(x)
+                found.append(cast(Objective, module.objective).reconstruct(inputs, x, images, index))
+        return [reconstruction for reconstruction in found if reconstruction is not None]
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Numbers of parameters: backbone, auxiliary parts, both, and each local module."""
+        modules = {f"module_{i}": _count(module) for i, module in enumerate(self.local_modules, start=1)}
+        backbone, total = _count(self.backbone), sum(modules.values())
+        return {"backbone": backbone, "auxiliary": total - backbone, "total": total, **modules}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Optimizers are saved by position: write down what they mean. Also what was counted so far."""
+        checkpoint["localfeat"] = {"method": self.method.name, "blocks_per_module": self.blocks_per_module}
+        checkpoint["means"] = self.figures.state_dict()
+        checkpoint["nonfinite"] = self.nonfinite.state_dict()
+        gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+        if gradients:  # accumulated so far
+            checkpoint["gradients"] = gradients
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other modules."""
+        own = {"method": self.method.name, "blocks_per_module": self.blocks_per_module}
+        saved = checkpoint.get("localfeat")
+        if saved != own:
+            raise UserError(f"the checkpoint was written by {saved}, and this run is {own}")
+        self.figures.load_state_dict(checkpoint["means"])
+        if "nonfinite" in checkpoint:  # of version 0.1 on
+            self.nonfinite.load_state_dict(checkpoint["nonfinite"])
+        self._gradients = checkpoint.get("gradients", {})
+
+    # --- inner parts --------------------------------------------------------------------------------------------
+
+    def _prepare(self, batch: tuple[Tensor, Tensor], training: bool) -> tuple[Tensor, Tensor]:
+        prepare = getattr(getattr(self.trainer, "datamodule", None), "prepare", None)
+        images, labels = batch
+        return prepare(images, labels, training=training) if prepare is not None else (images, labels)
+
+    @contextmanager
+    def _naming_anomalies(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Iterator[None]:
+        """One line for what anomaly detection finds."""
+        try:
+            yield
+        except RuntimeError as error:
+            operation = anomaly(error)
+            if operation is None:
+                raise
+            described = self._described(batch, batch_index)
+            raise self._divergence.anomaly(self._under_way, operation, described) from error
+
+    def _described(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Batch:
+        folder = self.trainer.default_root_dir
+        return Batch(*batch, self.trainer.current_epoch, batch_index, self.figures.latest, folder)
+
+    @property
+    def _logs(self) -> bool:
+        """Whether this batch's figures are logged."""
+        return bool(self.trainer.global_step % cast(Any, self.trainer).log_every_n_steps == 0)
+
+    def _log_training(self) -> None:
+        self.figures.count()
+        if self._logs:
+            lr = self._schedulers()[0].optimizer.param_groups[0]["lr"]  # get_last_lr() is 0 at the first batch
+            skipped = self.nonfinite.total.float()
+            self.log_dict({**self.figures.latest, "train/lr": lr, "train/skipped_steps": skipped}, batch_size=1)
+            self.log("loss", self.figures.latest["train/loss"], prog_bar=True, logger=False, batch_size=1)
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, accuracy: MulticlassAccuracy) -> None:
+        images, labels = self._prepare(batch, training=False)
+        logits = self(images).float()
+        accuracy.update(logits, labels)
+        loss = nn.functional.cross_entropy(logits, labels)
+        self.log(f"{stage}/loss", loss, on_epoch=True, on_step=False, batch_size=len(labels))
+        self.log(f"{stage}/accuracy", accuracy, on_epoch=True, on_step=False, prog_bar=True, batch_size=len(labels))
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,149 @@
+"""Optimizers and schedules of local modules under Lightning: one of each per module, one batch counted at a time."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, cast
+
+import lightning
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.core.optimizer import do_nothing_closure as nothing
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+
+from localfeat.learner.nonfinite import NonFinite
+from localfeat.learner.optimization import Optimization, undecayed_parameters
+from localfeat.utils.errors import UserError
+
+
+class ModulewiseSteps(lightning.LightningModule):
+    """Steps the optimizers of local modules by hand, in every precision.
+
+    Attributes:
+        local_modules: each gets an optimizer and a schedule.
+        optimization: their settings.
+        nonfinite: decides whether a step is taken.
+    """
+
+    local_modules: nn.ModuleList
+    optimization: Optimization
+    nonfinite: NonFinite
+    _backbone: tuple[nn.Module]  # not registered: its parameters live in the local modules
+    _under_way: int  # the module whose turn it is
+    _gradients: dict[str, Tensor]  # of a checkpoint, until training starts
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The timm model that is being trained."""
+        return self._backbone[0]
+
+    def configure_optimizers(self) -> Sequence[OptimizerLRSchedulerConfig]:
+        """One AdamW and one schedule per local module."""
+        never_decayed = undecayed_parameters(self.backbone)
+        configured: list[OptimizerLRSchedulerConfig] = []
+        for number, module in enumerate(self.local_modules, start=1):
+            optimizer = self.optimization.build(module, never_decayed, fused=self._scaler is None)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
+            configured.append(
+                {
+                    "optimizer": optimizer,
+                    "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": f"lr/module_{number}"},
+                }
+            )
+        return configured
+
+    def on_fit_start(self) -> None:
+        """One GradScaler serves K optimizers and counts their steps: let it count batches.
+
+        Two warnings are wrong for this loop: the schedule counts batches, also those that only accumulate, and
+        the states that checkpoints hold are those after the step, as they should be.
+        """
+        for message in ("Detected call of `lr_scheduler.step", ".*pre-optimization state"):
+            warnings.filterwarnings("ignore", message=message)
+        scaler = self._scaler
+        if scaler is not None:
+            if self.optimization.accumulate > 1:  # the scale may change between two backwards of one step
+                raise UserError("16-mixed and optimizer.accumulate above 1 exclude each other: use bf16-mixed")
+            scaler.set_growth_interval(2000 * len(self.local_modules))
+
+    def on_train_start(self) -> None:
+        """The length of the run and the device are known only now: what depends on them is set again."""
+        if not math.isfinite(self._total_batches()):
+            raise UserError(
+                "the learning-rate schedule needs an end: give the Trainer max_steps, or max_epochs and loaders that "
+                "have a length"
+            )
+        for scheduler in self._schedulers():
+            for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
+                group["lr"] = base * self._lr_factor(scheduler.last_epoch)
+        self.nonfinite.start(self.device, self._scaler)
+        self._restore_gradients()
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Backward outside autocast, as automatic optimization does it (Lightning leaves it on in manual mode)."""
+        with torch.autocast(self.device.type, enabled=False):
+            super().manual_backward(loss, *args, **kwargs)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Check and clip one module's gradients: Lightning calls this after unscaling, in every precision."""
+        norm = self.nonfinite.before_step(self._under_way, optimizer)
+        if self.optimization.gradient_clip is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.optimization.gradient_clip, norm)
+
+    @property
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def _optimizers(self) -> list[LightningOptimizer]:
+        optimizers = self.optimizers()
+        return cast("list[LightningOptimizer]", optimizers if isinstance(optimizers, list) else [optimizers])
+
+    def _optimizers_counting_batches(self) -> list[LightningOptimizer]:
+        """The K optimizers, of which only the last one moves ``trainer.global_step``.
+
+        Lightning counts every optimizer step and arms the counting hooks anew at each batch (Lightning #17958).
+        """
+        found = self._optimizers()
+        for optimizer in found[:-1]:
+            optimizer._on_before_step = optimizer._on_after_step = nothing
+        return found
+
+    def _schedulers(self) -> list[torch.optim.lr_scheduler.LambdaLR]:
+        schedulers = self.lr_schedulers() or []
+        return cast(
+            "list[torch.optim.lr_scheduler.LambdaLR]", schedulers if isinstance(schedulers, list) else [schedulers]
+        )
+
+    def _step(self, optimizer: LightningOptimizer) -> None:
+        self.nonfinite.poison(self._under_way, optimizer)
+        with torch.autocast(self.device.type, enabled=False):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _restore_gradients(self) -> None:
+        """Put back what a checkpoint within an accumulation window has brought."""
+        parameters = dict(self.named_parameters())
+        for name, gradient in self._gradients.items():
+            if name not in parameters or parameters[name].shape != gradient.shape:
+                raise UserError(f"the checkpoint has a gradient of {name}, which is not one of this run's parameters")
+            parameters[name].grad = gradient.to(parameters[name].device)
+        self._gradients = {}
+
+    def _window(self, batch_index: int) -> int:
+        """How many batches share this batch's optimizer step."""
+        left = self.trainer.max_steps - self.trainer.global_step if self.trainer.max_steps > 0 else math.inf
+        return self.optimization.window(batch_index, float(self.trainer.num_training_batches), left)
+
+    def _total_batches(self) -> float:
+        """Batches of the whole run; infinite where nothing says so (or not yet: the loaders come last)."""
+        epochs, steps = self.trainer.max_epochs or -1, self.trainer.max_steps
+        by_epochs = epochs * float(self.trainer.num_training_batches) if epochs > 0 else math.inf
+        return min(by_epochs, steps if steps > 0 else math.inf)
+
+    def _lr_factor(self, batch: int) -> float:
+        total = self._total_batches()
+        return self.optimization.lr_factor(batch, int(total)) if math.isfinite(total) else 0.0

@@ -1,0 +1,1 @@
+"""What local modules are trained for: objectives, their parts, and the methods that choose them."""

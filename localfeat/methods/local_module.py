@@ -1,0 +1,70 @@
+"""One local module: consecutive blocks of the backbone and the objective that trains them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from localfeat.efficiency.recompute import BlockRunner, plainly
+
+
+def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """A module's loss: the sum of its terms, each times its weight."""
+    # No product with 1: Inductor drops it, takes the loss for the detached term, and its gradient is gone.
+    weighted = [value if weights[name] == 1 else weights[name] * value for name, value in terms.items()]
+    return sum(weighted[1:], start=weighted[0])
+
+
+class LocalOutput(NamedTuple):
+    """What a local module hands back. Only ``loss`` holds a graph; drop it after backward and the graph is gone."""
+
+    features: Tensor  # detached: the next module's input
+    loss: Tensor  # weighted sum of the terms, scalar
+    terms: dict[str, Tensor]  # detached, unweighted, scalars
+    logits: Tensor | None  # detached, (B, num_classes); from the final classifier only
+
+
+class LocalModule(nn.Module):
+    """Blocks of a backbone (the stem too, in the first module) with the objective they are trained for.
+
+    Args:
+        stem: images -> input features of the first block; ``None`` in every module but the first.
+        blocks: consecutive backbone blocks, run in order.
+        objective: ``(inputs, outputs, images, labels) -> (terms, logits)`` with a ``weights`` mapping that has
+            one factor per term.
+        runners: how each block is computed, e.g. recomputed in the backward pass; ``None``: plainly.
+    """
+
+    def __init__(
+        self,
+        stem: nn.Module | None,
+        blocks: Sequence[nn.Module],
+        objective: nn.Module,
+        runners: Sequence[BlockRunner] | None = None,
+    ) -> None:
+        super().__init__()
+        self.runners = list(runners or [plainly] * len(blocks))
+        self.stem = stem
+        self.blocks = nn.Sequential(*blocks)
+        self.objective = objective
+
+    def body(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Input features of the first block (patch embeddings in module 1) and output features of the last."""
+        inputs = x if self.stem is None else self.stem(x)
+        outputs = inputs
+        for block, run in zip(self.blocks, self.runners, strict=True):
+            outputs = run(block, outputs)
+        return inputs, outputs
+
+    def forward(self, x: Tensor, images: Tensor | None, labels: Tensor) -> LocalOutput:
+        """Run the body and the objective; ``x`` is the module before's detached output, or the images."""
+        inputs, outputs = self.body(x)
+        terms, logits = self.objective(inputs.detach(), outputs, images, labels)
+        return LocalOutput(
+            outputs.detach(),
+            weighted_sum(terms, self.objective.weights),  # type: ignore[arg-type]
+            {name: value.detach() for name, value in terms.items()},
+            None if logits is None else logits.detach(),
+        )

@@ -1,0 +1,1 @@
+"""Where local modules run: schedules around the one training loop."""

@@ -1,0 +1,1 @@
+"""One run: configuration, building, training, its folder, and the commands that read it."""

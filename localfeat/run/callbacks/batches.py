@@ -1,0 +1,247 @@
+"""Callbacks that make a run repeatable, log every epoch and measure speed."""
+
+from __future__ import annotations
+
+import random
+import time
+from statistics import median
+from typing import Any, cast
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from localfeat.run.callbacks.peak_memory import WARM_UP_BATCHES, PeakMemory
+from localfeat.run.signals import StopRequest
+
+
+def batch_seed(seed: int, epoch: int, batch_idx: int, rank: int) -> int:
+    """A 63-bit seed in which neighbouring arguments share nothing (NumPy's ``SeedSequence``)."""
+    high, low = np.random.SeedSequence((seed, epoch, batch_idx, rank)).generate_state(2, np.uint32).tolist()
+    return ((high << 32) | low) >> 1
+
+
+class SeedEachBatch(Callback):
+    """Seeds torch's generators (all devices) before every training batch from (seed, epoch, batch, rank).
+
+    A batch's augmentation, dropout and drop path then depend on nothing that happened before: not on validation or
+    test loops in between, not on whether the run was killed and resumed. Lightning saves no generator state, so a
+    resumed run could not repeat them otherwise.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        torch.manual_seed(batch_seed(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank))
+
+
+class RandomStates(Callback):
+    """Keeps the states of Python's, NumPy's and torch's generators (all devices) in checkpoints.
+
+    A resumed run then goes on with the same numbers, also where a callback of the user's draws some.
+    """
+
+    def __init__(self) -> None:
+        self._restored: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        kind, words, *rest = cast("tuple[Any, ...]", np.random.get_state(legacy=True))
+        return {
+            "python": random.getstate(),
+            "numpy": [kind, torch.from_numpy(words.astype(np.int64)), *rest],
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Not earlier: what is built before draws, too."""
+        state, self._restored = self._restored, None
+        if state is None:
+            return
+        version, words, gauss = state["python"]
+        random.setstate((version, tuple(words), gauss))
+        kind, words, *rest = state["numpy"]
+        np.random.set_state((kind, words.numpy().astype(np.uint32), *rest))
+        torch.set_rng_state(state["torch"].cpu())
+        if len(state["cuda"]) == torch.cuda.device_count():  # on other hardware the numbers are others anyway
+            torch.cuda.set_rng_state_all([device.cpu() for device in state["cuda"]])
+
+
+class StopOnSignal(Callback):
+    """While batches are trained, signals wait for ``LastCheckpoint`` to save.
+
+    Attributes:
+        began: whether training has begun in this process.
+    """
+
+    def __init__(self, request: StopRequest) -> None:
+        self.request = request
+        self.began = False
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.request.install()  # Lightning's own handlers, there by now, end with exit code 0 or save within a step
+        self.request.waits = self.began = True
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.request.waits = False
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        self.request.waits = False
+
+
+class LogShortRuns(Callback):
+    """Lowers the trainer's ``log_every_n_steps`` to the batches of an epoch, so that every epoch logs training figures.
+
+    A run of fewer batches would otherwise end without a single one.
+    """
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        steps = [trainer.num_training_batches] + [trainer.max_steps] * (trainer.max_steps > 0)
+        trainer.log_every_n_steps = int(min(trainer.log_every_n_steps, *steps))  # type: ignore[attr-defined]
+
+
+class Throughput(Callback):
+    """Training images per second, as the user waits for them.
+
+    An epoch is timed from its first batch's start to its last batch's end: waiting for the loader counts, validation
+    does not. The first two batches of a run and the one that ``PeakMemory`` slows down are left out, with the time
+    they took. CUDA is synchronised where the clock starts or stops for good, not per batch: once after the batches
+    left out, before validation, and at the ends of epochs. A resumed run keeps the figures of its earlier part.
+
+    Attributes:
+        epochs: images per second of every epoch in which at least one batch was timed (all ranks).
+        outside: for the same epochs, the share of the time not spent between ``on_train_batch_start`` and
+            ``on_train_batch_end``: loader, logging, checkpoints. On CUDA the host may run ahead of the device, so
+            this is then the host's view.
+    """
+
+    def __init__(self) -> None:
+        self._restored = False
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self.epochs: list[float] = []
+        self.outside: list[float] = []
+        self._earlier = 0.0
+        self._started: float | None = None
+        self._batches = 0
+        self._left_out: set[int] = set()
+        self._reset_epoch()
+
+    def _reset_epoch(self) -> None:
+        self._images = 0
+        self._seconds = 0.0
+        self._inside = 0.0
+        self._mark: float | None = None  # None: the clock stands still
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Median over the timed epochs; None when there was none."""
+        return median(self.epochs) if self.epochs else None
+
+    @property
+    def seconds_outside_step(self) -> float | None:
+        """Median share (0 to 1) of an epoch's time spent outside the training step; None without a timed epoch."""
+        return median(self.outside) if self.outside else None
+
+    @property
+    def latest(self) -> float | None:
+        """Images per second of the running epoch so far, else of the last one; for progress displays."""
+        if self._images:
+            return self._images / self._seconds
+        return self.epochs[-1] if self.epochs else None
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of training until now or its end, validation included.
+
+        Of a resumed run: of all its parts, without what a killed part did after its last checkpoint.
+        """
+        return self._earlier + (0.0 if self._started is None else time.perf_counter() - self._started)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epochs": self.epochs, "outside": self.outside, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._start_over()
+        self._restored = True
+        self.epochs, self.outside = list(state_dict["epochs"]), list(state_dict["outside"])
+        self._earlier = state_dict["seconds"]
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if not self._restored:
+            self._start_over()
+        self._restored = False
+        self._started = time.perf_counter()
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._earlier, self._started = self.seconds, None
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._batches:
+            slow = {callback.slow_batch for callback in peak_memory_callbacks(trainer)}
+            self._left_out = {*range(WARM_UP_BATCHES), *(number for number in slow if number is not None)}
+        self._step_start = time.perf_counter()
+        if self._mark is None:
+            self._mark = self._step_start
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        left_out = self._batches in self._left_out
+        ends = trainer.is_last_batch or trainer.global_step == trainer.max_steps
+        if ends or (left_out and self._batches + 1 not in self._left_out):
+            synchronize(pl_module.device)
+        now = time.perf_counter()
+        if not left_out and self._mark is not None:
+            self._images += batch_size(batch) * trainer.world_size
+            self._seconds += now - self._mark
+            self._inside += now - self._step_start
+        self._batches += 1
+        self._mark = now
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self._mark is not None and not trainer.is_last_batch and self._images:
+            # Mid-epoch: what the device still has to do for the batches counted is theirs, what follows is not.
+            synchronize(pl_module.device)
+            rest = time.perf_counter() - self._mark
+            self._seconds += rest
+            self._inside += rest
+        self._mark = None
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self._images:
+            self.epochs.append(self._images / self._seconds)
+            self.outside.append(1 - self._inside / self._seconds)
+            pl_module.log("speed/images_per_second", self.epochs[-1], rank_zero_only=True)
+            pl_module.log("speed/outside_step", self.outside[-1], rank_zero_only=True)
+        self._reset_epoch()
+
+
+def peak_memory_callbacks(trainer: lightning.Trainer) -> list[PeakMemory]:
+    """The ``PeakMemory`` callbacks of this trainer (usually one or none)."""
+    return [callback for callback in getattr(trainer, "callbacks", []) if isinstance(callback, PeakMemory)]
+
+
+def batch_size(batch: Any) -> int:
+    """Length of the first tensor's first dimension."""
+    return next(int(leaf.shape[0]) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device where work is queued; does nothing on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,171 @@
+"""Which states of a run are kept: the best, the last, the average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging
+
+from localfeat.run.folder import BEST, LAST
+from localfeat.run.loggers.metrics_csv import MetricsCsv
+from localfeat.utils.errors import Stopped
+
+
+class BestCheckpoint(Checkpoint):
+    """Keeps the epoch with the highest validation accuracy in ``best.ckpt``; of equal ones the latest.
+
+    A small validation set has many equal epochs (all images right), and the later one has a smaller learning rate
+    behind it.
+
+    Attributes:
+        score: the highest accuracy so far, 0 to 1; None before the first validation.
+        epoch: when that was, from 0.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / BEST
+        self.score: float | None = None
+        self.epoch: int | None = None
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        score = float(trainer.callback_metrics["val/accuracy"])
+        if self.score is None or score >= self.score:
+            self.score, self.epoch = score, trainer.current_epoch
+            trainer.save_checkpoint(self.file)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"score": self.score, "epoch": self.epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.score, self.epoch = state_dict["score"], state_dict["epoch"]
+
+
+class LastCheckpoint(Checkpoint):
+    """Overwrites ``last.ckpt``, from which a killed run goes on, and writes it once more when the run ends.
+
+    It holds the state of the callbacks before it in the trainer's list: keep it last. A checkpoint that falls due at
+    an epoch's last batch waits for the epoch's end, as Lightning would resume without that epoch's validation. So
+    does a stop.
+
+    Args:
+        folder: where to write.
+        epochs: how often, in epochs.
+        batches: how often within epochs, in batches of the run; None: never.
+        stop: the signal that asks the run to stop, None as long as there is none. The run then ends with
+            ``Stopped`` when the batch under way is in ``last.ckpt``.
+    """
+
+    def __init__(
+        self, folder: Path, *, epochs: int = 1, batches: int | None = None, stop: Callable[[], int | None] | None = None
+    ) -> None:
+        self.file = folder / LAST
+        self.epochs, self.batches = epochs, batches
+        self.stop = stop or (lambda: None)
+        self._due = self._at_epoch_end = False
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Have Lightning go on from an epoch's end with the next epoch also if there are ``max_steps``.
+
+        It would count the ended epoch a second time, and leave the next one out.
+        """
+        trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Early stopping has ended the run: it goes on with no further epoch."""
+        checkpoint["stopped_early"] = trainer.should_stop and self._at_epoch_end
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        trainer.should_stop = checkpoint.get("stopped_early", False)
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Count the last epoch of a run that had ended before it was resumed; Lightning leaves it out."""
+        if stage == "fit" and trainer.fit_loop.done:
+            progress: Any = trainer.fit_loop.epoch_progress.current
+            progress.completed = progress.processed
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._due = self._due or (self.batches is not None and trainer.global_step % self.batches == 0)
+        if not trainer.is_last_batch and not _reaches_max_steps(trainer):
+            self._save_or_stop(trainer, self._due)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        due = self._due or (trainer.current_epoch + 1) % self.epochs == 0 or is_last_epoch(trainer)
+        self._at_epoch_end = True
+        try:
+            self._save_or_stop(trainer, due)
+        finally:
+            self._at_epoch_end = False
+
+    def _save_or_stop(self, trainer: lightning.Trainer, due: bool) -> None:
+        signum = self.stop()
+        if due or signum is not None:
+            self._due = False
+            log_now(trainer)
+            trainer.save_checkpoint(self.file)
+        if signum is not None:
+            raise Stopped(signum)
+
+
+def log_now(trainer: lightning.Trainer) -> None:
+    """Have loggers write what they would be given right after this hook, and have it on disk.
+
+    A run that is killed between a checkpoint and Lightning's logging would go on behind figures that nobody has
+    written. They come a second time if it is not, for the same step.
+    """
+    connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
+    if connector._first_loop_iter is None:  # at an epoch's end
+        epoch = torch.tensor(trainer.current_epoch)
+        connector.log_metrics({**connector.metrics["log"], "epoch": epoch}, step=loop._batches_that_stepped - 1)
+    else:
+        connector.update_train_step_metrics()
+    for logger in trainer.loggers:
+        if isinstance(logger, MetricsCsv):
+            logger.sync()
+
+
+class AveragedWeights(EMAWeightAveraging):
+    """An exponential moving average of the weights, by steps of the optimizers: batches that only accumulate are none.
+
+    Lightning goes by ``global_step``, which counts all batches here. And it averages buffers of whole numbers, with the
+    fractions cut off: Swin's attention would look its position biases up at wrong places. Those are copied here.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        mean = self._kwargs["avg_fn"]
+        self._kwargs["avg_fn"] = lambda average, now, count: (
+            mean(average, now, count) if average.is_floating_point() else now
+        )
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not holds_gradients(pl_module):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
+def holds_gradients(pl_module: lightning.LightningModule) -> bool:
+    """Whether gradients are waiting for more batches: after a step of the optimizers there are none."""
+    return any(parameter.grad is not None for parameter in pl_module.parameters())
+
+
+def is_last_epoch(trainer: lightning.Trainer) -> bool:
+    """Whether no epoch follows the one that is just ending."""
+    epochs = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+    return trainer.should_stop or epochs or _reaches_max_steps(trainer)
+
+
+def _reaches_max_steps(trainer: lightning.Trainer) -> bool:
+    return trainer.max_steps > 0 and trainer.global_step == trainer.max_steps

@@ -1,0 +1,176 @@
+"""Train, evaluate and write down one run: ``python -m localfeat.run method=feature_recon split=k4``.
+
+Only light modules are imported here, so that ``--help`` and ``--cfg job`` answer at once.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.conf import HydraConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from localfeat.run.command_line import check_arguments, exit_code, one_line_errors, report
+from localfeat.run.conf_dir import conf_dir
+from localfeat.run.configuration import AUTO, plain, register_resolvers, saved_config
+from localfeat.run.signals import name, requeue
+from localfeat.utils.errors import Diverged, RunFailed, Stopped, UserError
+from localfeat.utils.text import quoted
+
+
+def run(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
+    """Train what ``cfg`` says and leave everything about it in a folder; returns what summary.json holds.
+
+    Args:
+        cfg: the configuration. With ``resume=<folder>`` nothing else in it counts: the run there goes on. With
+            ``resume=auto`` the newest run of the same configuration goes on, or is the result if it has ended.
+        folder: of a new run.
+
+    Raises:
+        UserError: a configuration that cannot be.
+        RunFailed: something around the run is not as it should be, like a full disk.
+        Stopped: by a signal.
+    """
+    return _run(cfg, Path(folder), {})
+
+
+def _run(cfg: DictConfig, folder: Path, notes: dict[str, str]) -> dict[str, Any]:
+    if cfg.resume is None:
+        return _train(plain(cfg), folder, resume=False, notes=notes)
+    if cfg.resume == AUTO:
+        return _go_on_or_begin({**plain(cfg), "resume": None}, folder, notes)
+    resumed = str(cfg.resume)
+    if not resumed:
+        raise UserError("resume= is empty: give the folder of a run that was cut short, or auto")
+    return _train(saved_config(resumed), Path(resumed), resume=True)
+
+
+def _notes(cfg: DictConfig, hydra_cfg: HydraConf) -> dict[str, str]:
+    """What Hydra itself writes about a job, file -> text: what was typed, what came of it, how Hydra was configured."""
+    parts = {"config": cfg, "overrides": hydra_cfg.overrides.task, "hydra": OmegaConf.create({"hydra": hydra_cfg})}
+    return {f".hydra/{name}.yaml": OmegaConf.to_yaml(part) for name, part in parts.items()}
+
+
+def _go_on_or_begin(config: dict[str, Any], folder: Path, notes: dict[str, str]) -> dict[str, Any]:
+    from localfeat.run.build import check
+    from localfeat.run.finished import read_summary
+    from localfeat.run.folder import has_ended
+    from localfeat.run.resume import earlier_run
+    from localfeat.utils.locks import check_free
+
+    check_free(folder)
+    found = earlier_run(check(config), folder)
+    if found is None:
+        return _train(config, folder, resume=False, notes=notes)
+    if found != folder:
+        _discard(folder)
+        check_free(found)
+    if has_ended(found):
+        print(f"{found}: this run has ended, there is nothing left to do (without resume=auto another one begins)")
+        return read_summary(found)
+    print(f"{found}: goes on")
+    return _train(saved_config(found), found, resume=True)
+
+
+def _train(
+    config: dict[str, Any], folder: Path, *, resume: bool, notes: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Train; whatever ends it before its end is told together with how to go on."""
+    from localfeat.run.train import train
+
+    try:
+        return train(config, folder, resume=resume, notes=notes or {})
+    except Diverged:  # it would again
+        raise
+    except (RunFailed, Stopped) as end:
+        way = f"; go on with: python -m localfeat.run {_resume_argument(folder)}" if _can_go_on(folder) else ""
+        if isinstance(end, RunFailed):
+            raise RunFailed(f"{end}{way}") from end
+        print(f"stopped by {name(end.signum)}{way}", file=sys.stderr)
+        raise
+
+
+def _resume_argument(folder: Path) -> str:
+    """``resume=<folder>`` as a shell and then Hydra read it; either takes other characters for its own."""
+    text = str(folder)
+    if re.fullmatch(r"[A-Za-z0-9/._+-]+( +[A-Za-z0-9/._+-]+)*", text):
+        return f"resume={shlex.quote(text)}"
+    return shlex.quote(f"resume={quoted(text)}") if re.search(r"[\\'\"$`!]", text) else f"\"resume='{text}'\""
+
+
+def _can_go_on(folder: Path) -> bool:
+    from localfeat.run.folder import CONFIG, has_ended
+
+    return (folder / CONFIG).is_file() and not has_ended(folder)
+
+
+def _attempt(cfg: DictConfig, explain: Callable[[Exception], str | None]) -> tuple[str, int] | None:
+    """One job. What is wrong with it and the exit code for it: a sweep goes on with its other jobs."""
+    job = HydraConfig.get()
+    folder, multirun = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
+    try:
+        if cfg.resume is not None:
+            _check_resume(str(cfg.resume), list(job.overrides.task), multirun)
+        _run(cfg, folder, _notes(cfg, job))
+        return None
+    except Stopped as stopped:
+        _leave(cfg, folder, multirun)
+        if cfg.resume is not None and (line := requeue(stopped.signum)):
+            print(line, file=sys.stderr)
+        raise
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        _leave(cfg, folder, multirun)
+        return f"job {job.job.num} ({job.job.override_dirname}): {line}" if multirun else line, exit_code(error)
+
+
+def _leave(cfg: DictConfig, folder: Path, multirun: bool) -> None:
+    """A folder that holds nothing of a run goes."""
+    if folder.is_dir() and (cfg.resume in (None, AUTO) or multirun):
+        _discard(folder)
+
+
+def _check_resume(resume: str, overrides: list[str], multirun: bool) -> None:
+    others = [override for override in overrides if not override.startswith("resume=")]
+    if others and resume != AUTO and not Path(resume, "config.yaml").is_file():
+        raise UserError(f"resume={resume}: it is auto, or the folder of a run that was cut short")
+    if resume != AUTO and (multirun or others):
+        raise UserError(f"resume=<folder> takes the run's own configuration: leave out {' '.join(others) or '-m'}")
+
+
+def _discard(folder: Path) -> None:
+    """Remove the folder of a refused run, and those it lies in, as far as they are empty."""
+    kept = {Path.cwd(), *Path.cwd().parents}
+    with suppress(OSError):  # not empty
+        while folder not in kept:
+            folder.rmdir()
+            folder = folder.parent
+
+
+def main() -> None:
+    """The command line."""
+    refused: list[int] = []
+
+    def job(cfg: DictConfig) -> None:
+        if ended := _attempt(cfg, explain):
+            line, code = ended
+            report(line)
+            refused.append(code)
+
+    with one_line_errors() as explain:
+        check_arguments(sys.argv[1:])
+        register_resolvers()
+        hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
+        if refused:
+            sys.exit(max(refused))

@@ -1,0 +1,208 @@
+"""Command lines: a user's mistake is one line on stderr and exit code 2, anything else a stack trace."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from localfeat.utils.errors import RunFailed, Stopped, UserError, contexts
+from localfeat.utils.text import shown
+
+
+@contextmanager
+def one_line_errors() -> Iterator[Callable[[Exception], str | None]]:
+    """Turn what is no fault of ours into one line and an exit code.
+
+    2: a mistake in what was asked for. 1: a run that failed. 128 + the signal's number: a command that was stopped
+    (130 for Ctrl-C). Yields what explains the first two, for those who have to go on after one. With the environment
+    variable HYDRA_FULL_ERROR=1 nothing is explained or caught.
+    """
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    if before == "1":
+        yield lambda error: None
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and leaving with 1
+    try:
+        yield explain
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        report(line)
+        sys.exit(exit_code(error))
+    except Stopped as stopped:  # whoever raised it has said so
+        sys.exit(128 + stopped.signum)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def report(line: str) -> None:
+    """Say what is wrong, on stderr, in one line whatever a name in it holds."""
+    print(f"error: {shown(line)}", file=sys.stderr)
+
+
+def exit_code(error: Exception) -> int:
+    """What a command ends with after an error that ``explain`` has a line for."""
+    own = _own(error)
+    return 2 if isinstance(own, UserError) or (own is None and _surroundings_line(error) is None) else 1
+
+
+def _own(error: Exception) -> UserError | RunFailed | None:
+    """The latest of our exceptions behind ``error``."""
+    return next((e for e in contexts(error) if isinstance(e, UserError | RunFailed)), None)
+
+
+def explain(error: Exception) -> str | None:
+    """The one line for a mistake of the user's or a run that failed, ``None`` for a fault of ours."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    own = _own(error)
+    if own is error or (own and isinstance(error, OmegaConfBaseException)):  # or of a function that conf/ calls
+        return _own_line(str(own))
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _hydra_line(error)
+    if isinstance(error, OSError) and _while_hydra_prepares(error):
+        return f"output_dir: {error.filename} cannot be written to ({error.strerror})"
+    return _surroundings_line(error)
+
+
+def _surroundings_line(error: Exception) -> str | None:
+    """What is wrong with the machine: files, memory, a worker process that was killed."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno is not None and not _while_hydra_prepares(error):
+        return f"{error.filename or 'a file or pipe'}: {error.strerror}"
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+        return f"out of memory ({text.split('. ')[0] or 'in Python'}): localfeat plan shows what fits"
+    if re.match(r"DataLoader worker \(pid.*\) (is killed|exited)", text):
+        return f"{text.split('. ')[0]}: perhaps for lack of memory (dataset.num_workers=0 has none)"
+    return None
+
+
+def _while_hydra_prepares(error: Exception) -> bool:
+    """Whether Hydra raised it and not the job: it makes the run's folder and writes its notes there."""
+    functions = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return ("run_job" in functions or "sweep" in functions) and "_attempt" not in functions
+
+
+def _own_line(text: str) -> str:
+    """A message as one line; of a worker process's, which torch wraps in the stack trace there, the last line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if any(line.startswith("Original Traceback") for line in lines):
+        return lines[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+    return " ".join(lines)
+
+
+def _hydra_line(error: Exception) -> str:
+    """Hydra's and OmegaConf's messages name classes, and are several lines long."""
+    from hydra.errors import MissingConfigException, OverrideParseException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue
+
+    text, cause = str(error), error.__cause__
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} has to be given: {error.full_key}=<value>"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not key=value (a list is [1,2]; text with special characters stands in quotes)"
+    if "Could not override" in text and isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        return _unknown_override(str(cause.full_key))
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={choice}: it is one of {', '.join(error.options)}"
+    if found := re.search(r"Ambiguous value for argument '(.*)'", text):
+        return f"{found[1]}: several values make a sweep, which needs -m; a list is [1,2]"
+    if found := re.search(r"An item is already at '(.*)'\.", text):
+        return f"+{found[1]}: there is such a key already; leave out the +"
+    if full_key := getattr(error, "full_key", None):
+        return f"{full_key}: {text.splitlines()[0]}"
+    text = re.split(r"Config search path:|See https:", text)[0]
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _unknown_override(key: str) -> str:
+    from localfeat.run.configuration import known_keys, unknown_key
+
+    choices = [a for a in sys.argv[1:] if re.fullmatch(r"[a-z_]+=[a-z0-9_]+", a) and not a.startswith(f"{key}=")]
+    try:
+        known = known_keys(choices)
+    except Exception:  # another of them is wrong too
+        known = known_keys([])
+    if found := re.match(r"backbone\.(arguments|variants)\.", key):
+        names = [name.removeprefix(found[0]) for name in known if name.startswith(found[0])]
+        near = difflib.get_close_matches(key.removeprefix(found[0]), names, n=1, cutoff=0.7)
+        meant = f"; did you mean {found[0]}{near[0]}?" if near else f"; add it with +{key}=<value>"
+        return f"{key}: there is no such key yet{meant}"
+    return unknown_key(key, known)
+
+
+def check_arguments(arguments: list[str]) -> None:
+    """Refuse what Hydra would answer with its usage text, with a stack trace, or not at all.
+
+    Raises:
+        UserError: an unknown option, a group without a choice, a key to be removed.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]  # it prints the usage and leaves
+    given = parser.parse_args(arguments)
+    commands = [name for name in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(given, name)]
+    if given.resolve and not (given.cfg or given.help):
+        raise UserError("--resolve goes with --cfg job or --help")
+    if len(commands) > 1:
+        raise UserError(f"--{' and --'.join(commands)}: only one of them at a time")
+    for override in given.overrides:
+        _check_override(override)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(f"{message} (see --help)")
+
+
+def _check_override(override: str) -> None:
+    from localfeat.run.conf_dir import conf_dir
+
+    key, _, choice = override.partition("=")
+    if override.startswith("~"):
+        raise UserError(f"{override}: keys cannot be removed; give them another value")
+    if not key:
+        raise UserError(f"{override}: not key=value")
+    options = sorted(file.stem for file in (conf_dir() / key).glob("*.yaml")) if key.isidentifier() else []
+    if options and (not re.match(r"['\"A-Za-z]", choice) or choice.lower() in ("null", "true", "false")):
+        raise UserError(f"{override}: it is one of {', '.join(options)}")
+
+
+def parse_arguments(usage: str, defaults: dict[str, Any], arguments: list[str] | None = None) -> dict[str, Any]:
+    """``key=value`` arguments over ``defaults`` (``...`` marks those that have to be given).
+
+    Prints ``usage`` and leaves for ``--help``.
+    """
+    from localfeat.run.configuration import unknown_key
+
+    given = sys.argv[1:] if arguments is None else arguments
+    if "--help" in given or "-h" in given:
+        print(usage.strip())
+        sys.exit(0)
+    values = dict(defaults)
+    for argument in given:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise UserError(f"{argument}: arguments are key=value (see --help)")
+        if key not in defaults:
+            raise UserError(unknown_key(key, list(defaults)))
+        values[key] = value
+    missing = [key for key, value in values.items() if value is ...]
+    if missing:
+        raise UserError(f"{missing[0]} has to be given: {missing[0]}=<value> (see --help)")
+    return values

@@ -1,0 +1,135 @@
+"""What a run shows in the terminal: a progress bar, or plain lines in a log file, and a table at the end."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import RichProgressBar
+from rich.console import Console
+from rich.table import Table
+
+from localfeat.run.callbacks.batches import Throughput
+from localfeat.run.callbacks.peak_memory import GIB
+from localfeat.run.summary import RunSummary
+
+SECONDS_BETWEEN_READINGS = 0.5
+
+
+class PatientConsole(Console):
+    """Where nobody reads any more (``| head``), it falls silent; rich's own would end the training."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # what Python still has to flush, and what others print
+
+
+class RunProgress(RichProgressBar):
+    """A bar per epoch with loss, validation accuracy and images per second.
+
+    Where standard output is no terminal (a file, a pipe, a batch system) there is no bar and no control character,
+    but one line per epoch.
+
+    Args:
+        console: where to write; None: rich's own console on standard output.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__()
+        self._plain = console or PatientConsole()
+        self._read_at = 0.0
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether there is a bar; plain lines do not count."""
+        return bool(super().is_enabled) and self._plain.is_terminal
+
+    def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
+        """Texts for the bar, only of what is known by now."""
+        return {name: text for name, text in epoch_figures(trainer).items() if text}
+
+    def _update_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        # Reading a metric waits for the device: twice a second, not at every batch as Lightning does.
+        now = time.monotonic()
+        if now - self._read_at >= SECONDS_BETWEEN_READINGS or trainer.is_last_batch:
+            self._read_at = now
+            super()._update_metrics(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._enabled and not self._plain.is_terminal:
+            self._plain.print(epoch_line(trainer), highlight=False, soft_wrap=True)
+
+
+def epoch_figures(trainer: lightning.Trainer) -> dict[str, str]:
+    """Loss, validation accuracy and speed as text, empty where not known."""
+    metrics = trainer.callback_metrics
+    loss, accuracy = metrics.get("train/loss"), metrics.get("val/accuracy")
+    speeds = [callback.latest for callback in getattr(trainer, "callbacks", []) if isinstance(callback, Throughput)]
+    speed = speeds[0] if speeds else None
+    return {
+        "loss": "" if loss is None else f"{float(loss):.4f}",
+        "val accuracy": "" if accuracy is None else percent(float(accuracy)),
+        "images/s": "" if speed is None else f"{speed:,.0f}",
+    }
+
+
+def epoch_line(trainer: lightning.Trainer) -> str:
+    """One epoch in one line."""
+    epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else "?"
+    figures = [f"{name} {text}" for name, text in epoch_figures(trainer).items() if text]
+    return "  ".join([f"epoch {trainer.current_epoch + 1}/{epochs}", *figures])
+
+
+def final_table(summary: RunSummary, folder: str | Path, console: Console | None = None) -> None:
+    """Prints the run's main figures and where its files are. Figures that were not taken are left out."""
+    console = console or PatientConsole()
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim" if console.is_terminal else None)
+    table.add_column(overflow="fold")
+    lines = summary_lines(summary)
+    for label, text in lines:
+        table.add_row(label, text)
+    console.print(table, highlight=False, markup=False)
+    # The folder is printed as it is, so that it can be copied: a table would break it.
+    label = "folder".ljust(max(len(label) for label, _ in [*lines, ("folder", "")]) + 2)
+    console.print(f"{label}{folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+def summary_lines(summary: RunSummary) -> list[tuple[str, str]]:
+    """(label, text) of the figures that exist. GiB are 1024³ bytes."""
+    parts = summary.parameters
+    lines = [
+        ("test accuracy", None if summary.test_accuracy is None else percent(summary.test_accuracy)),
+        ("val accuracy", None if summary.val_accuracy is None else percent(summary.val_accuracy)),
+        ("images/s", None if summary.images_per_second is None else f"{summary.images_per_second:,.0f}"),
+        ("peak memory", None if summary.peak_memory_bytes is None else memory_text(summary)),
+        ("parameters", parameter_text(parts) if parts else None),
+    ]
+    return [(label, text) for label, text in lines if text is not None]
+
+
+def memory_text(summary: RunSummary) -> str:
+    """The peak, the module that takes the most if there are several, and where the figures come from.
+
+    Short enough for a log file's 80 columns.
+    """
+    peaks = summary.module_peak_memory_bytes
+    heaviest = f", {max(peaks, key=lambda name: peaks[name])}" if len(peaks) > 1 else ""
+    return f"{(summary.peak_memory_bytes or 0) / GIB:.3f} GiB{heaviest} ({summary.peak_memory_source})"
+
+
+def parameter_text(parts: dict[str, int]) -> str:
+    """Total, and the parts that are not single modules."""
+    named = ", ".join(f"{name} {count:,}" for name, count in parts.items() if name in ("backbone", "auxiliary"))
+    total = parts.get("total")
+    return named if total is None else f"{total:,}" + (f" ({named})" if named else "")
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"

@@ -1,0 +1,275 @@
+"""The trained backbone as a safetensors file with timm's keys, and loading weights into a timm model."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from localfeat.utils.errors import UserError
+from localfeat.utils.files import write_whole
+from localfeat.utils.text import shown
+
+NESTED_UNDER = ("state_dict", "model")
+SHOWN_KEYS = 3
+
+
+@dataclass(frozen=True)
+class BackboneFile:
+    """What a backbone file says about its weights, enough to build the model again.
+
+    ``mean`` and ``std`` normalise pixels in [0, 1]; ``arguments`` are further arguments of ``timm.create_model``.
+    """
+
+    architecture: str
+    num_classes: int
+    img_size: int | None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+
+def export_backbone(
+    backbone: nn.Module,
+    path: str | Path,
+    *,
+    architecture: str | None = None,
+    img_size: int | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> BackboneFile:
+    """Writes the weights of a timm model under exactly timm's keys, and what is needed to build it, as metadata.
+
+    Args:
+        backbone: a model made by ``timm.create_model``, classifier included.
+        path: the file to write (replaced in one step).
+        architecture: timm's name of the model; None: what the model says of itself.
+        img_size: side of the training images in pixels; None: as the patch embedding has it, if there is one.
+        arguments: further arguments given to ``timm.create_model``; they must be JSON values.
+        mean: of the training pixels, per channel; None: what the model says of itself.
+        std: likewise.
+    """
+    own = getattr(backbone, "pretrained_cfg", None) or {}
+    name = architecture or own.get("architecture")
+    if not name:
+        raise UserError(f"a {type(backbone).__name__} does not know its timm name: give export_backbone(architecture=)")
+    file = BackboneFile(
+        architecture=name,
+        num_classes=int(getattr(backbone, "num_classes")),  # noqa: B009  (mypy takes it for a submodule)
+        img_size=img_size or own_img_size(backbone),
+        arguments=dict(arguments or {}),
+        mean=tuple(mean if mean is not None else own.get("mean", ())),
+        std=tuple(std if std is not None else own.get("std", ())),
+    )
+    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in vars(file).items()}
+    write_whole(path, save(separate_tensors(backbone.state_dict()), metadata={"format": "pt", **metadata}))
+    return file
+
+
+def own_img_size(backbone: nn.Module) -> int | None:
+    """The image side that a patch embedding was built for; None for models that take any."""
+    size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
+    return int(size[0]) if size else None
+
+
+def separate_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU copies that share no memory: safetensors stores neither views nor shared tensors."""
+    result: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, value in state.items():
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        result[key] = tensor
+    return result
+
+
+def read_backbone_file(path: str | Path) -> BackboneFile:
+    """The metadata that ``export_backbone`` wrote.
+
+    Raises:
+        UserError: not such a file, or one whose metadata are of another kind.
+    """
+    try:
+        with safe_open(check_exists(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a safetensors file ({error}): give a backbone.safetensors") from None
+    if "architecture" not in metadata:
+        raise UserError(f"{path} does not name its architecture: it was not written by export_backbone")
+    try:
+        found = {name: json.loads(metadata[name]) for name in METADATA}
+        return TypeAdapter(BackboneFile).validate_python({"architecture": metadata["architecture"], **found})
+    except KeyError as error:
+        raise UserError(f"{path} does not name its {error.args[0]}: it was not written by export_backbone") from None
+    except (ValueError, RecursionError) as error:  # no JSON, or values of other types
+        raise UserError(f"{path} has metadata that export_backbone does not write ({type(error).__name__})") from None
+
+
+METADATA = ("num_classes", "img_size", "arguments", "mean", "std")
+
+
+def build_backbone(path: str | Path) -> nn.Module:
+    """Builds the timm model that ``export_backbone`` wrote to ``path``, with its weights.
+
+    Nothing is downloaded or read beside the file, and no memory is taken for a network that the weights are not of.
+
+    Raises:
+        UserError: no such file, or metadata that ask for another network than the weights', or for more than a network.
+    """
+    file = read_backbone_file(path)
+    check_blocks(path, file.arguments)
+    with torch.device("meta"):  # shapes without memory
+        planned = _plain_model(path, file)
+    check_keys(path, read_state(path), planned.state_dict(), [])
+    model = _plain_model(path, file)
+    load_backbone_weights(model, path)
+    return model
+
+
+def _plain_model(path: str | Path, file: BackboneFile) -> nn.Module:
+    import timm
+
+    from localfeat.backbones.timm_models import check_arguments, model_name
+
+    sized = {} if file.img_size is None else {"img_size": file.img_size}
+    try:
+        name = model_name(file.architecture, None)
+        check_arguments(file.arguments)
+        return timm.create_model(name, pretrained=False, num_classes=file.num_classes, **{**sized, **file.arguments})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # timm's models raise anything when their arguments do not fit
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: timm's {file.architecture} cannot be built so: {reason}") from error
+
+
+def check_blocks(path: str | Path, arguments: Mapping[str, Any]) -> None:
+    """Refuse more blocks than the file has tensors, which would take for ever to build even without memory.
+
+    Raises:
+        UserError: names the argument.
+    """
+    with safe_open(path, framework="pt") as file:
+        tensors = len(file.keys())
+    for name in ("depth", "depths", "layers"):
+        counts = arguments.get(name, 0)
+        if sum(n for n in (counts if isinstance(counts, list) else [counts]) if isinstance(n, int)) > tensors:
+            raise UserError(f"{path}: {name}={counts} asks for more blocks than the file has weights")
+
+
+def load_backbone_weights(model: nn.Module, path: str | Path, *, reset_classifier: bool = False) -> None:
+    """Loads weights with timm's keys into ``model``, all of them or none.
+
+    Args:
+        model: a timm model.
+        path: a ``.safetensors`` file, or a torch file with the state dict itself or under "state_dict" or "model".
+            Torch files are read with ``weights_only=True``: nothing in them is executed.
+        reset_classifier: leave the classifier at its initialisation, whatever the file holds for it.
+
+    Raises:
+        UserError: no such file, not readable without running code, or weights of another model or class count.
+    """
+    state = read_state(path)
+    own = model.state_dict()
+    classifier = [key for key in own if key.startswith(classifier_prefixes(model))]
+    if reset_classifier:
+        state = {key: value for key, value in state.items() if not key.startswith(classifier_prefixes(model))}
+        own = {key: value for key, value in own.items() if key not in classifier}
+    check_keys(path, state, own, classifier)
+    model.load_state_dict(state, strict=not reset_classifier)
+
+
+def check_keys(path: str | Path, state: Mapping[str, Tensor], own: Mapping[str, Tensor], classifier: list[str]) -> None:
+    """Raises a UserError unless both sides have the same keys and shapes."""
+    for problem, keys in (("lacks", own.keys() - state.keys()), ("has unknown", state.keys() - own.keys())):
+        if keys:
+            raise UserError(f"{path} {problem} {some(keys)}: it must hold the weights of the same timm model")
+    other = sorted(key for key in own if own[key].shape != state[key].shape)
+    if not other:
+        return
+    key = other[0]
+    theirs, ours = list(state[key].shape), list(own[key].shape)
+    if set(other) <= set(classifier):
+        raise UserError(
+            f"{path} classifies {theirs[0]} classes, the model {ours[0]}: ask for a fresh classifier "
+            "(reset_classifier=True) or build the model with the file's classes"
+        )
+    raise UserError(f"{path} has {key} of shape {theirs}, the model {ours}: same architecture and image size needed")
+
+
+def classifier_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """Key prefixes of the final classifier, from timm's record of its name (a tuple for distilled models)."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """Name -> tensor from a safetensors or torch file, on the CPU.
+
+    Raises:
+        UserError: no such file, one that would need code to be run, or what are no plain tensors by name.
+    """
+    file = check_exists(path)
+    try:
+        check_uncompressed(file)
+        content = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    except UserError:
+        raise
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} needs code to be unpickled, which is refused: save a plain state dict") from None
+    except Exception as error:  # what is no weights file at all makes the readers raise anything, even IndexError
+        raise UserError(f"{path} is no safetensors and no torch file: {type(error).__name__} on reading it") from None
+    for key in NESTED_UNDER:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    named = isinstance(content, Mapping) and bool(content) and all(isinstance(key, str) for key in content)
+    if not named or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path} holds no state dict: give name -> tensor, plain or under {' or '.join(NESTED_UNDER)}")
+    for name, value in content.items():
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_complex():
+            raise UserError(f"{path} has {shown(name)}, which is no plain tensor: save dense real numbers")
+    return dict(content)
+
+
+def check_uncompressed(file: Path) -> None:
+    """Refuse a torch file with compressed records: torch writes none, and a few kB could unpack to gigabytes.
+
+    Raises:
+        UserError: names the file.
+    """
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                raise UserError(f"{file} is a compressed archive, which torch does not write: save a plain state dict")
+
+
+def check_exists(path: str | Path) -> Path:
+    file = Path(path)
+    try:
+        there = file.is_file()
+    except OSError:  # a name that is too long for one
+        there = False
+    if not there:
+        raise UserError(f"no weights file {shown(path)}: give a .safetensors file or a torch state dict")
+    return file
+
+
+def some(keys: set[str]) -> str:
+    """The first few keys, and how many more there are."""
+    names = [shown(key) for key in sorted(keys)]
+    more = f" and {len(names) - SHOWN_KEYS} more" if len(names) > SHOWN_KEYS else ""
+    return ", ".join(names[:SHOWN_KEYS]) + more

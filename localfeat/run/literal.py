@@ -1,0 +1,86 @@
+"""YAML files that localfeat wrote itself, read back as plain values: nothing in them is resolved, built or repeated.
+
+OmegaConf's reader would look up ``${…}``, which can name environment variables and files, and would follow aliases,
+by which a few lines become gigabytes. A run's folder may come from somebody else.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from localfeat.utils.errors import UserError
+
+LARGEST_BYTES = 2**18  # config.yaml has some 2 kB, a thousand overrides 50 kB
+LARGEST_NUMBER = 2**64
+DEEPEST = 32  # a value of a run's configuration lies 5 deep at most
+
+
+def read_yaml(file: str | Path) -> Any:
+    """The dicts, lists, texts, numbers, booleans and nulls in a YAML file.
+
+    Raises:
+        UserError: a file that cannot be read, is larger than 256 KiB or deeper than 32 levels, has aliases or tags of
+            other types, or is no YAML.
+    """
+    import yaml
+
+    try:
+        with open(file, "rb") as handle:
+            content = handle.read(LARGEST_BYTES + 1)
+        if len(content) > LARGEST_BYTES:
+            raise ValueError(f"it is larger than {LARGEST_BYTES:,} bytes")
+        text = content.decode()
+        _check_shape(text)
+        found = yaml.load(text, Loader=_loader())
+        _check_numbers(found)
+        return found
+    except (OSError, ValueError, LookupError, ArithmeticError, yaml.YAMLError) as error:  # no UTF-8, !!bool maybe …
+        reason = error.strerror if isinstance(error, OSError) else _said(error)
+        raise UserError(f"{file} cannot be read: {reason}") from error
+
+
+def _said(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _check_shape(text: str) -> None:
+    """Go through the file's parts one after the other, which takes no stack, before anything is built of them."""
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"*{event.anchor} repeats another part, which no file of localfeat's does")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ValueError(f"it is more than {DEEPEST} levels deep")
+
+
+def _check_numbers(value: Any) -> None:
+    """Refuse whole numbers of thousands of digits, which Python reads and does not print."""
+    if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
+        raise ValueError("it has a number of more than 64 bits")
+    if isinstance(value, dict | list):
+        for part in value:
+            _check_numbers(part)
+            _check_numbers(value[part] if isinstance(value, dict) else None)
+
+
+@functools.cache
+def _loader() -> type:
+    """PyYAML's safe reader with numbers like 1e-3, as OmegaConf reads them, and nothing but plain types."""
+    import yaml
+    from omegaconf._utils import get_yaml_loader
+
+    known = ("null", "bool", "int", "float", "str", "seq", "map")
+    constructors = {f"tag:yaml.org,2002:{name}" for name in known}
+
+    class Literal(get_yaml_loader()):  # type: ignore[misc]  # numbers and repeated keys as OmegaConf has them
+        yaml_constructors = {  # noqa: RUF012  (PyYAML's own way)
+            tag: made for tag, made in yaml.SafeLoader.yaml_constructors.items() if tag in constructors or tag is None
+        }
+
+    return Literal

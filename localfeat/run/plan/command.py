@@ -1,0 +1,165 @@
+"""What fits into a memory budget, without a GPU: ``localfeat plan dataset=cifar10 budget=8GiB``."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from localfeat.run.command_line import check_arguments, one_line_errors, report
+from localfeat.run.conf_dir import conf_dir
+from localfeat.run.configuration import plain, register_resolvers
+from localfeat.utils.errors import UserError
+from localfeat.utils.files import failing_in_one_line, write_whole
+
+if TYPE_CHECKING:
+    from localfeat.run.plan.planning import Plan
+
+USAGE = """
+localfeat plan [group=choice …] [key=value …] budget=8GiB [margin=0.05] [device=cuda] [all=true] [json=file]
+                         [--config-dir folder]
+
+Which methods, splits and efficiency settings fit, the largest batch for each, the predicted peak, the cost of a step.
+What you type is what localfeat.run takes. A method, split or efficiency setting that you name is kept; the others are
+searched: all methods, balanced splits of up to 12 modules, all efficiency settings but compile. No data are read.
+Recommended is the cheapest that fits, of end-to-end training and of the method typed (feature_recon if there is none).
+
+  budget   memory that training may take: 8GiB, 24GB, 6000MiB; auto for what the GPU that is here has free
+  margin   share of the budget left for what cannot be predicted: workspaces of kernels, fragmentation
+  device   whose memory it is: cuda or cpu (how autocast and attention work there)
+  all      every number of modules, instead of the most useful one of each setting
+  json     also write everything to this file; - for the terminal, with nothing else
+"""
+UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+OWN = {"budget": ..., "margin": "0.05", "device": None, "all": "false", "json": None, "config_dir": None}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of ``8GiB`` (1024-based), ``8GB`` (1000-based).
+
+    Raises:
+        UserError: no positive number with such a unit.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
+    units = {unit.lower(): size for unit, size in UNITS.items()}
+    if not found or found[2].lower() not in units or float(found[1]) <= 0:
+        raise UserError(f"budget={text}: a number with its unit, like 8GiB (units {', '.join(UNITS)}), or auto")
+    return int(float(found[1]) * units[found[2].lower()])
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The planner's own values (the last one of each counts), and the overrides of the configuration.
+
+    Raises:
+        UserError: an option other than ``--config-dir``, a budget that is missing, what no single run takes.
+    """
+    values, overrides = dict(OWN), []
+    rest = iter(arguments)
+    for argument in rest:
+        key, equals, value = argument.partition("=")
+        if key in OWN and key != "config_dir" and equals:
+            values[key] = value
+        elif key in ("--config-dir", "-cd"):
+            values["config_dir"] = _folder(value if equals else next(rest, ""))
+        elif argument.startswith("-") or not (equals or argument.startswith("~")):
+            raise UserError(f"{argument}: arguments are key=value (see --help)")
+        else:
+            overrides.append(argument)
+    if values["budget"] is ...:
+        raise UserError("budget has to be given: budget=8GiB, or budget=auto for the GPU that is here (see --help)")
+    if resumed := next((o for o in overrides if o.startswith("resume=")), None):
+        raise UserError(f"{resumed}: a run that was cut short goes on as it was; plan without it")
+    check_arguments(overrides)
+    return values, overrides
+
+
+def _folder(path: str) -> str:
+    if not Path(path).is_dir():
+        raise UserError(f"--config-dir {path}: there is no such folder")
+    return path
+
+
+def composer(config_dir: str | None) -> Callable[[Sequence[str]], dict[str, Any]]:
+    """Makes the configuration of ``localfeat.run`` with given overrides, plain values."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    own = [] if config_dir is None else [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"]
+
+    def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
+        register_resolvers()
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return plain(compose("config", overrides=[*own, *overrides]))
+
+    return compose_config
+
+
+def make_plan(arguments: Sequence[str]) -> tuple[Plan, dict[str, Any]]:
+    """The plan for a command line, and the planner's own values in it."""
+    values, overrides = split_arguments(arguments)
+    compose = composer(values["config_dir"])
+    checked = _checked(values)
+    if values["budget"] != "auto":
+        parse_bytes(values["budget"])
+    config = compose(overrides)
+    from localfeat.run.plan.planning import plan
+
+    hydra = ["--config-dir", values["config_dir"]] if values["config_dir"] else []
+    found = plan(config, overrides, compose, budget=_budget(values["budget"]), options_of_hydra=hydra, **checked)
+    return found, values
+
+
+def _checked(values: dict[str, Any]) -> dict[str, Any]:
+    try:
+        margin = float(values["margin"])
+    except ValueError:
+        margin = -1.0
+    if not 0 <= margin < 1:
+        raise UserError(f"margin={values['margin']}: it lies in [0, 1)")
+    if values["device"] not in (None, "cuda", "cpu"):
+        raise UserError(f"device={values['device']}: it is cuda or cpu")
+    if values["all"] not in ("true", "false"):
+        raise UserError(f"all={values['all']}: it is true or false")
+    if values["json"] not in (None, "-") and not Path(values["json"]).absolute().parent.is_dir():
+        raise UserError(f"json={values['json']}: there is no such folder")
+    if values["json"] is not None and (not values["json"] or Path(values["json"]).is_dir()):
+        raise UserError(f"json={values['json']}: give a file, or - for the terminal")
+    return {"margin": margin, "device": values["device"]}
+
+
+def _budget(text: str) -> int:
+    if text != "auto":
+        return parse_bytes(text)
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("budget=auto: there is no GPU that this torch can use; give a budget like 8GiB")
+    free, _ = torch.cuda.mem_get_info()
+    return int(free)
+
+
+def main() -> None:
+    """The command line."""
+    arguments = sys.argv[1:]
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        print(USAGE.strip())
+        return
+    with one_line_errors():
+        found, values = make_plan(arguments)
+        if values["json"] not in (None, "-"):
+            with failing_in_one_line(values["json"]):
+                write_whole(values["json"], f"{found.to_json()}\n".encode())
+        if values["json"] == "-":
+            print(found.to_json())
+        else:
+            found.show(everything=values["all"] == "true")
+        if found.recommended is None:
+            report(f"budget={values['budget']}: {found.nothing_fits()}")
+            sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""From a configuration and a budget to a plan: the options, the one to take, and the command for it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import nn
+
+from localfeat.backbones.split import Split
+from localfeat.efficiency.settings import Efficiency
+from localfeat.memory.accounting import step_memory
+from localfeat.memory.balanced_split import BalancedSplit
+from localfeat.memory.emulation import Target
+from localfeat.memory.fitted import fitted
+from localfeat.memory.planner import Option, Planner, Workload
+from localfeat.methods.base import METHODS, Method
+from localfeat.run.build import Config, build_datamodule, build_learner, build_model, check, without_initial_weights
+from localfeat.run.configuration import construct
+from localfeat.run.plan.table import Plan
+from localfeat.utils.errors import UserError
+
+EFFICIENCIES = ("none", "lean", "selective", "checkpoint", "slices")
+Compose = Callable[[Sequence[str]], Config]
+
+
+def plan(
+    config: Config,
+    overrides: list[str],
+    compose: Compose,
+    *,
+    budget: int,
+    margin: float,
+    device: Target | None,
+    options_of_hydra: Sequence[str] = (),
+) -> Plan:
+    """The plan for a configuration.
+
+    Args:
+        config: composed from ``overrides``.
+        overrides: what was typed, for the command.
+        compose: makes the configuration of other overrides.
+        budget: bytes.
+        margin: share of the budget that is left free.
+        options_of_hydra: what else the command needs, like ``--config-dir``.
+        device: ``None`` takes the CPU for ``trainer=cpu``, else CUDA.
+    """
+    typed = {override.lstrip("+").partition("=")[0].partition(".")[0] for override in overrides}  # also by one value
+    own_method = config["method"]["name"]
+    if "method" not in typed:  # the default one may be refused where others are not
+        config = compose([*overrides, "method=e2e"])
+    config = check(config)
+    device = device or ("cpu" if config["trainer"]["accelerator"] == "cpu" else "cuda")
+    if (device, config["trainer"]["precision"]) == ("cpu", "16-mixed"):
+        raise UserError("trainer.precision=16-mixed needs a GPU: use bf16-mixed")
+    allowed = int(budget * (1 - margin))
+    workload = workload_of(config, device)
+    methods, efficiencies = _methods(config, overrides, typed, compose), _efficiencies(config, typed, compose)
+    planner = Planner(workload, methods, efficiencies, allowed)
+    options = list(planner.options(*_split(config, typed, planner.blocks)))
+    if "split" not in typed and "efficiency" not in typed:
+        options += fitted(planner)
+    # Methods differ in more than cost: another one than the configuration's is not recommended for its cost alone.
+    considered = [o for o in options if o.method in (own_method, "e2e")] or options
+    chosen = _recommend(considered)
+    if chosen is not None and not chosen.fits:
+        chosen = _in_smaller_batches(considered, Planner(_accumulating(workload), methods, efficiencies, allowed))
+    command = confirmed = None
+    if chosen is not None:
+        complete = _merged(overrides, _changes(chosen, typed, workload))
+        command = shlex.join(["python", "-m", "localfeat.run", *options_of_hydra, *complete])
+        confirmed = _confirmed(compose(complete), device)
+    return Plan(
+        workload.batch_size,
+        workload.precision,
+        device,
+        config["backbone"]["name"],
+        allowed,
+        options,
+        chosen,
+        command,
+        confirmed,
+    )
+
+
+def _split(config: Config, typed: set[str], blocks: int) -> tuple[Split | None, int | None]:
+    """The split that was typed, or the number of modules of a balanced one."""
+    if "split" not in typed:
+        return None, None
+    split = construct(config["split"], "split")
+    if not isinstance(split, BalancedSplit):
+        return cast(Split, split), None
+    split.check_blocks(blocks)
+    return None, split.k
+
+
+def _accumulating(workload: Workload) -> Workload:
+    return replace(workload, accumulate=max(2, workload.accumulate))
+
+
+def _in_smaller_batches(options: Sequence[Option], accumulating: Planner) -> Option | None:
+    """The option with the largest batches when gradients of several stay there, exactly."""
+    possible = [option for option in options if option.largest_batch]
+    possible.sort(key=lambda option: (-option.largest_batch, option.step_cost))
+    best: Option | None = None
+    for option in possible[:3]:
+        found = accumulating.exactly(option)
+        if found.largest_batch and (best is None or found.largest_batch > best.largest_batch):
+            best = found
+    return best
+
+
+def _recommend(options: Sequence[Option]) -> Option | None:
+    fitting = [option for option in options if option.fits]
+    if fitting:
+        return min(fitting, key=lambda option: (round(option.step_cost, 3), option.modules))
+    possible = [option for option in options if option.largest_batch]
+    return max(possible, key=lambda option: (option.largest_batch, -option.step_cost), default=None)
+
+
+def _changes(option: Option, typed: set[str], workload: Workload) -> list[str]:
+    """Overrides that make the option, beside what was typed."""
+    found = [] if "method" in typed else [f"method={option.method}"]
+    # split=balanced finds the same cuts only for the batch and the memory that it is told of
+    alike = option.fits and workload.accumulate == 1 and not workload.ema and workload.precision != "16-mixed"
+    if option.balanced and option.cuts and alike:
+        found += ["split=balanced", f"split.k={option.modules}"]
+        found += [] if workload.target == "cuda" else [f"split.device={workload.target}"]
+    elif option.cuts and (option.balanced or "split" not in typed):
+        found += ["split=cuts", f"split.cuts=[{','.join(map(str, option.cuts))}]"]
+    if "efficiency" not in typed:
+        found += _efficiency_overrides(option)
+    if not option.fits:
+        windows = -(-workload.batch_size * workload.accumulate // option.largest_batch)
+        found += [f"batch_size={option.largest_batch}", f"optimizer.accumulate={windows}"]
+    return found
+
+
+def _efficiency_overrides(option: Option) -> list[str]:
+    settings = option.settings
+    if option.efficiency == "slices" and settings.recompute == "none":
+        found = ["efficiency=lean"]
+    else:
+        found = [f"efficiency={option.efficiency}"]
+        if settings.blocks is not None:
+            found.append(f"efficiency.blocks=[{','.join(map(str, settings.blocks))}]")
+    if option.efficiency == "slices" and not settings.fused_attention:
+        found.append("efficiency.fused_attention=false")
+    return found
+
+
+def _merged(overrides: Sequence[str], changes: Sequence[str]) -> list[str]:
+    """What was typed, with the changes in place of other values for the same keys."""
+    changed = {change.partition("=")[0] for change in changes}
+
+    def stays(override: str) -> bool:
+        key = override.partition("=")[0]
+        return key not in changed and key.lstrip("+").partition(".")[0] not in changed & {
+            "method",
+            "split",
+            "efficiency",
+        }
+
+    return [*filter(stays, overrides), *changes]
+
+
+def workload_of(config: Config, device: Target) -> Workload:
+    """The run that a configuration describes, without what the planner chooses.
+
+    Raises:
+        UserError: a step whose needs are not known.
+    """
+    datamodule = build_datamodule(config)
+    if config["efficiency"].get("compile"):
+        raise UserError("efficiency.compile=true: what a compiled step needs is not known; plan without it")
+    height, width = datamodule.source.image_shape
+
+    def backbone() -> nn.Module:
+        with torch.device("meta"):
+            return build_model(without_initial_weights(config), datamodule.num_classes)
+
+    return Workload(
+        backbone=backbone,
+        decoder=construct(config["decoder"], "decoder"),
+        batch_size=config["batch_size"],
+        target=device,
+        precision=config["trainer"]["precision"],
+        image_size=config["image_size"],
+        source_bytes=3 * height * width,
+        accumulate=config["optimizer"]["accumulate"],
+        ema=_averages(config, device),
+        soft_labels=_soft_labels(config),
+    )
+
+
+def _soft_labels(config: Config) -> bool:
+    return bool(config["dataset"].get("mixup") or config["dataset"].get("cutmix"))
+
+
+def _averages(config: Config, device: Target) -> bool:
+    """Whether the device holds a moving average of the weights: Lightning keeps it in main memory."""
+    return device == "cpu" and config["callbacks"]["ema"] is not None
+
+
+def _methods(config: Config, overrides: list[str], typed: set[str], compose: Compose) -> dict[str, Method]:
+    if "method" in typed:
+        return {config["method"]["name"]: construct(config["method"], "method")}
+    found: dict[str, Method] = {
+        name: construct(compose([*overrides, f"method={name}"])["method"], "method") for name in METHODS
+    }
+    unfit = _soft_labels(config) or config["batch_size"] < 2
+    return {name: method for name, method in found.items() if not (unfit and method.contrasts)}
+
+
+def _efficiencies(config: Config, typed: set[str], compose: Compose) -> dict[str, Efficiency]:
+    if "efficiency" in typed:
+        return {"as typed": construct(config["efficiency"], "efficiency")}
+    return {
+        name: cast(Efficiency, construct(compose([f"efficiency={name}"])["efficiency"], "efficiency"))
+        for name in EFFICIENCIES
+    }
+
+
+def _confirmed(config: Config, device: Target) -> int:
+    """Peak of a whole step of the configuration, by the learner's own loop on the meta device."""
+    config = check(config)
+    datamodule = build_datamodule(config)
+    with torch.device("meta"):
+        learner = build_learner(without_initial_weights(config), datamodule.num_classes)
+    return step_memory(
+        learner,
+        batch_size=config["batch_size"],
+        image_size=config["image_size"],
+        target=device,
+        precision=config["trainer"]["precision"],
+        source_shape=datamodule.source.image_shape,
+        soft_labels=_soft_labels(config),
+        ema=_averages(config, device),
+    ).peak_bytes

@@ -1,0 +1,100 @@
+"""Class probabilities of your own images: ``localfeat predict run=<folder> images=<folder>``."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+from localfeat.run.arguments import check_output, whole_number
+from localfeat.run.command_line import one_line_errors, parse_arguments
+from localfeat.run.configuration import saved_network
+from localfeat.utils.errors import UserError
+from localfeat.utils.files import failing_in_one_line, whole_file
+
+USAGE = """
+localfeat predict run=<folder> images=<folder> [output=predictions.csv] [checkpoint=best] [batch_size=64]
+
+  run         folder of a finished run
+  images      folder of image files of any size, also in folders below it
+  output      CSV file to write: file, prediction, and the probability of every class
+  checkpoint  best (on validation) or last
+  batch_size  images at a time
+"""
+
+
+def predict(
+    folder: str | Path, images: str | Path, checkpoint: str = "best", batch_size: int = 64
+) -> tuple[list[str], Iterator[tuple[Path, list[float]]]]:
+    """Class names, and for every image file below ``images`` its path and one probability per class.
+
+    The training data are not needed.
+
+    Raises:
+        UserError: no such run or checkpoint, a run that has not ended, no images.
+    """
+    from localfeat.data.files import list_images
+    from localfeat.run.finished import open_learner, read_summary
+
+    folder = Path(folder)
+    config = saved_network(folder)
+    classes = read_summary(folder).get("classes")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{folder / 'summary.json'} is damaged: it does not name the classes")
+    paths = list_images(images)
+    learner = open_learner(folder, config, len(classes), checkpoint)
+
+    def probabilities() -> Iterator[tuple[Path, list[float]]]:
+        import torch
+
+        from localfeat.backbones.timm_models import normalisation_of
+        from localfeat.data.files import image_files_loader
+        from localfeat.data.preparation import Preparation
+
+        mean, std = normalisation_of(learner.backbone)
+        size = config["image_size"]
+        prepare = Preparation(size, "none", False, 0.0, 0.0, len(classes), mean, std)
+        with torch.no_grad():
+            for pixels, positions in image_files_loader(paths, size, batch_size, 0):
+                inputs, _ = prepare(pixels.to(learner.device), positions, training=False)
+                for position, row in zip(positions.tolist(), learner(inputs).softmax(1).tolist(), strict=True):
+                    yield paths[position], row
+
+    return classes, probabilities()
+
+
+def write_csv(file: Path, classes: list[str], rows: Iterator[tuple[Path, list[float]]]) -> int:
+    """Write one line per image; returns how many.
+
+    Raises:
+        RunFailed: it cannot be written.
+    """
+    count = 0
+    with failing_in_one_line(file), whole_file(file) as binary:
+        handle = io.TextIOWrapper(binary, "utf-8", "surrogateescape", newline="", write_through=True)
+        writer = csv.writer(handle)
+        writer.writerow(["file", "prediction", *classes])
+        for path, row in rows:
+            writer.writerow([path, classes[row.index(max(row))], *(f"{value:.6f}" for value in row)])
+            count += 1
+        handle.detach()
+    return count
+
+
+def main() -> None:
+    """The command line."""
+    with one_line_errors():
+        defaults = {"run": ..., "images": ..., "output": "predictions.csv", "checkpoint": "best", "batch_size": "64"}
+        arguments = parse_arguments(USAGE, defaults)
+        if empty := [key for key, value in arguments.items() if value == ""]:
+            raise UserError(f"{empty[0]}= is empty: give a value")
+        batch_size = whole_number("batch_size", arguments["batch_size"], least=1)
+        output = check_output("output", arguments["output"])
+        classes, rows = predict(arguments["run"], arguments["images"], arguments["checkpoint"], batch_size)
+        count = write_csv(output, classes, rows)
+        print(f"{count} images -> {output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""One run from beginning to end: build, fit, test, and leave a folder that says everything about it."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import random
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from omegaconf import OmegaConf
+
+from localfeat.backbones.timm_models import model_name
+from localfeat.data import ImageDataModule
+from localfeat.learner.module import Learner
+from localfeat.run import wandb_results
+from localfeat.run.build import (
+    Config,
+    build_callbacks,
+    build_datamodule,
+    build_learner,
+    build_loggers,
+    build_trainer,
+    check,
+    without_initial_weights,
+)
+from localfeat.run.callbacks.batches import StopOnSignal, Throughput
+from localfeat.run.callbacks.peak_memory import PeakMemory
+from localfeat.run.checkpoints.callbacks import BestCheckpoint
+from localfeat.run.checkpoints.files import WholeCheckpointIO, read_checkpoint, remove_previous
+from localfeat.run.configuration import typed_overrides
+from localfeat.run.console import final_table
+from localfeat.run.export import export_backbone
+from localfeat.run.figures import learning_curves, reconstruction_grid
+from localfeat.run.folder import BEST, CHECKPOINTS, CONFIG, LAST, SUMMARY, left_to_go_on
+from localfeat.run.loggers import wandb_service
+from localfeat.run.signals import StopRequest
+from localfeat.run.summary import RunSummary, environment, write_summary
+from localfeat.run.taking_over import check_folder, take_over
+from localfeat.utils.errors import RunFailed, Stopped, UserError
+from localfeat.utils.files import failing_in_one_line, write_whole
+from localfeat.utils.locks import check_free, sole_run
+
+_C = TypeVar("_C", bound=Callback)
+
+
+def train(
+    config: Config, folder: Path, *, resume: bool, notes: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Run ``config`` (plain values, all resolved) in ``folder``; returns what summary.json holds.
+
+    SIGINT, SIGTERM, SIGUSR1 and SIGHUP end it: while it trains, when the batch under way is in ``last.ckpt``.
+
+    Args:
+        resume: go on with the run in ``folder`` from its newest sound checkpoint, or from its beginning if it was cut
+            short before the first one.
+        notes: files to write when a new run has its folder for itself, name -> text.
+
+    Raises:
+        UserError: before anything is trained or overwritten, if the configuration cannot be, or if ``folder`` holds
+            a run already.
+        RunFailed: something around the run is not as it should be, like a full disk.
+        Stopped: by a signal.
+    """
+    _quiet()
+    config = check(config)
+    stop = StopRequest()
+    with stop.listening(), _clean_process(config["seed"]):
+        return _train(config, folder, stop, {} if resume else notes, resume=resume)
+
+
+def _train(
+    config: Config, folder: Path, stop: StopRequest, notes: Mapping[str, str], *, resume: bool
+) -> dict[str, Any]:
+    surroundings = environment()  # now: a commit made while the run trains is not what ran
+    check_free(folder)
+    check_folder(folder, resume=resume)
+    datamodule = build_datamodule(config)
+    trainer = _trainer(config, folder, datamodule, stop)
+    goes_on = resume and left_to_go_on(folder)  # its weights come from there: nothing to download for it
+    learner = build_learner(without_initial_weights(config) if goes_on else config, datamodule.num_classes)
+    datamodule.prepare_data()  # last: what is to be refused should not wait for a download
+    datamodule.setup("fit")
+    _check_shares(config, datamodule)
+    with ExitStack() as stack:
+        with failing_in_one_line(folder):
+            stack.enter_context(sole_run(folder))
+            checkpoint = take_over(folder, trainer, resume=resume)
+        found = _with_cuts(config, learner)
+        wandb_results.begin(trainer.loggers, found, learner, folder, resume=resume)
+        for name, text in {**notes, CONFIG: OmegaConf.to_yaml(OmegaConf.create(found))}.items():
+            with failing_in_one_line(folder / name):
+                write_whole(folder / name, text.encode())
+        _fit(trainer, learner, datamodule, checkpoint, stop)
+        best = _load_best(learner, folder, trainer)
+        summary = _summarise(config, folder, trainer, learner, best, surroundings)
+        if config.get("test", True):  # runs of earlier versions do not have the key
+            summary.test_accuracy = trainer.test(learner, datamodule=datamodule, verbose=False)[0]["test/accuracy"]
+        summary.classes = datamodule.class_names
+        return _write(config, folder, summary, trainer, learner, datamodule)
+
+
+def _fit(
+    trainer: lightning.Trainer,
+    learner: Learner,
+    datamodule: ImageDataModule,
+    checkpoint: Path | None,
+    stop: StopRequest,
+) -> None:
+    """Train until the end, or until a signal.
+
+    Raises:
+        UserError: also for a checkpoint that is sound and not this run's.
+    """
+    try:
+        trainer.fit(learner, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    except (UserError, RunFailed, OSError):
+        raise
+    except Exception as error:
+        if checkpoint is None or _callback(trainer, StopOnSignal).began:
+            raise
+        line = str(error).strip().splitlines() or [""]
+        raise UserError(f"{checkpoint} does not fit this run ({type(error).__name__}: {line[0]})") from error
+    if (signum := stop()) is not None:  # it came after the last batch
+        raise Stopped(signum)
+
+
+def _with_cuts(config: Config, learner: Learner) -> Config:
+    """The configuration with the cuts that a search has found, so that nobody has to search again."""
+    if "k" not in config["split"]:
+        return config
+    cuts = list(accumulate(learner.blocks_per_module))[:-1]
+    return {**config, "split": {"_target_": "localfeat.Split", "cuts": cuts}}
+
+
+def _check_shares(config: Config, datamodule: ImageDataModule) -> None:
+    """Refuse a share of the batches that is less than one; of the test batches Lightning says so after training."""
+    loaders = {
+        "train": datamodule.train_dataloader,
+        "val": datamodule.val_dataloader,
+        "test": datamodule.test_dataloader,
+    }
+    for split, loader in loaders.items():
+        share = config["trainer"].get(f"limit_{split}_batches")
+        if isinstance(share, float) and share < 1 and int(share * len(loader())) < 1 <= len(loader()):
+            raise UserError(f"trainer.limit_{split}_batches={share}: less than one of {len(loader())} batches")
+
+
+def _quiet() -> None:
+    """Leave out what libraries say that a user of localfeat can do nothing about."""
+    for name in ("lightning.pytorch", "timm"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        "You're resuming from a checkpoint that ended before the epoch ended",
+        ".*does not have many workers",
+        "Checkpoint directory .* exists and is not empty",
+        ".*smaller than the logging interval",
+        "Found .* module.* in eval mode",
+        ".*isinstance.treespec, LeafSpec..*",
+        "Total length of .list. across ranks is zero",  # no validation
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+@contextmanager
+def _clean_process(seed: int) -> Iterator[None]:
+    """Seed everything, and leave nothing behind for the next job of a sweep in this process."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    environment = dict(os.environ)
+    exit_code = 0
+    try:
+        yield
+    except BaseException as error:
+        exit_code = 128 + error.signum if isinstance(error, Stopped) else 1
+        raise
+    finally:
+        if "wandb" in sys.modules:
+            wandb_service.finish(exit_code)
+        for name in os.environ.keys() - environment.keys():  # Lightning sets one for deterministic runs
+            del os.environ[name]
+        os.environ.update(environment)
+        torch.use_deterministic_algorithms(False)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _trainer(config: Config, folder: Path, datamodule: ImageDataModule, stop: StopRequest) -> lightning.Trainer:
+    validates = datamodule.source.has_validation() or datamodule.val_fraction > 0
+    loggers = build_loggers(config, folder, _names(config, folder))
+    callbacks = build_callbacks(config["seed"], folder, validates, stop, **config["callbacks"])
+    return build_trainer(
+        **config["trainer"],
+        max_epochs=config["epochs"],
+        default_root_dir=folder,
+        callbacks=[*wandb_results.callbacks(loggers), *callbacks],
+        logger=loggers,
+        plugins=[WholeCheckpointIO()],
+        enable_progress_bar=config["callbacks"]["progress_bar"],
+    )
+
+
+def _names(config: Config, folder: Path) -> dict[str, str | None]:
+    """What a W&B run is called unless the user says so; the jobs of a sweep lie beside each other and share a group."""
+    split = config["split"]
+    modules = split.get("modules") or split.get("k")
+    cut = f"k{modules}" if modules else "cuts"
+    dataset, method = config["dataset"]["source"], config["method"]["name"]
+    in_sweep = folder.name.isdigit()
+    return {
+        "name": f"{dataset}-{method}-{cut}-seed{config['seed']}",
+        "group": f"{folder.parent.parent.name}_{folder.parent.name}" if in_sweep else None,
+    }
+
+
+def _load_best(learner: Learner, folder: Path, trainer: lightning.Trainer) -> BestCheckpoint | None:
+    """Put the weights into ``learner`` that were best on validation, else the last ones; returns who knows the best."""
+    known = [c for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint) and c.score is not None]
+    best = known[0] if known else None
+    file = folder / CHECKPOINTS / (LAST if best is None else BEST)
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: nothing was trained")
+    learner.load_state_dict(read_checkpoint(file)["state_dict"])
+    return best
+
+
+def _callback(trainer: lightning.Trainer, kind: type[_C]) -> _C:
+    return next(c for c in trainer.callbacks if isinstance(c, kind))  # type: ignore[attr-defined]
+
+
+def _summarise(
+    config: Config,
+    folder: Path,
+    trainer: lightning.Trainer,
+    learner: Learner,
+    best: BestCheckpoint | None,
+    surroundings: dict[str, Any],
+) -> RunSummary:
+    speed, memory = _callback(trainer, Throughput), _callback(trainer, PeakMemory)
+    backbone = config["backbone"]
+    losses = {name: value for name, value in learner.epoch_means.items() if name.startswith("train/module_")}
+    return RunSummary(
+        method=learner.method.name,
+        dataset=config["dataset"]["source"],
+        backbone=model_name(backbone["name"], config["image_size"], backbone["variants"]),
+        split=learner.blocks_per_module,
+        decoder=config["decoder"]["_target_"].rsplit(".", 1)[-1] if learner.method.target else None,
+        seed=config["seed"],
+        epochs=trainer.current_epoch,
+        batch_size=config["batch_size"],
+        precision=config["trainer"]["precision"],
+        val_accuracy=None if best is None else best.score,
+        best_epoch=None if best is None else best.epoch,
+        images_per_second=speed.images_per_second,
+        peak_memory_bytes=memory.peak_bytes,
+        peak_memory_source=memory.source,
+        peak_reserved_bytes=memory.reserved_bytes,
+        module_peak_memory_bytes=memory.module_peak_bytes,
+        seconds=speed.seconds,
+        parameters=learner.parameter_counts(),
+        module_losses={name.removeprefix("train/"): value for name, value in losses.items()},
+        skipped_steps=learner.skipped_steps,
+        scaler_skips=learner.scaler_skips,
+        overrides=typed_overrides(folder),
+        **surroundings,
+    )
+
+
+def _write(
+    config: Config,
+    folder: Path,
+    summary: RunSummary,
+    trainer: lightning.Trainer,
+    learner: Learner,
+    datamodule: ImageDataModule,
+) -> dict[str, Any]:
+    """The run's files, the table on the terminal, and the same for W&B."""
+    learner.eval()
+    export = folder / "backbone.safetensors"
+    with failing_in_one_line(export):
+        export_backbone(learner.backbone, export, arguments=config["backbone"]["arguments"])
+    images = {"learning_curves": folder / "learning_curves.png"}
+    learning_curves(folder / "metrics.csv", images["learning_curves"])
+    reconstructions, pixels = wandb_results.reconstructed(learner, datamodule)
+    if reconstructions:
+        images["reconstructions"] = folder / "reconstructions.png"
+        reconstruction_grid(reconstructions, pixels, images["reconstructions"])
+    with failing_in_one_line(folder / SUMMARY):
+        write_summary(folder / SUMMARY, summary)
+    remove_previous(folder)
+    wandb_results.end(trainer.loggers, summary, images, reconstructions)
+    final_table(summary, folder)
+    return summary.to_dict()

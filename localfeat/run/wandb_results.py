@@ -1,0 +1,179 @@
+"""What a training run tells Weights & Biases beside its metrics: configuration, tables, pictures, summary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from PIL.Image import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+
+from localfeat.backbones.timm_models import model_name
+from localfeat.data import ImageDataModule
+from localfeat.learner.module import Learner
+from localfeat.run.callbacks.peak_memory import GIB
+from localfeat.run.figures import Reconstructed, as_pixels
+from localfeat.run.loggers.wandb_logger import RunLogger, log_images
+from localfeat.run.summary import RunSummary, environment
+
+SHOWN = 8  # images of a picture
+SMALLEST = 64  # side of an image in a picture, in pixels: feature maps are enlarged
+
+Table = tuple[list[str], list[list[Any]]]
+"""Columns and rows."""
+
+
+def begin(loggers: Iterable[Logger], config: dict[str, Any], learner: Learner, folder: Path, *, resume: bool) -> None:
+    """Tell loggers the configuration, for which W&B's run is started.
+
+    Raises:
+        UserError: see :meth:`RunLogger.begin`.
+    """
+    for logger in loggers:
+        if not isinstance(logger, RunLogger):
+            logger.log_hyperparams(config)
+            continue
+        network = network_of(config, learner)
+        tags = [learner.method.name, config["dataset"]["source"], network["model"], f"k{network['modules']}"]
+        logger.begin(folder, resume=resume, tags=tags)
+        logger.log_hyperparams({**config, "network": network, "environment": environment(), "folder": str(folder)})
+
+
+def network_of(config: dict[str, Any], learner: Learner) -> dict[str, Any]:
+    """What follows from the configuration and is worth sorting runs by: model, modules, blocks, parameters."""
+    backbone = config["backbone"]
+    return {
+        "model": model_name(backbone["name"], config["image_size"], backbone["variants"]),
+        "modules": len(learner.blocks_per_module),
+        "blocks_per_module": learner.blocks_per_module,
+        "parameters": learner.parameter_counts(),
+    }
+
+
+def end(
+    loggers: Iterable[Logger],
+    summary: RunSummary,
+    images: Mapping[str, Path],
+    reconstructions: Sequence[Reconstructed],
+) -> None:
+    """The results of a finished run: what summary.json holds, two tables, the pictures."""
+    for logger in loggers:
+        if isinstance(logger, RunLogger):
+            logger.attempt(partial(_tell, logger, summary, images, reconstructions))
+
+
+def _tell(
+    logger: RunLogger,
+    summary: RunSummary,
+    images: Mapping[str, Path],
+    reconstructions: Sequence[Reconstructed],
+    run: Any,
+) -> None:
+    run.summary.update(summary.to_dict())
+    logger.log_table("modules", *modules_table(summary))
+    logger.log_table("results", *results_table(summary))
+    log_images(logger, images)
+    log_reconstructions(logger, reconstructions)
+
+
+def modules_table(summary: RunSummary) -> Table:
+    """A row for each local module; losses are means over the last epoch, None where a module has no such term."""
+    terms = sorted({name.partition("/")[2] for name in summary.module_losses}, key=lambda term: (term != "loss", term))
+    columns = ["module", "first_block", "last_block", "parameters", "peak_memory_gib", *terms]
+    ends = list(accumulate(summary.split))
+    rows = []
+    for number, (blocks, end) in enumerate(zip(summary.split, ends, strict=True), start=1):
+        name = f"module_{number}"
+        losses = [summary.module_losses.get(f"{name}/{term}") for term in terms]
+        peak = summary.module_peak_memory_bytes.get(name)
+        parameters = summary.parameters[name]
+        rows.append([number, end - blocks + 1, end, parameters, None if peak is None else peak / GIB, *losses])
+    return columns, rows
+
+
+RESULTS = (
+    "method",
+    "dataset",
+    "backbone",
+    "decoder",
+    "seed",
+    "epochs",
+    "test_accuracy",
+    "val_accuracy",
+    "best_epoch",
+    "images_per_second",
+    "seconds",
+)
+
+
+def results_table(summary: RunSummary) -> Table:
+    """One row, so that the tables of many runs make one."""
+    values = {name: getattr(summary, name) for name in RESULTS}
+    values["modules"] = len(summary.split)
+    peak = summary.peak_memory_bytes
+    values["peak_memory_gib"] = None if peak is None else peak / GIB
+    values |= {f"parameters_{part}": summary.parameters[part] for part in ("backbone", "auxiliary")}
+    return list(values), [list(values.values())]
+
+
+def reconstructed(learner: Learner, datamodule: ImageDataModule) -> tuple[list[Any], Tensor]:
+    """What the decoders make of some validation images (training images without validation), and these images.
+
+    Never test images. The pixels (B, 3, H, W) lie in [0, 1].
+    """
+    split = "train" if datamodule.val_dataloader() == [] else "val"
+    images, labels = next(iter(datamodule.ordered_loader(split)))
+    pixels, _ = datamodule.prepare(images[:SHOWN].to(learner.device), labels[:SHOWN], training=False)
+    return learner.reconstruct(pixels), images[:SHOWN].float() / 255
+
+
+def log_reconstructions(logger: RunLogger, found: Sequence[Reconstructed], step: int | None = None) -> None:
+    """One picture for each module that reconstructs: ``reconstructions/module_<i>``."""
+    import wandb
+
+    for entry in found:
+        shape = "×".join(map(str, entry.target.shape[1:]))
+        what = "the image" if entry.kind == "image" else "its input features (three principal components)"
+        caption = f"module {entry.module} reconstructs {what}, {shape}: target above, reconstruction below"
+        name = f"reconstructions/module_{entry.module}"
+        logger.log_metrics({name: wandb.Image(picture(entry), caption=caption)}, step)
+
+
+def picture(entry: Reconstructed) -> Image:
+    """Targets in the first row, reconstructions below, enlarged without smoothing."""
+    target, output = as_pixels(entry, SHOWN)
+    factor = max(1, -(-SMALLEST // target.shape[-1]))
+    both = interpolate(torch.cat([target, output]), scale_factor=factor)
+    return to_pil_image(make_grid(both, nrow=len(target)))
+
+
+class LogReconstructions(Callback):
+    """Logs reconstructions after validation in every n-th epoch. Changes nothing of the training."""
+
+    def __init__(self, logger: RunLogger, every: int) -> None:
+        self.logger, self.every = logger, every
+
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Before PeakMemory looks again: what this takes is no part of the training."""
+        if not trainer.sanity_checking and (trainer.current_epoch + 1) % self.every == 0:
+            assert isinstance(pl_module, Learner)
+            found, _ = reconstructed(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+            step = trainer.global_step - 1
+            self.logger.attempt(lambda _: log_reconstructions(self.logger, found, step))
+
+
+def callbacks(loggers: Iterable[Logger]) -> Iterator[Callback]:
+    """What loggers want to see during training."""
+    for logger in loggers:
+        if isinstance(logger, RunLogger) and logger.reconstructions_every_n_epochs:
+            yield LogReconstructions(logger, logger.reconstructions_every_n_epochs)

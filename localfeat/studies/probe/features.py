@@ -1,0 +1,136 @@
+"""A run's network opened block by block, and the spatial means of what its blocks put out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from localfeat.backbones.decompose import Decomposition, decompose
+from localfeat.backbones.timm_models import image_size_of
+from localfeat.data import ImageDataModule
+from localfeat.data.labelled import BatchLoader, LabelledImages, batch_loader
+from localfeat.learner.module import Learner
+from localfeat.run.build import Config, build_datamodule
+from localfeat.run.configuration import saved_network
+from localfeat.run.finished import open_learner
+from localfeat.utils.errors import UserError
+
+SAMPLE_SEED = 0
+"""Which images are taken does not depend on the run, so that runs on the same split are measured on the same ones."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the network features were taken: after a block, or at the patch embeddings (``block`` is None)."""
+
+    block: int | None
+    """Counted from 0."""
+    module: int
+    """The local module that it belongs to, counted from 1."""
+    channels: int
+    ends_module: bool
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of N images: ``means[i]`` (N, C_i) at the i-th place, all on the CPU."""
+
+    means: list[Tensor]
+    labels: Tensor  # (N,)
+    predictions: Tensor  # (N,), of the network's own classifier
+
+
+@dataclass(frozen=True)
+class Network:
+    """A run's network in evaluation mode, with the data it was trained on."""
+
+    folder: Path
+    config: Config
+    datamodule: ImageDataModule
+    learner: Learner
+    pieces: Decomposition
+
+    @property
+    def name(self) -> str:
+        return self.learner.method.name
+
+    @property
+    def places(self) -> list[Place]:
+        """Patch embeddings first, then every block."""
+        ends = list(accumulate(self.learner.blocks_per_module))
+        found = [Place(None, 1, self.pieces.shapes[0].channels, False)]
+        for block, shape in enumerate(self.pieces.shapes[1:]):
+            module = 1 + sum(end <= block for end in ends)
+            found.append(Place(block, module, shape.channels, block + 1 in ends))
+        return found
+
+    @torch.no_grad()
+    def features(self, loader: BatchLoader) -> Features:
+        """One pass over ``loader``: images resized and normalised as the run did, not augmented, in float32.
+
+        Raises:
+            UserError: features that are not finite.
+        """
+        means: list[list[Tensor]] = []
+        labels, predictions = [], []
+        for images, truth in loader:
+            device = self.learner.device
+            inputs, _ = self.datamodule.prepare(images.to(device), truth.to(device), training=False)
+            taken, logits = self._through(inputs)
+            means.append(taken)
+            labels.append(truth)
+            predictions.append(logits.argmax(1).cpu())
+        joined = [torch.cat(parts) for parts in zip(*means, strict=True)]
+        self._check_finite(joined)
+        return Features(joined, torch.cat(labels), torch.cat(predictions))
+
+    def _through(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Means over space at every place, of patch tokens only, and the logits."""
+        x = self.pieces.stem(images)
+        taken = [self._mean(x, 0)]
+        for number, block in enumerate(self.pieces.blocks, start=1):
+            x = block(x)
+            taken.append(self._mean(x, number))
+        return taken, self.pieces.tail(x)
+
+    def _mean(self, x: Tensor, place: int) -> Tensor:
+        return self.pieces.shapes[place].to_nchw(x).mean((2, 3)).cpu()  # (B, C)
+
+    def _check_finite(self, means: list[Tensor]) -> None:
+        for number, values in enumerate(means):
+            if not values.isfinite().all():
+                where = f"block {number}" if number else "the patch embeddings"
+                raise UserError(f"{self.folder}: the features of {where} are not finite, the training has diverged")
+
+
+def open_network(folder: Path, checkpoint: str, root: str | Path | None) -> Network:
+    """The network of the run in ``folder``; ``root`` is where its dataset lies if that has moved.
+
+    Raises:
+        UserError: no such run or checkpoint, or data that are not there.
+    """
+    config = saved_network(folder)
+    if root is not None:
+        config["dataset"]["root"] = str(root)
+    datamodule = build_datamodule(config)
+    learner = open_learner(folder, config, datamodule.num_classes, checkpoint)
+    pieces = decompose(learner.backbone, image_size_of(learner.backbone, config["image_size"]))
+    return Network(folder, config, datamodule, learner, pieces)
+
+
+def sample(datamodule: ImageDataModule, split: str, count: int) -> BatchLoader:
+    """``count`` random images of a split in a fixed order, all of them if there are less; nothing is augmented.
+
+    Raises:
+        UserError: no such split.
+    """
+    everything = datamodule.ordered_loader(split)
+    images = cast(LabelledImages, everything.dataset)
+    generator = torch.Generator().manual_seed(SAMPLE_SEED)
+    chosen = torch.randperm(len(images), generator=generator)[:count].sort().values
+    return batch_loader(images.subset(chosen), everything.num_workers, batch_size=datamodule.eval_batch_size)

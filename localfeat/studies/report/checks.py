@@ -1,0 +1,81 @@
+"""What a report needs of a run's files. Versions of localfeat differ in what they write, and files get damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Kinds = Mapping[str, type | tuple[type, ...]]
+
+NUMBER = (int, float)
+CONFIG: Kinds = {
+    "seed": int,
+    "batch_size": int,
+    "image_size": int,
+    "epochs": int,
+    "dataset.source": str,
+    "method.name": str,
+}
+SUMMARY: Kinds = {
+    "method": str,
+    "dataset": str,
+    "backbone": str,
+    "split": list,
+    "seed": int,
+    "epochs": int,
+    "parameters.backbone": int,
+    "parameters.auxiliary": int,
+    "parameters.total": int,
+    "versions": Mapping,
+    "hardware": Mapping,
+}
+OPTIONAL: Kinds = {
+    "test_accuracy": NUMBER,
+    "val_accuracy": NUMBER,
+    "peak_memory_bytes": int,
+    "images_per_second": NUMBER,
+    "classes": list,
+    "commit": Mapping,
+    "overrides": list,
+}
+"""Of summary.json; they may be left out or null."""
+
+
+def complaint(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str | None:
+    """What is missing or of another kind in config.yaml and summary.json, in words; None where all is well."""
+    found = [("summary.json", key, _at(summary, key), kind) for key, kind in SUMMARY.items()]
+    found += [("config.yaml", key, _at(config, key), kind) for key, kind in CONFIG.items()]
+    if lost := [key for _, key, value, _ in found if value is None]:
+        return f"it has no {', '.join(dict.fromkeys(lost))}"
+    found += [("summary.json", key, summary.get(key), kind) for key, kind in OPTIONAL.items()]
+    found += [("summary.json", "commit.id", _at(summary, "commit.id"), str)] if summary.get("commit") else []
+    wrong = [f"{file} says {key}: {value}" for file, key, value, kind in found if not _fits(value, kind, key)]
+    return wrong[0] if wrong else None
+
+
+def _fits(value: Any, kind: type | tuple[type, ...], key: str) -> bool:
+    if value is None:
+        return key in OPTIONAL
+    if isinstance(value, list):  # numbers of blocks, names of classes, overrides
+        parts: type = int if key == "split" else str
+        return kind is list and all(isinstance(part, parts) for part in value)
+    return isinstance(value, kind) and value == value  # NaN is not itself
+
+
+def _at(found: Any, key: str) -> Any:
+    """What stands at a dotted key; None if nothing does."""
+    for name in key.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def is_inspection(found: Mapping[str, Any]) -> bool:
+    """Whether this is what ``localfeat probe`` writes, as far as reports read it."""
+    blocks = found.get("blocks")
+    return isinstance(blocks, Sequence) and bool(blocks) and all(map(_is_block, blocks))
+
+
+def _is_block(block: Any) -> bool:
+    place = _at(block, "block")
+    probes = [_at(block, name) for name in ("linear_probe", "knn")]
+    return (isinstance(place, int) or place == "embedding") and all(isinstance(probe, NUMBER) for probe in probes)

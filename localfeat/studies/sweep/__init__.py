@@ -1,0 +1,1 @@
+"""Studies: what their files say, and how their jobs are run."""

@@ -1,0 +1,115 @@
+"""A study without running it: every job with its state, predicted memory and estimated time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from localfeat.run.build import Config
+from localfeat.studies.sweep.estimate import Costs, Finished, Speeds, cheapest, checked, images_to_train, target
+from localfeat.studies.sweep.folder import State, StudyFolder
+from localfeat.studies.sweep.measure import device_of, images_per_second
+from localfeat.studies.sweep.progress import duration
+from localfeat.studies.sweep.study import Job, Study
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Row:
+    """A job of the table.
+
+    Attributes:
+        peak_bytes: predicted; None where it is not known.
+        seconds: estimated for the training, of a finished job as it was; None where it is not known.
+        basis: of the seconds, in words.
+    """
+
+    job: Job
+    state: State
+    peak_bytes: int | None
+    seconds: float | None
+    basis: str | None
+
+
+def rows(jobs: Sequence[Job], configs: Sequence[Config], folder: StudyFolder, speed: float | None) -> list[Row]:
+    """The table's rows, in the order of the jobs.
+
+    Args:
+        configs: of the jobs, resolved.
+        speed: images per second of end-to-end training with the reference backbone (``cheapest``), if known.
+    """
+    costs, configs = Costs(), checked(configs)
+    states = [folder.state(job.name) for job in jobs]
+    figures = [_finished(folder.summary(job.name)) if folder.left(job.name) == "finished" else None for job in jobs]
+    known = [(config, run) for config, run in zip(configs, figures, strict=True) if run is not None]
+    speeds = Speeds(costs, known, speed, images_per_second, cheapest(configs, costs))
+    found = []
+    for job, config, state, run in zip(jobs, configs, states, figures, strict=True):
+        predicted = costs.of(config)
+        seconds, basis = (run.seconds, "measured") if run else _estimate(config, speeds)
+        found.append(Row(job, state, predicted and predicted[0], seconds, basis))
+    return found
+
+
+def _estimate(config: Config, speeds: Speeds) -> tuple[float | None, str | None]:
+    images, speed = images_to_train(config), speeds.of(config)
+    return (None, None) if images is None or speed is None else (images / speed[0], speed[1])
+
+
+def _finished(summary: Mapping[str, Any]) -> Finished | None:
+    speed, seconds = summary.get("images_per_second"), summary.get("seconds")
+    return Finished(speed, seconds) if speed and seconds else None
+
+
+def show(
+    study: Study, jobs: Sequence[Job], configs: Sequence[Config], folder: StudyFolder, speed: float | None
+) -> None:
+    """Print the table, its totals and what the times are based on."""
+    found = rows(jobs, configs, folder, speed)
+    print(f"{study.name}: {study.question}\n")
+    print(f"{'state':<10}  {'peak GiB':>8}  {'time':>10}  command")
+    for row in found:
+        peak = "–" if row.peak_bytes is None else f"{row.peak_bytes / GIB:.2f}"
+        time = "–" if row.seconds is None else duration(row.seconds)
+        print(f"{row.state:<10}  {peak:>8}  {time:>10}  {row.job.command}")
+    print(f"\n{totals(found)}")
+    print("\n".join(_notes(found, list(configs))))
+
+
+def totals(found: Sequence[Row]) -> str:
+    """One line: jobs by state, time of all and of those that are not finished, one after the other; largest peak."""
+    states = Counter(row.state for row in found)
+    counted = ", ".join(f"{states[state]} {state}" for state in ("new", "unfinished", "running", "finished"))
+    whole = sum(row.seconds or 0 for row in found)
+    left = sum(row.seconds or 0 for row in found if row.state != "finished")
+    peaks = [row.peak_bytes for row in found if row.peak_bytes is not None]
+    largest = f"; largest peak {max(peaks) / GIB:.2f} GiB" if peaks else ""
+    return f"{len(found)} jobs ({counted}): {duration(whole)} one after the other, {duration(left)} left{largest}"
+
+
+def _notes(found: Sequence[Row], configs: Sequence[Config]) -> list[str]:
+    """What the figures are and are not."""
+    devices = " and ".join(sorted({target(config) for config in configs}))
+    lines = [f"peak: of a training step, predicted for {devices}, without what libraries take for themselves"]
+    lines += [
+        f"time: {count} jobs {_BASES[basis].format(device=device_of(configs[0]))}"
+        for basis, count in Counter(row.basis for row in found if row.basis).items()
+    ]
+    lines.append("time: images × epochs ÷ images per second; validation and waiting for data come on top")
+    if unknown := sum(row.seconds is None for row in found):
+        lines.append(f"time: not known for {unknown} jobs (torch.compile, or data that would have to be read)")
+    return lines
+
+
+_SCALED = "scaled by the predicted cost of a step (other backbones: by their work)"
+_BASES = {
+    "measured": "as they took (finished jobs, validation included)",
+    "finished jobs": "by the speed of finished jobs with the same settings",
+    "finished jobs of the same backbone": f"by the speed of finished jobs with the same backbone, {_SCALED}",
+    "speed=": f"by speed= for end-to-end training of the smallest backbone, {_SCALED}",
+    "measured here": "by a few end-to-end steps of the smallest backbone measured on this machine ({device}), "
+    f"{_SCALED}; speed=<images/s> says what another machine does",
+}

@@ -1,0 +1,149 @@
+"""The folder of a study on disk: a folder for every job, the jobs' logs and locks, and ``study.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from localfeat.run.folder import has_ended, left_to_go_on
+from localfeat.run.resume import OF_OWN_IMAGES, is_neutral
+from localfeat.studies.sweep.study import Job, Study, read_grid
+from localfeat.utils.errors import UserError
+from localfeat.utils.files import write_whole
+from localfeat.utils.locks import is_locked, try_lock
+
+State = Literal["new", "unfinished", "finished", "running"]
+
+
+class StudyFolder:
+    """Where the runs of a study lie: ``<path>/<job>/``, their output in ``<path>/logs/<job>.log``.
+
+    Args:
+        path: of the folder, which need not exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+        self.logs = self.path / "logs"
+
+    def run(self, name: str) -> Path:
+        """Folder of a job's run."""
+        return self.path / name
+
+    def log(self, name: str) -> Path:
+        """What a job has printed, all attempts one after the other."""
+        return self.logs / f"{name}.log"
+
+    def state(self, name: str) -> State:
+        """What there is of a job; one that another process trains is running, whatever lies in its folder."""
+        return "running" if self.is_locked(name) else self.left(name)
+
+    def left(self, name: str) -> Literal["new", "unfinished", "finished"]:
+        """What the job's processes have left: its summary, or a checkpoint to go on from, or nothing of use."""
+        if has_ended(self.run(name)):
+            return "finished"
+        return "unfinished" if left_to_go_on(self.run(name)) else "new"
+
+    def lock(self, name: str) -> int | None:
+        """A file descriptor that keeps every other process from the job while it is open; None if one has it.
+
+        A child process that inherits it holds the lock too, also after its parent's death.
+        """
+        self.logs.mkdir(parents=True, exist_ok=True)
+        return try_lock(self.logs / f"{name}.lock")
+
+    def is_locked(self, name: str) -> bool:
+        """Whether a process trains this job now."""
+        return is_locked(self.logs / f"{name}.lock")
+
+    def check(self, jobs: Iterable[Job]) -> None:
+        """Refuse jobs whose folders hold something else.
+
+        Raises:
+            UserError: a folder with a run by other overrides, one that does not say by which, a damaged summary.
+        """
+        for job in jobs:
+            folder = self.run(job.name)
+            if self.left(job.name) == "finished":
+                self.summary(job.name)
+            if self.left(job.name) != "new" and (found := _difference(_recorded(folder), job.overrides)):
+                raise UserError(
+                    f"{folder} holds a run of another configuration ({found}); "
+                    "give the study another folder=<folder>, or move this one away"
+                )
+
+    def seconds(self, names: Iterable[str]) -> list[float]:
+        """How long finished jobs trained."""
+        found = [self.summary(name).get("seconds") for name in names]
+        return [seconds for seconds in found if seconds is not None]
+
+    def summary(self, name: str) -> dict[str, Any]:
+        """What a finished job's summary.json holds.
+
+        Raises:
+            UserError: a damaged file.
+        """
+        file = self.run(name) / "summary.json"
+        try:
+            found = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be read ({error}); without it the job goes on or begins anew") from error
+        if not isinstance(found, dict):
+            raise UserError(f"{file} holds no summary; without it the job goes on or begins anew")
+        return found
+
+    def write_study(self, study: Study, jobs: Sequence[Job]) -> None:
+        """Write ``study.json``; jobs of earlier sweeps stay in it if there are runs of them.
+
+        Raises:
+            UserError: a folder that cannot be written to.
+        """
+        now = [job.to_dict() for job in jobs]
+        names = {job.name for job in jobs}
+        earlier = [job for job in self._noted() if job["name"] not in names and self.run(job["name"]).is_dir()]
+        content = {"name": study.name, "question": study.question, "jobs": [*now, *earlier]}
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path / "study.json", text.encode())
+        except OSError as error:
+            raise UserError(f"folder={self.path} cannot be written to ({error.strerror})") from error
+
+    def _noted(self) -> list[dict[str, Any]]:
+        try:
+            found: list[dict[str, Any]] = json.loads((self.path / "study.json").read_text())["jobs"]
+            return [job for job in found if isinstance(job["name"], str)]
+        except (OSError, ValueError, KeyError, TypeError):  # none yet, or not one of ours
+            return []
+
+
+def _recorded(folder: Path) -> list[str] | None:
+    """What the run was begun by; None if it does not say."""
+    from localfeat.run.configuration import typed_overrides
+
+    file = folder / ".hydra" / "overrides.yaml"
+    if not file.is_file():
+        return None
+    try:
+        return typed_overrides(folder)
+    except Exception as error:  # of YAML's reader, OmegaConf or the file system
+        raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]})") from error
+
+
+def _difference(recorded: Sequence[str] | None, asked: Sequence[str]) -> str | None:
+    """The first difference that matters, in words."""
+    if recorded is None:
+        return "it has no .hydra/overrides.yaml"
+    had, has = _values(recorded), _values(asked)
+    for key in {**has, **had}:
+        if had.get(key) != has.get(key):
+            return f"{had.get(key) or f'no {key}'}, now {has.get(key) or f'no {key}'}"
+    return None
+
+
+def _values(overrides: Sequence[str]) -> dict[str, str]:
+    grid = {key: values[0].lstrip("+") for key, values in read_grid(overrides).items()}
+    own = OF_OWN_IMAGES if grid.get("dataset") == "dataset=image_folder" else ()
+    return {key: value for key, value in grid.items() if key in own or not is_neutral(key)}

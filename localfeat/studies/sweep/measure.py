@@ -1,0 +1,57 @@
+"""How fast this machine trains a network end to end, from a few real steps on noise."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import nn
+
+from localfeat.run.build import Config, build_datamodule, build_model, without_initial_weights
+
+CPU_BATCH = 4
+STEPS = 3
+"""Steps that are timed, after a first one; the quickest counts, since other work can only make a step slower."""
+
+
+def device_of(config: Config) -> str:
+    """Where a configuration would train on this machine."""
+    return "cuda" if torch.cuda.is_available() and config["trainer"]["accelerator"] != "cpu" else "cpu"
+
+
+def images_per_second(config: Config) -> float:
+    """Of plain end-to-end training of the configuration's backbone here, initial weights random."""
+    device = device_of(config)
+    size, batch = config["image_size"], config["batch_size"] if device == "cuda" else CPU_BATCH
+    classes = build_datamodule(config).num_classes
+    model = build_model(without_initial_weights(config), classes).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    images = torch.rand(batch, 3, size, size, device=device)
+    labels = torch.arange(batch, device=device) % classes
+    mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config["trainer"]["precision"])
+    times = [_step(model, optimizer, images, labels, mixed) for _ in range(1 + STEPS)]
+    return batch / min(times[1:])
+
+
+def _step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    mixed: torch.dtype | None,
+) -> float:
+    """Seconds of a step; images (B, 3, H, W), labels (B,)."""
+    _wait(images.device)
+    begun = time.perf_counter()
+    with torch.autocast(images.device.type, dtype=mixed, enabled=mixed is not None):
+        logits = model(images)
+    nn.functional.cross_entropy(logits.float(), labels).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    _wait(images.device)
+    return time.perf_counter() - begun
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

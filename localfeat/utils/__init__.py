@@ -1,0 +1,1 @@
+"""What every room uses: errors, files written whole, locks, text in messages."""
