@@ -19,7 +19,7 @@ from experiments.memory.plan import Plan
 from experiments.memory.search import Found, Way, front, pareto, within
 from experiments.memory.step_times import chosen
 from localfeat import Efficiency
-from tests.small import FAMILIES
+from tests.helpers.small import FAMILIES
 
 GIB = 1024**3
 PARTS = ["paper", "ours", "depth", "large", "time"]  # bf16 is as paper

@@ -11,7 +11,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from tests.packaging.project import ROOT, project_table
+from tests.helpers.project import ROOT, project_table
 
 
 def pin_lines() -> list[str]:

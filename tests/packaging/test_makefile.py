@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.packaging.project import ROOT
+from tests.helpers.project import ROOT
 
 INTERPRETER = """#!/bin/sh
 case "$*" in

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.packaging.project import ROOT, copy_sources, run_pip
+from tests.helpers.project import ROOT, copy_sources, run_pip
 
 
 @pytest.fixture(scope="module")

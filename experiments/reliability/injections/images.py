@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments.reliability.injections.trial import QUICK, At, Trial, goes_on, need, one_line, watch
-from tests.data.formats import accept_cifar, write_cifar10, write_image_folder
+from tests.helpers.formats import accept_cifar, write_cifar10, write_image_folder
 
 
 def image_trial(place: Path, *more: str) -> Trial:

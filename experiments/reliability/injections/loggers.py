@@ -11,7 +11,7 @@ from pathlib import Path
 
 from experiments.reliability.injections.disks import disk, fill
 from experiments.reliability.injections.trial import At, Trial, goes_on, need, watch
-from tests.wandb_server import serving
+from tests.helpers.wandb_server import serving
 
 OFFLINE = ["logger=wandb", "logger.mode=offline"]
 ONLINE = ["logger=wandb", "logger.mode=online"]

@@ -13,7 +13,7 @@ from experiments.reliability.forks import rows_of
 from experiments.reliability.injections.images import image_overrides
 from experiments.reliability.injections.trial import QUICK, At, Ended, Slow, Trial, need, one_line, watch
 from localfeat.run import train as training
-from tests.data.formats import write_image_folder
+from tests.helpers.formats import write_image_folder
 
 SOON = 10.0  # seconds
 WANDB = ["logger=wandb", "logger.mode=offline"]

@@ -1,9 +1,0 @@
-"""Statistical tests must not fail by chance."""
-
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)

@@ -1,0 +1,177 @@
+"""Whole runs for tests: composed configurations, small networks, runs that are killed, what a run leaves behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig
+from safetensors.torch import load_file
+from torch import Tensor
+
+from localfeat.run import train as training
+from localfeat.run.command import run
+from localfeat.run.conf_dir import conf_dir
+from localfeat.run.configuration import register_resolvers
+from localfeat.run.loggers.metrics_csv import read_rows
+
+BATCHES = 4  # of an epoch
+TINY_SWIN = [
+    "backbone=swin_micro",
+    "backbone.arguments.embed_dim=8",
+    "backbone.arguments.depths=[1,1,1,1]",
+    "backbone.arguments.num_heads=[1,1,2,2]",
+]
+SMALL = [
+    *TINY_SWIN,
+    "trainer=cpu",
+    "batch_size=16",
+    "epochs=3",
+    "callbacks.progress_bar=false",
+    f"trainer.limit_train_batches={BATCHES}",
+    "trainer.limit_val_batches=2",
+    "trainer.limit_test_batches=2",
+    "trainer.log_every_n_steps=1",
+]
+"""Three epochs of the digits, a second altogether. Later overrides of the same key win."""
+
+TIMED = ("speed/images_per_second", "speed/outside_step")  # columns of metrics.csv that no two runs share
+
+
+def composed(*overrides: str) -> DictConfig:
+    """The configuration of ``python -m localfeat.run <overrides>``."""
+    register_resolvers()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def small_run(folder: Path, *overrides: str) -> dict[str, Any]:
+    """What summary.json holds after a small run in ``folder``."""
+    return run(composed(*SMALL, *overrides), folder)
+
+
+def made_once(
+    factory: pytest.TempPathFactory, variants: Mapping[str, list[str]]
+) -> Callable[[str], tuple[Path, dict[str, Any]]]:
+    """Gives folder and summary of a variant's uninterrupted run, which is made when it is first asked for."""
+    made: dict[str, tuple[Path, dict[str, Any]]] = {}
+
+    def get(variant: str) -> tuple[Path, dict[str, Any]]:
+        if variant not in made:
+            folder = factory.mktemp("whole") / "run"
+            with pytest.MonkeyPatch.context() as patch:
+                draw_nothing(patch)
+                made[variant] = folder, small_run(folder, *variants[variant])
+        return made[variant]
+
+    return get
+
+
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Leave the two pictures empty: drawing them takes most of a small run's time."""
+    for name in ("learning_curves", "reconstruction_grid"):
+        patch.setattr(training, name, lambda *arguments: arguments[-1].write_bytes(b""))
+
+
+def files_below(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    """Rows of metrics.csv as text, without the timed columns."""
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in read_rows(folder / "metrics.csv")]
+
+
+def checkpoint(folder: Path, name: str = "last") -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+    return found
+
+
+def exported(folder: Path) -> dict[str, Tensor]:
+    """The tensors of backbone.safetensors (the order of its metadata is not repeatable, so neither are its bytes)."""
+    return load_file(folder / "backbone.safetensors")
+
+
+class KillAt(Callback):
+    """SIGKILL to its own process when ``hook`` is called for batch ``batch`` of epoch ``epoch`` (both from 0)."""
+
+    def __init__(self, hook: str, epoch: int, batch: int) -> None:
+        def kill(trainer: lightning.Trainer, *_: Any) -> None:
+            done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            if not trainer.sanity_checking and trainer.current_epoch == epoch and done >= batch:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(self, hook, kill)
+
+
+def _run_to_death(folder: Path, overrides: list[str], hook: str, epoch: int, batch: int) -> None:
+    torch.set_num_threads(1)
+    build = training.build_callbacks
+    training.build_callbacks = lambda *a, **k: [KillAt(hook, epoch, batch), *build(*a, **k)]
+    run(composed(*overrides), folder)
+
+
+def killed_run(folder: Path, *overrides: str, hook: str, epoch: int, batch: int = 0, resume: bool = False) -> None:
+    """A small run in a process of its own that is killed at ``hook``, of epoch and batch counted from 0.
+
+    The processes are forked from a server that has imported everything and computed nothing.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.helpers.whole_runs"])
+    chosen = [f"resume={folder}"] if resume else [*SMALL, *overrides]
+    process = context.Process(target=_run_to_death, args=(folder, chosen, hook, epoch, batch))
+    process.start()
+    process.join(100)
+    assert process.exitcode == -signal.SIGKILL
+    assert not (folder / "summary.json").exists()
+
+
+def child_exit(action: Callable[[], object]) -> int:
+    """How a forked copy of this process ends that does ``action``: its exit code, or minus the signal's number."""
+    child = os.fork()
+    if child == 0:
+        code: Any = 99
+        try:
+            torch.set_num_threads(1)
+            action()
+            code = 0
+        except SystemExit as left:
+            code = left.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+class At(Callback):
+    """Calls ``action()`` once when ``hook`` is called in epoch ``epoch`` after ``batches`` batches of it."""
+
+    def __init__(self, hook: str, action: Callable[[], object], epoch: int = 0, batches: int = 0) -> None:
+        self.done = False
+
+        def act(trainer: lightning.Trainer, *_: Any) -> None:
+            ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            if not self.done and trainer.current_epoch == epoch and ready >= batches:
+                self.done = True
+                action()
+
+        setattr(self, hook, act)
+
+
+def watched_by(patch: pytest.MonkeyPatch, *callbacks: Callback) -> None:
+    """Every run has these callbacks too, before its own."""
+    build = training.build_callbacks
+    patch.setattr(training, "build_callbacks", lambda *a, **k: [*callbacks, *build(*a, **k)])
