@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 SHORT = ["epochs=2", "trainer=cpu", "trainer.limit_train_batches=6", "trainer.limit_val_batches=2"]
 CONFIGURATIONS = {
     "e2e": ["method=e2e", "dataset.mixup=0.8", "dataset.cutmix=1.0"],
@@ -56,13 +58,22 @@ def results(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in CONFIGURATIONS:
         run = folder / "runs" / name
-        found[f"{name}: weights"] = hashlib.sha256((run / "backbone.safetensors").read_bytes()).hexdigest()
+        found[f"{name}: weights"] = _digest(run / "backbone.safetensors")
         with (run / "metrics.csv").open() as file:
             found[f"{name}: metrics"] = [_without_noise(row) for row in csv.DictReader(file)]
         found[f"{name}: summary"] = _without_noise(json.loads((run / "summary.json").read_text()))
     with (folder / "report" / "report.csv").open() as file:
         found["report"] = [_without_noise(row) for row in csv.DictReader(file)]
     return found
+
+
+def _digest(file: Path) -> str:
+    """Of names, numbers and metadata; the order in which a safetensors file holds them differs between runs."""
+    with safe_open(file, "np") as weights:
+        digest = hashlib.sha256(repr(sorted(weights.metadata().items())).encode())
+        for name in sorted(weights.keys()):
+            digest.update(name.encode() + weights.get_tensor(name).tobytes())
+    return digest.hexdigest()
 
 
 def _without_noise(figures: dict[str, Any]) -> dict[str, Any]:
