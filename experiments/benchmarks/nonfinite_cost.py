@@ -29,6 +29,7 @@ from localfeat.learner.module import Learner
 from localfeat.learner.nonfinite import NonFinite
 from localfeat.run.build import build_learner
 from localfeat.run.callbacks.batches import synchronize
+from localfeat.run.configuration import RunConfiguration
 from localfeat.run.summary import environment
 
 METHODS = ("e2e", "feature_recon")
@@ -71,9 +72,9 @@ def without(learner: Learner) -> Learner:
     return learner
 
 
-def ratios(config: dict[str, Any], images: Tensor, labels: Tensor) -> tuple[float, list[float]]:
+def ratios(config: RunConfiguration, images: Tensor, labels: Tensor) -> tuple[float, list[float]]:
     """Median seconds of a step without, and step with / step without for every neighbouring pair."""
-    bf16 = config["trainer"]["precision"] == "bf16-mixed"
+    bf16 = config.trainer.precision == "bf16-mixed"
     device = images.device
     torch.manual_seed(0)
     watched = WatchedSteps(build_learner(config, 10).to(device), bf16=bf16)
@@ -108,8 +109,8 @@ def main() -> None:
         configs = configure([*overrides, "split=k4"])
         for method in METHODS:
             config = configs[method]
-            images = torch.randn(config["batch_size"], 3, config["image_size"], config["image_size"], device=device)
-            labels = torch.randint(0, 10, (config["batch_size"],), device=device)
+            images = torch.randn(config.batch_size, 3, config.image_size, config.image_size, device=device)
+            labels = torch.randint(0, 10, (config.batch_size,), device=device)
             seconds, found = ratios(config, images, labels)
             low, _, high = quantiles(found, n=4)
             result["found"][f"{name} {method}"] = {"seconds": seconds, "ratio": median(found), "quartiles": [low, high]}

@@ -15,7 +15,6 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -25,8 +24,9 @@ from localfeat.learner.module import Learner
 from localfeat.learner.optimization import undecayed_parameters
 from localfeat.run.build import build_learner
 from localfeat.run.callbacks.batches import synchronize
+from localfeat.run.composition import plain, register_resolvers
 from localfeat.run.conf_dir import conf_dir
-from localfeat.run.configuration import plain, register_resolvers
+from localfeat.run.configuration import RunConfiguration
 from localfeat.run.summary import environment
 
 METHODS = ("e2e", "greedy_ce", "greedy_contrast", "image_recon", "feature_recon")
@@ -108,11 +108,15 @@ def figures(rounds: Sequence[Mapping[str, Sequence[float]]], reference: str) -> 
     }
 
 
-def configure(overrides: list[str]) -> dict[str, dict[str, Any]]:
-    """The resolved configuration of every method."""
+def configure(overrides: list[str]) -> dict[str, RunConfiguration]:
+    """The configuration of every method."""
     register_resolvers()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return {m: plain(compose("config", overrides=[*overrides, f"method={m}"])) for m in METHODS}
+        return {m: _configured([*overrides, f"method={m}"]) for m in METHODS}
+
+
+def _configured(overrides: list[str]) -> RunConfiguration:
+    return RunConfiguration.from_values(plain(compose("config", overrides=overrides)))
 
 
 def main() -> None:
@@ -121,9 +125,9 @@ def main() -> None:
     configs = configure(overrides)
     config = configs["e2e"]
     torch.manual_seed(0)
-    images = torch.randn(config["batch_size"], 3, config["image_size"], config["image_size"])
-    labels = torch.randint(0, 10, (config["batch_size"],))
-    bf16 = config["trainer"]["precision"] == "bf16-mixed"
+    images = torch.randn(config.batch_size, 3, config.image_size, config.image_size)
+    labels = torch.randint(0, 10, (config.batch_size,))
+    bf16 = config.trainer.precision == "bf16-mixed"
     steps = {method: Steps(build_learner(configs[method], 10), bf16=bf16) for method in METHODS}
     found = figures(in_turn(steps, images, labels, reference="e2e", warm_up=WARM_UP, rounds=ROUNDS), "e2e")
     lines = ["| method | median step (ms) | images/s | step time relative to `e2e` |", "|---|---|---|---|"]
@@ -132,10 +136,10 @@ def main() -> None:
         taken["images_per_second"] = len(images) / step
         lines.append(f"| `{method}` | {1000 * step:.0f} | {len(images) / step:.0f} | {ratio:.2f} |")
     facts = environment()
-    precision, cores = config["trainer"]["precision"], torch.get_num_threads()
+    precision, cores = config.trainer.precision, torch.get_num_threads()
     lines += [
         "",
-        f"`{' '.join(overrides)}`: batch {len(images)}, {config['image_size']} px, {precision}, {cores} threads of "
+        f"`{' '.join(overrides)}`: batch {len(images)}, {config.image_size} px, {precision}, {cores} threads of "
         f"{facts['hardware']['cpu']}, torch {torch.__version__}, median of {ROUNDS} rounds in turn.",
     ]
     RESULTS.mkdir(exist_ok=True)

@@ -70,8 +70,9 @@ def measure(case: tuple[Any, ...]) -> dict[str, Any]:
     from localfeat.learner.module import Learner
     from localfeat.memory.accounting import step_memory
     from localfeat.run.callbacks.peak_memory import PeakMemory
+    from localfeat.run.composition import plain, register_resolvers
     from localfeat.run.conf_dir import conf_dir
-    from localfeat.run.configuration import construct, plain, register_resolvers
+    from localfeat.run.construct import construct
 
     network, arguments, size, batch, method, cuts, decoder, precision, efficiency = case
     register_resolvers()

@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 
 from localfeat.run.checkpoints.files import read_checkpoint
 from localfeat.run.command import main as run_main
-from localfeat.run.configuration import saved_config
-from localfeat.run.folder import CONFIG, SUMMARY
+from localfeat.run.folder import RunFolder
 from localfeat.run.loggers.metrics_csv import read_rows
 
 SMALL = [
@@ -92,8 +91,8 @@ def rows_of(file: Path) -> int:
 def unreadable(folder: Path) -> Iterator[str]:
     """Every file of a run's folder that is there and cannot be read."""
     readers = {
-        CONFIG: lambda file: saved_config(file.parent),
-        SUMMARY: lambda file: json.loads(file.read_text()),
+        "config.yaml": lambda file: RunFolder(file.parent).read_config(),
+        "summary.json": lambda file: json.loads(file.read_text()),
         "metrics.csv": whole_rows,
         "backbone.safetensors": load_file,
         "checkpoints/best.ckpt": read_checkpoint,
@@ -132,8 +131,8 @@ def differences(whole: Path, killed: Path, *, but: str = "nothing") -> Iterator[
             yield f"{name}.ckpt: averaging_state"
     if figures(whole) != figures(killed):
         yield "metrics.csv"
-    ours, theirs = (json.loads((folder / SUMMARY).read_text()) for folder in (whole, killed))
-    yield from (f"{SUMMARY}: {key}" for key in ours if key not in OWN_TO_A_PROCESS and ours[key] != theirs.get(key))
+    ours, theirs = (json.loads((folder / "summary.json").read_text()) for folder in (whole, killed))
+    yield from (f"summary.json: {key}" for key in ours if key not in OWN_TO_A_PROCESS and ours[key] != theirs.get(key))
 
 
 def _files(folder: Path, but: str) -> Iterator[str]:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.reliability.forks import SMALL, differences, end_of, rows_of, start, unreadable
 from localfeat.run.command_line import parse_arguments
-from localfeat.run.folder import has_ended
+from localfeat.run.folder import RunFolder
 from localfeat.run.loggers.metrics_csv import read_rows
 from localfeat.run.summary import environment
 from localfeat.utils.files import write_whole
@@ -120,10 +120,10 @@ def attack(case: str, overrides: list[str], folder: Path, kills: int, generator:
         killed = folder / f"killed_{outcome.runs}"
         again = [*command, "resume=auto", f"hydra.run.dir={killed}"]
         for _ in range(min(LONGEST_CHAIN, kills - len(outcome.kills))):
-            if has_ended(killed) or rows_of(killed / "metrics.csv") >= ROWS - 1:
+            if RunFolder(killed).has_ended() or rows_of(killed / "metrics.csv") >= ROWS - 1:
                 break  # all that is left are tests and pictures
             kill_once(again, killed, outcome, generator)
-        if not has_ended(killed):
+        if not RunFolder(killed).has_ended():
             assert end_of(start(again, killed.with_suffix(".log"))) == 0, killed
         outcome.different += [f"run {outcome.runs}: {what}" for what in differences(folder / "whole", killed)]
     return outcome

@@ -35,8 +35,8 @@ from lightning.pytorch.callbacks import Callback
 from localfeat.run import train as training
 from localfeat.run.command import run
 from localfeat.run.command_line import parse_arguments
+from localfeat.run.composition import register_resolvers
 from localfeat.run.conf_dir import conf_dir
-from localfeat.run.configuration import register_resolvers
 from localfeat.run.summary import environment
 from localfeat.utils.files import write_whole
 

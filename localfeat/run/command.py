@@ -20,8 +20,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from localfeat.run.command_line import check_arguments, exit_code, one_line_errors, report
+from localfeat.run.composition import AUTO, plain, register_resolvers
 from localfeat.run.conf_dir import conf_dir
-from localfeat.run.configuration import AUTO, plain, register_resolvers, saved_config
+from localfeat.run.folder import RunFolder
 from localfeat.run.signals import name, requeue
 from localfeat.utils.errors import Diverged, RunFailed, Stopped, UserError
 from localfeat.utils.text import quoted
@@ -40,18 +41,19 @@ def run(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
         RunFailed: something around the run is not as it should be, like a full disk.
         Stopped: by a signal.
     """
-    return _run(cfg, Path(folder), {})
+    return _run(cfg, RunFolder(folder), {})
 
 
-def _run(cfg: DictConfig, folder: Path, notes: dict[str, str]) -> dict[str, Any]:
+def _run(cfg: DictConfig, folder: RunFolder, notes: dict[str, str]) -> dict[str, Any]:
     if cfg.resume is None:
         return _train(plain(cfg), folder, resume=False, notes=notes)
     if cfg.resume == AUTO:
-        return _go_on_or_begin({**plain(cfg), "resume": None}, folder, notes)
+        return _resume_or_begin({**plain(cfg), "resume": None}, folder, notes)
     resumed = str(cfg.resume)
     if not resumed:
         raise UserError("resume= is empty: give the folder of a run that was cut short, or auto")
-    return _train(saved_config(resumed), Path(resumed), resume=True)
+    found = RunFolder(resumed)
+    return _train(found.read_config(), found, resume=True)
 
 
 def _notes(cfg: DictConfig, hydra_cfg: HydraConf) -> dict[str, str]:
@@ -60,39 +62,42 @@ def _notes(cfg: DictConfig, hydra_cfg: HydraConf) -> dict[str, str]:
     return {f".hydra/{name}.yaml": OmegaConf.to_yaml(part) for name, part in parts.items()}
 
 
-def _go_on_or_begin(config: dict[str, Any], folder: Path, notes: dict[str, str]) -> dict[str, Any]:
-    from localfeat.run.build import check
-    from localfeat.run.finished import read_summary
-    from localfeat.run.folder import has_ended
+def _resume_or_begin(config: dict[str, Any], folder: RunFolder, notes: dict[str, str]) -> dict[str, Any]:
+    from localfeat.run.configuration import RunConfiguration
     from localfeat.run.resume import earlier_run
     from localfeat.utils.locks import check_free
 
-    check_free(folder)
-    found = earlier_run(check(config), folder)
+    check_free(folder.path)
+    found = earlier_run(RunConfiguration.from_values(config).values, folder)
     if found is None:
         return _train(config, folder, resume=False, notes=notes)
-    if found != folder:
-        _discard(folder)
-        check_free(found)
-    if has_ended(found):
+    if found.path != folder.path:
+        _discard(folder.path)
+        check_free(found.path)
+    if found.has_ended():
         print(f"{found}: this run has ended, there is nothing left to do (without resume=auto another one begins)")
-        return read_summary(found)
+        return found.read_summary()
     print(f"{found}: goes on")
-    return _train(saved_config(found), found, resume=True)
+    return _train(found.read_config(), found, resume=True)
 
 
 def _train(
-    config: dict[str, Any], folder: Path, *, resume: bool, notes: dict[str, str] | None = None
+    config: dict[str, Any], folder: RunFolder, *, resume: bool, notes: dict[str, str] | None = None
 ) -> dict[str, Any]:
     """Train; whatever ends it before its end is told together with how to go on."""
+    from localfeat.run.configuration import RunConfiguration
     from localfeat.run.train import train
 
     try:
-        return train(config, folder, resume=resume, notes=notes or {})
+        return train(RunConfiguration.from_values(config), folder, resume=resume, notes=notes or {})
     except Diverged:  # it would again
         raise
     except (RunFailed, Stopped) as end:
-        way = f"; go on with: python -m localfeat.run {_resume_argument(folder)}" if _can_go_on(folder) else ""
+        way = (
+            f"; go on with: python -m localfeat.run {_resume_argument(folder.path)}"
+            if folder.config.is_file() and not folder.has_ended()
+            else ""
+        )
         if isinstance(end, RunFailed):
             raise RunFailed(f"{end}{way}") from end
         print(f"stopped by {name(end.signum)}{way}", file=sys.stderr)
@@ -107,12 +112,6 @@ def _resume_argument(folder: Path) -> str:
     return shlex.quote(f"resume={quoted(text)}") if re.search(r"[\\'\"$`!]", text) else f"\"resume='{text}'\""
 
 
-def _can_go_on(folder: Path) -> bool:
-    from localfeat.run.folder import CONFIG, has_ended
-
-    return (folder / CONFIG).is_file() and not has_ended(folder)
-
-
 def _attempt(cfg: DictConfig, explain: Callable[[Exception], str | None]) -> tuple[str, int] | None:
     """One job. What is wrong with it and the exit code for it: a sweep goes on with its other jobs."""
     job = HydraConfig.get()
@@ -120,7 +119,7 @@ def _attempt(cfg: DictConfig, explain: Callable[[Exception], str | None]) -> tup
     try:
         if cfg.resume is not None:
             _check_resume(str(cfg.resume), list(job.overrides.task), multirun)
-        _run(cfg, folder, _notes(cfg, job))
+        _run(cfg, RunFolder(folder), _notes(cfg, job))
         return None
     except Stopped as stopped:
         _leave(cfg, folder, multirun)

@@ -131,7 +131,7 @@ def _hydra_line(error: Exception) -> str:
 
 
 def _unknown_override(key: str) -> str:
-    from localfeat.run.configuration import known_keys, unknown_key
+    from localfeat.run.composition import known_keys, unknown_key
 
     choices = [a for a in sys.argv[1:] if re.fullmatch(r"[a-z_]+=[a-z0-9_]+", a) and not a.startswith(f"{key}=")]
     try:
@@ -188,7 +188,7 @@ def parse_arguments(usage: str, defaults: dict[str, Any], arguments: list[str] |
 
     Prints ``usage`` and leaves for ``--help``.
     """
-    from localfeat.run.configuration import unknown_key
+    from localfeat.run.composition import unknown_key
 
     given = sys.argv[1:] if arguments is None else arguments
     if "--help" in given or "-h" in given:

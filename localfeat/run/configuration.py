@@ -1,264 +1,154 @@
-"""The configuration before it is built: Hydra's resolvers, typed construction, errors in one line.
-
-Nothing heavy is imported here: ``--help`` and ``--cfg job`` answer from this module alone.
-"""
+"""One run as a typed object: checked once, when it is made of plain values, and trusted from there on."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
-import inspect
-import re
 import typing
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
-from localfeat.run import trust
-from localfeat.run.conf_dir import conf_dir
-from localfeat.run.hydra_guard import guard_hydra
-from localfeat.run.literal import read_yaml
+from localfeat.backbones.split import Split
+from localfeat.efficiency.settings import Efficiency
+from localfeat.learner.optimization import Optimization
+from localfeat.memory.balanced_split import BalancedSplit
+from localfeat.methods.base import Method
+from localfeat.methods.parts.decoders import DecoderFactory
+from localfeat.run.construct import check_values, construct, target_and_values, typed
+from localfeat.run.settings import BackboneSettings, CallbackSettings, DatasetSettings, Part, TrainerSettings
 from localfeat.utils.errors import UserError
 
-_PARTIAL = "_partial_"
-_LONGEST_NAME = 255  # bytes, of any usual file system
+_GROUPS = (
+    "backbone",
+    "dataset",
+    "split",
+    "decoder",
+    "method",
+    "optimizer",
+    "efficiency",
+    "trainer",
+    "callbacks",
+    "logger",
+)
 
 
-AUTO = "auto"
-"""``resume=auto``: go on with the run that the same command began; begin it if there is none."""
-
-
-def register_resolvers() -> None:
-    """Make the functions known that conf/ calls as ``${localfeat.…}``, and have what Hydra itself builds checked."""
-    guard_hydra()
-    OmegaConf.register_new_resolver("localfeat.run_dir", _run_dir, replace=True)
-    OmegaConf.register_new_resolver("localfeat.linear_lr", _linear_lr, replace=True)
-
-
-def _run_dir(resume: object, output_dir: object, name: object) -> str:
-    """The folder that Hydra makes for a run; none for a run to resume, which has one (or is refused)."""
-    if resume not in (None, AUTO):
-        return "."
-    if output_dir is None or str(output_dir).strip() == "":
-        raise UserError("output_dir is empty: give the folder that gets a folder for every run, e.g. outputs")
-    folder, (_, _, last) = f"{output_dir}/{name}", str(name).partition("/")  # <date>/<time>_<source>_<method.name>
-    if not folder.isprintable():
-        raise UserError(f"output_dir={folder!a}: a folder's name has no such characters")
-    if "/" in last or len(last.encode()) > _LONGEST_NAME:
-        raise UserError(f"method.name, in {last}, is part of a folder's name: no / and fewer than 200 letters, please")
-    return folder
-
-
-def typed_overrides(folder: Path) -> list[str]:
-    """What was typed to begin the run in ``folder``, as Hydra noted it (for a job of a sweep: that job's choices)."""
-    file = folder / ".hydra" / "overrides.yaml"
-    if not file.is_file():
-        return []
-    found = read_yaml(file)
-    if not isinstance(found, list):
-        raise UserError(f"{file} cannot be read: it holds no list")
-    return [str(override) for override in found if not str(override).startswith("resume=")]
-
-
-def _linear_lr(lr: float, images: int, batch_size: int, accumulate: int) -> float:
-    """``lr`` per ``images`` of an optimizer step, scaled linearly to the images that a step has."""
-    return lr * batch_size * accumulate / images
-
-
-def plain(node: DictConfig) -> dict[str, Any]:
-    """A config as nested dicts and lists, every interpolation resolved.
-
-    Raises:
-        omegaconf.errors.MissingMandatoryValue: a value that has to be given was not.
-    """
-    return typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=True, throw_on_missing=True))
-
-
-def construct(node: dict[str, Any], key: str, **extra: Any) -> Any:
-    """Build ``node["_target_"]`` from the other values of ``node``, each checked against its type annotation.
-
-    ``extra`` are arguments that no config can hold. With ``_partial_`` the callable itself comes back, with its
-    arguments bound.
-
-    Raises:
-        UserError: see :func:`target_and_values`.
-    """
-    target, values = target_and_values(node, key, extra)
-    if node.get(_PARTIAL):
-        return functools.partial(target, **values, **extra)
-    made = target(**values, **extra)
-    trust.check_fits(made, node["_target_"], key)
-    return made
-
-
-def target_and_values(
-    node: dict[str, Any], key: str, extra: Collection[str] = ()
-) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """What ``construct`` calls and the checked arguments for it, of which ``extra`` come from elsewhere.
-
-    Raises:
-        UserError: no such target or one that is not trusted, an argument that it does not take or that is missing, a
-            value of another type.
-    """
-    if not isinstance(node, dict) or "_target_" not in node:
-        raise UserError(f"{key}={shown(node)}: it is a group of values, one of them _target_ (see --cfg job)")
-    partial = key == "decoder"  # made once for each module, with what is known there
-    if node.get(_PARTIAL, False) is not partial:
-        raise UserError(f"{key}.{_PARTIAL}={shown(node.get(_PARTIAL, False))}: it must be {shown(partial)}")
-    target = trust.find(node["_target_"], key)
-    values = {name: value for name, value in node.items() if name not in ("_target_", _PARTIAL)}
-    return target, check_types(target, values, key, extra, partial=partial)
-
-
-def _annotations(target: Callable[..., Any]) -> dict[str, Any]:
-    """Types of the arguments of a function or constructor, evaluated where they were written.
-
-    The constructor of a dataclass repeats its bases' annotations as text, which may name what only the module of
-    the base has imported.
-    """
-    if dataclasses.is_dataclass(target):
-        return typing.get_type_hints(target)
-    return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-
-
-def check_types(
-    target: Callable[..., Any], values: dict[str, Any], key: str, extra: Collection[str] = (), *, partial: bool = False
-) -> dict[str, Any]:
-    """``values`` as the annotations of ``target``'s parameters have them (a list for a tuple, 1 for 1.0 …).
+@dataclass(frozen=True)
+class RunConfiguration:
+    """Everything that a run is set to.
 
     Args:
-        target: a function, or a class for its constructor.
-        values: arguments by name.
-        key: where they stand in the configuration, for messages; "" for the top level.
-        extra: names of arguments that do not come from the configuration.
-        partial: whether arguments may be missing.
+        seed: of weights, batches and validation split.
+        image_size: side of the network's square input in pixels.
+        batch_size: images per step.
+        epochs: of the run.
+        backbone, dataset, split, decoder, method, optimizer, efficiency, trainer, callbacks: the groups of the same
+            name, as objects.
+        logger: beside ``metrics.csv``; ``None`` for none.
+        output_dir: folder that gets a folder for every run.
+        test: whether the test set is scored at the end.
+        resume: ``auto``, or the folder of a run to resume, when it was typed.
+        values: the same as plain values, as ``config.yaml`` holds them.
 
     Raises:
-        UserError: an argument that ``target`` does not take or that is missing, a value of another type.
+        UserError: values out of range, combinations that exclude each other. What depends on the data, the backbone or
+            the device is refused when those are built.
     """
-    hints = _annotations(target)
-    named = [
-        p for p in inspect.signature(target).parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    ]
-    full = {p.name: f"{key}.{p.name}".lstrip(".") for p in named if p.name not in extra}
-    if unknown := [name for name in values if name not in full]:
-        raise UserError(unknown_key(f"{key}.{unknown[0]}".lstrip("."), list(full.values())))
-    missing = [full[p.name] for p in named if p.name in full and p.default is p.empty and p.name not in values]
-    if missing and not partial:
-        raise UserError(f"{missing[0]} has to be given: {missing[0]}=<value>")
-    return {name: _converted(value, hints.get(name, Any), full[name]) for name, value in values.items()}
+
+    seed: int
+    image_size: int
+    batch_size: int
+    epochs: int
+    backbone: BackboneSettings
+    dataset: DatasetSettings
+    split: Split | BalancedSplit
+    decoder: DecoderFactory
+    method: Method
+    optimizer: Optimization
+    efficiency: Efficiency = field(default_factory=Efficiency)
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    callbacks: CallbackSettings = field(default_factory=CallbackSettings)
+    logger: Part | None = None
+    output_dir: str = "outputs"
+    test: bool = True
+    resume: str | None = None
+    values: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> RunConfiguration:
+        """Return the configuration that plain values describe: those that Hydra composes, or of a ``config.yaml``.
+
+        Raises:
+            UserError: unknown keys, values of the wrong type or out of range, combinations that exclude each other.
+        """
+        hints = typing.get_type_hints(cls)
+        known = {
+            item.name: dict[str, Any] if item.name in _GROUPS else hints[item.name]
+            for item in dataclasses.fields(cls)
+            if item.name != "values"
+        }
+        required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+        checked = check_values(values, known, required, "")
+        groups = {name: _GROUP_MAKERS.get(name, construct)(checked[name], name) for name in _GROUPS if name in checked}
+        typed_groups = [name for name in ("trainer", "callbacks") if name in groups]
+        plain: dict[str, Any] = {n: {key: getattr(groups[n], key) for key in checked[n]} for n in typed_groups}
+        return cls(**{**checked, **groups}, values={**checked, **plain})
+
+    def __post_init__(self) -> None:
+        for key in ("image_size", "batch_size", "epochs"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key}={getattr(self, key)}: it must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed}: it must lie between 0 and {2**32 - 1}")
+        for key in ("image_size", "batch_size", "seed"):
+            own = self.dataset.values.get(key, getattr(self, key))
+            if own != getattr(self, key):
+                raise UserError(f"dataset.{key}={own} is not {key}={getattr(self, key)}, which it follows: set {key}")
+        if self.method.contrasts:
+            self._check_contrast()
+
+    def _check_contrast(self) -> None:
+        name = self.method.name
+        if self.dataset.mixes:
+            raise UserError(
+                f"method={name} contrasts images by their class, which mixup and cutmix blur: "
+                "set dataset.mixup=0 dataset.cutmix=0, or method.supervision=cross_entropy"
+            )
+        if self.batch_size < 2:
+            raise UserError(f"batch_size={self.batch_size}: method={name} contrasts images, at least 2 of them")
+
+    @property
+    def model_name(self) -> str:
+        """The timm model that is trained."""
+        return self.backbone.model_name(self.image_size)
+
+    @property
+    def decoder_name(self) -> str:
+        """Class of the decoders."""
+        return str(getattr(self.decoder, "func", self.decoder).__name__)
+
+    def without_initial_weights(self) -> RunConfiguration:
+        """Return the same with a backbone whose initial weights come from nowhere: they follow, or are not needed."""
+        return replace(self, backbone=replace(self.backbone, pretrained=False, weights=None))
+
+    def with_root(self, root: str | Path) -> RunConfiguration:
+        """Return the same with the dataset's files in another folder."""
+        return replace(self, dataset=replace(self.dataset, values={**self.dataset.values, "root": str(root)}))
+
+    def with_cuts(self, cuts: Sequence[int]) -> RunConfiguration:
+        """Return the same cut after these numbers of blocks, so that nobody has to search for the cuts again."""
+        values = {**self.values, "split": {"_target_": "localfeat.Split", "cuts": list(cuts)}}
+        return replace(self, split=Split(cuts=tuple(cuts)), values=values)
 
 
-def _converted(value: Any, hint: Any, key: str) -> Any:
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
-
-    rules = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False, coerce_numbers_to_str=True)
-    try:
-        found = TypeAdapter(hint, config=rules).validate_python(value)
-    except ValidationError as error:
-        wanted = re.split(", (?:unable|got)", error.errors()[0]["msg"].removeprefix("Input should be "))[0]
-        raise UserError(f"{key}={shown(value)}: it must be {_WANTED.get(wanted, wanted)}") from error
-    if isinstance(value, bool) and isinstance(found, int | float) and not isinstance(found, bool):
-        raise UserError(f"{key}={shown(value)}: it must be a number")  # Python counts true as 1
-    return found
+def _logger(values: Mapping[str, Any], key: str) -> Part | None:
+    return Part(*target_and_values(dict(values), key, ("save_dir",))) if values else None
 
 
-# What pydantic says in words of its own.
-_WANTED = {
-    "a valid integer": "a whole number",
-    "a valid number": "a number",
-    "a valid boolean": "true or false",
-    "a valid string": "a text",
-    "a finite number": "a finite number",
-    "an instance of Sequence": "a list",
-    "a valid tuple": "a list",
-    "a valid dictionary": "a group of values",
-    "Field required": "a list with more values",
+_GROUP_MAKERS: dict[str, Any] = {
+    "backbone": lambda values, key: typed(BackboneSettings, values, key),
+    "dataset": lambda values, key: DatasetSettings(*target_and_values(values, key, ("mean", "std"))),
+    "trainer": lambda values, key: typed(TrainerSettings, values, key),
+    "callbacks": lambda values, key: typed(CallbackSettings, values, key),
+    "logger": _logger,
 }
-
-
-def shown(value: object) -> str:
-    """A value as one types it on the command line."""
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(shown, value))}]"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{shown(v)}" for key, v in value.items()) + "}"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def known_keys(overrides: list[str]) -> list[str]:
-    """Every key of the configuration that the given group choices make."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return list(_flat(compose("config", overrides=overrides)))
-
-
-def _flat(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    for name in map(str, node):
-        yield f"{prefix}{name}"
-        if isinstance(node._get_node(name), DictConfig):
-            yield from _flat(typing.cast(DictConfig, node._get_node(name)), f"{prefix}{name}.")
-
-
-def unknown_key(key: str, known: list[str]) -> str:
-    """One line that says so, with the keys that may have been meant."""
-    last = key.rsplit(".", 1)[-1]
-    near = [name for name in known if name.rsplit(".", 1)[-1] == last]  # right, but elsewhere: lr for optimizer.lr
-    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    near = near or [
-        name for name in known if difflib.SequenceMatcher(None, name.rsplit(".", 1)[-1], last).ratio() > 0.8
-    ]
-    return f"{key}: there is no such key" + (f"; did you mean {' or '.join(near[:3])}?" if near else " (see --cfg job)")
-
-
-def saved_config(folder: str | Path) -> dict[str, Any]:
-    """The resolved configuration that a run left in its folder, as it stands there: nothing is looked up.
-
-    Raises:
-        UserError: no run's folder, or one whose file cannot be read.
-    """
-    file = Path(folder) / "config.yaml"
-    if not file.is_file():
-        raise UserError(f"{folder} is not the folder of a run: it has no config.yaml")
-    config = read_yaml(file)
-    if not isinstance(config, dict):
-        raise UserError(f"{file} cannot be read: it holds no keys with values")
-    for group in config.values():
-        if isinstance(group, dict) and "_target_" in group:
-            group["_target_"] = trust.current_name(group["_target_"])
-    missing = [group for group in _GROUPS if not isinstance(config.get(group), dict)]
-    if missing:
-        raise UserError(f"{folder} is not the folder of a run: its config.yaml has no {', '.join(missing)}")
-    return config
-
-
-_GROUPS = ("dataset", "backbone", "split", "method")
-
-
-def saved_network(folder: str | Path) -> dict[str, Any]:
-    """The same for those who build the run's network again: what that takes is there, and of its type.
-
-    Raises:
-        UserError: see :func:`saved_config`; a part that is missing or of another type.
-    """
-    config = saved_config(folder)
-    try:
-        check_types(_network, {key: config.get(key) for key in ("image_size", "decoder", "optimizer")}, "")
-        check_types(_backbone, {key: config["backbone"].get(key) for key in ("name", "variants")}, "backbone")
-    except UserError as error:
-        raise UserError(f"{Path(folder) / 'config.yaml'} cannot be read: {error}") from error
-    return config
-
-
-def _network(image_size: int, decoder: dict[str, Any], optimizer: dict[str, Any]) -> None:
-    """What a network is built of beside ``_GROUPS``, and the types."""
-
-
-def _backbone(name: str, variants: dict[int, str]) -> None:
-    """Likewise of the backbone."""

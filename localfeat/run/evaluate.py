@@ -8,7 +8,7 @@ from typing import Any
 
 from localfeat.run.arguments import check_output
 from localfeat.run.command_line import one_line_errors, parse_arguments
-from localfeat.run.configuration import saved_network
+from localfeat.run.folder import RunFolder
 from localfeat.utils.errors import UserError
 from localfeat.utils.files import failing_in_one_line, write_whole
 
@@ -35,16 +35,14 @@ def evaluate(
     from torch.nn.functional import cross_entropy
 
     from localfeat.run.build import build_datamodule
-    from localfeat.run.finished import open_learner
+    from localfeat.run.finished import open_learner, saved_configuration
 
     if split not in ("train", "val", "test"):
         raise UserError(f"split={split}: it is train, val or test")
-    folder = Path(folder)
-    config = saved_network(folder)
-    if root is not None:
-        config["dataset"]["root"] = str(root)
-    datamodule = build_datamodule(config)
-    learner = open_learner(folder, config, datamodule.num_classes, checkpoint)
+    run = RunFolder(folder)
+    configuration = saved_configuration(run)
+    datamodule = build_datamodule(configuration if root is None else configuration.with_root(root))
+    learner = open_learner(run, configuration, datamodule.num_classes, checkpoint)
     images_seen, right, loss = 0, 0, 0.0
     with torch.no_grad():
         for images, labels in datamodule.ordered_loader(split):

@@ -1,20 +1,135 @@
-"""What lies where in a run's folder."""
+"""The folder of one run: which file is what, and what the files of an earlier process say."""
 
 from __future__ import annotations
 
+import json
+import os
+import stat
 from pathlib import Path
+from typing import Any
 
-CHECKPOINTS = "checkpoints"
-BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
-CONFIG, SUMMARY = "config.yaml", "summary.json"
+from localfeat.run import trust
+from localfeat.run.literal import read_yaml
+from localfeat.utils.errors import UserError
+from localfeat.utils.text import shown
+
+_GROUPS = ("dataset", "backbone", "split", "method")
+_WANDBS_LINK = "debug-core.log"
 
 
-def has_ended(folder: Path) -> bool:
-    """Whether the run in ``folder`` is complete: its summary is the last thing that it writes."""
-    return (folder / SUMMARY).is_file()
+class RunFolder:
+    """The folder of a run, which need not exist.
 
+    Args:
+        path: of the folder.
+    """
 
-def left_to_go_on(folder: Path) -> list[Path]:
-    """The checkpoints that a run in ``folder`` may go on from, the newest first; sound or not."""
-    files = [folder / CHECKPOINTS / name for name in (LAST, PREVIOUS)]
-    return [file for file in files if file.is_file()]
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.csv"
+        self.summary = self.path / "summary.json"
+        self.weights = self.path / "backbone.safetensors"
+        self.checkpoints = self.path / "checkpoints"
+        self.best = self.checkpoints / "best.ckpt"
+        self.last = self.checkpoints / "last.ckpt"
+        self.previous = self.checkpoints / "previous.ckpt"
+        self.overrides = self.path / ".hydra" / "overrides.yaml"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def has_ended(self) -> bool:
+        """Return whether the run is complete: its summary is the last thing that it writes."""
+        return self.summary.is_file()
+
+    def resumable(self) -> list[Path]:
+        """Return the checkpoints that the run may be resumed from, the newest first; sound or not."""
+        return [file for file in (self.last, self.previous) if file.is_file()]
+
+    def checkpoint(self, which: str) -> Path:
+        """Return the checkpoint ``best`` (on validation; the last one of a run without validation) or ``last``.
+
+        Raises:
+            UserError: another name, or no such file.
+        """
+        if which not in ("best", "last"):
+            raise UserError(f"checkpoint={which}: it is best or last")
+        files = [self.best, self.last] if which == "best" else [self.last]
+        found = next((file for file in files if file.is_file()), None)
+        if found is None:
+            raise UserError(f"there is no checkpoint {files[0]}")
+        return found
+
+    def read_config(self) -> dict[str, Any]:
+        """Return the plain values of ``config.yaml`` as they stand there: nothing is looked up.
+
+        Targets of earlier versions are named as they are named now.
+
+        Raises:
+            UserError: no run's folder, or one whose file cannot be read.
+        """
+        if not self.config.is_file():
+            raise UserError(f"{self} is not the folder of a run: it has no config.yaml")
+        config = read_yaml(self.config)
+        if not isinstance(config, dict):
+            raise UserError(f"{self.config} cannot be read: it holds no keys with values")
+        for group in config.values():
+            if isinstance(group, dict) and "_target_" in group:
+                group["_target_"] = trust.current_name(group["_target_"])
+        missing = [group for group in _GROUPS if not isinstance(config.get(group), dict)]
+        if missing:
+            raise UserError(f"{self} is not the folder of a run: its config.yaml has no {', '.join(missing)}")
+        return config
+
+    def read_summary(self) -> dict[str, Any]:
+        """Return what the run wrote down when it ended.
+
+        Raises:
+            UserError: the run has not ended, or the file is damaged.
+        """
+        if not self.has_ended():
+            raise UserError(f"{self} has no summary.json: the run has not ended (resume={self} resumes it)")
+        try:
+            found = json.loads(self.summary.read_text())
+        except ValueError as error:  # no JSON, or no text
+            raise UserError(f"{self.summary} is damaged, or no summary of a run ({error})") from error
+        if not isinstance(found, dict):
+            raise UserError(f"{self.summary} is damaged, or no summary of a run")
+        return found
+
+    def read_overrides(self) -> list[str]:
+        """Return what was typed to begin the run, as Hydra noted it; for a job of a sweep that job's choices.
+
+        Raises:
+            UserError: a file that cannot be read.
+        """
+        if not self.overrides.is_file():
+            return []
+        found = read_yaml(self.overrides)
+        if not isinstance(found, list):
+            raise UserError(f"{self.overrides} cannot be read: it holds no list")
+        return [str(override) for override in found if not str(override).startswith("resume=")]
+
+    def check_inside(self) -> None:
+        """Refuse a folder in which something leads out of it, before anything is written there.
+
+        A link's target need not exist: writing to its name would make it. The folder itself may be a link, and links
+        may lead to places within it. W&B's own link to its service's log is left alone: every start of W&B makes a new
+        one, in a folder named after the time, and nothing is written through the old ones.
+
+        Raises:
+            UserError: names a symbolic link that leads out, or what is neither a file nor a folder (opening a pipe
+                waits for ever).
+        """
+        top = os.path.realpath(self.path)
+        for place, folders, files in os.walk(self.path):  # which follows no links
+            for name in sorted([*folders, *files]):
+                path = os.path.join(place, name)
+                if name == _WANDBS_LINK and Path(place).match("wandb/*/logs") and os.path.islink(path):
+                    continue
+                mode = os.lstat(path).st_mode
+                if stat.S_ISLNK(mode) and not f"{os.path.realpath(path)}{os.sep}".startswith(f"{top}{os.sep}"):
+                    raise UserError(f"{shown(path)} is a link that leads out of the run's folder: remove it")
+                if not (stat.S_ISLNK(mode) or stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                    raise UserError(f"{shown(path)} is neither a file nor a folder: remove it from the run's folder")

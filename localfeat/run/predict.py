@@ -9,7 +9,7 @@ from pathlib import Path
 
 from localfeat.run.arguments import check_output, whole_number
 from localfeat.run.command_line import one_line_errors, parse_arguments
-from localfeat.run.configuration import saved_network
+from localfeat.run.folder import RunFolder
 from localfeat.utils.errors import UserError
 from localfeat.utils.files import failing_in_one_line, whole_file
 
@@ -35,15 +35,15 @@ def predict(
         UserError: no such run or checkpoint, a run that has not ended, no images.
     """
     from localfeat.data.files import list_images
-    from localfeat.run.finished import open_learner, read_summary
+    from localfeat.run.finished import open_learner, saved_configuration
 
-    folder = Path(folder)
-    config = saved_network(folder)
-    classes = read_summary(folder).get("classes")
+    run = RunFolder(folder)
+    configuration = saved_configuration(run)
+    classes = run.read_summary().get("classes")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise UserError(f"{folder / 'summary.json'} is damaged: it does not name the classes")
+        raise UserError(f"{run.summary} is damaged: it does not name the classes")
     paths = list_images(images)
-    learner = open_learner(folder, config, len(classes), checkpoint)
+    learner = open_learner(run, configuration, len(classes), checkpoint)
 
     def probabilities() -> Iterator[tuple[Path, list[float]]]:
         import torch
@@ -53,7 +53,7 @@ def predict(
         from localfeat.data.preparation import Preparation
 
         mean, std = normalisation_of(learner.backbone)
-        size = config["image_size"]
+        size = configuration.image_size
         prepare = Preparation(size, "none", False, 0.0, 0.0, len(classes), mean, std)
         with torch.no_grad():
             for pixels, positions in image_files_loader(paths, size, batch_size, 0):

@@ -21,33 +21,24 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 
-from localfeat.backbones.timm_models import model_name
+from localfeat.backbones.split import Split
 from localfeat.data import ImageDataModule
 from localfeat.learner.module import Learner
 from localfeat.run import wandb_results
-from localfeat.run.build import (
-    Config,
-    build_callbacks,
-    build_datamodule,
-    build_learner,
-    build_loggers,
-    build_trainer,
-    check,
-    without_initial_weights,
-)
+from localfeat.run.build import build_callbacks, build_datamodule, build_learner, build_loggers, build_trainer
 from localfeat.run.callbacks.batches import StopOnSignal, Throughput
 from localfeat.run.callbacks.peak_memory import PeakMemory
 from localfeat.run.checkpoints.callbacks import BestCheckpoint
 from localfeat.run.checkpoints.files import WholeCheckpointIO, read_checkpoint, remove_previous
-from localfeat.run.configuration import typed_overrides
+from localfeat.run.configuration import RunConfiguration
 from localfeat.run.console import final_table
 from localfeat.run.export import export_backbone
 from localfeat.run.figures import learning_curves, reconstruction_grid
-from localfeat.run.folder import BEST, CHECKPOINTS, CONFIG, LAST, SUMMARY, left_to_go_on
+from localfeat.run.folder import RunFolder
 from localfeat.run.loggers import wandb_service
+from localfeat.run.resume import check_folder, take_over
 from localfeat.run.signals import StopRequest
 from localfeat.run.summary import RunSummary, environment, write_summary
-from localfeat.run.taking_over import check_folder, take_over
 from localfeat.utils.errors import RunFailed, Stopped, UserError
 from localfeat.utils.files import failing_in_one_line, write_whole
 from localfeat.utils.locks import check_free, sole_run
@@ -56,9 +47,9 @@ _C = TypeVar("_C", bound=Callback)
 
 
 def train(
-    config: Config, folder: Path, *, resume: bool, notes: Mapping[str, str] = MappingProxyType({})
+    configuration: RunConfiguration, folder: RunFolder, *, resume: bool, notes: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, Any]:
-    """Run ``config`` (plain values, all resolved) in ``folder``; returns what summary.json holds.
+    """Train what ``configuration`` says in ``folder``; return what summary.json holds.
 
     SIGINT, SIGTERM, SIGUSR1 and SIGHUP end it: while it trains, when the batch under way is in ``last.ckpt``.
 
@@ -74,41 +65,44 @@ def train(
         Stopped: by a signal.
     """
     _quiet()
-    config = check(config)
     stop = StopRequest()
-    with stop.listening(), _clean_process(config["seed"]):
-        return _train(config, folder, stop, {} if resume else notes, resume=resume)
+    with stop.listening(), _clean_process(configuration.seed):
+        return _train(configuration, folder, stop, {} if resume else notes, resume=resume)
 
 
 def _train(
-    config: Config, folder: Path, stop: StopRequest, notes: Mapping[str, str], *, resume: bool
+    configuration: RunConfiguration, folder: RunFolder, stop: StopRequest, notes: Mapping[str, str], *, resume: bool
 ) -> dict[str, Any]:
     surroundings = environment()  # now: a commit made while the run trains is not what ran
-    check_free(folder)
+    check_free(folder.path)
     check_folder(folder, resume=resume)
-    datamodule = build_datamodule(config)
-    trainer = _trainer(config, folder, datamodule, stop)
-    goes_on = resume and left_to_go_on(folder)  # its weights come from there: nothing to download for it
-    learner = build_learner(without_initial_weights(config) if goes_on else config, datamodule.num_classes)
+    datamodule = build_datamodule(configuration)
+    trainer = _trainer(configuration, folder, datamodule, stop)
+    has_weights = resume and folder.resumable()  # nothing to download for it
+    initial = configuration.without_initial_weights() if has_weights else configuration
+    learner = build_learner(initial, datamodule.num_classes)
     datamodule.prepare_data()  # last: what is to be refused should not wait for a download
     datamodule.setup("fit")
-    _check_shares(config, datamodule)
+    _check_shares(configuration, datamodule)
     with ExitStack() as stack:
-        with failing_in_one_line(folder):
-            stack.enter_context(sole_run(folder))
+        with failing_in_one_line(folder.path):
+            stack.enter_context(sole_run(folder.path))
             checkpoint = take_over(folder, trainer, resume=resume)
-        found = _with_cuts(config, learner)
+        found = _with_cuts(configuration, learner)
         wandb_results.begin(trainer.loggers, found, learner, folder, resume=resume)
-        for name, text in {**notes, CONFIG: OmegaConf.to_yaml(OmegaConf.create(found))}.items():
-            with failing_in_one_line(folder / name):
-                write_whole(folder / name, text.encode())
+        for name, text in {
+            **notes,
+            folder.config.name: OmegaConf.to_yaml(OmegaConf.create(dict(found.values))),
+        }.items():
+            with failing_in_one_line(folder.path / name):
+                write_whole(folder.path / name, text.encode())
         _fit(trainer, learner, datamodule, checkpoint, stop)
         best = _load_best(learner, folder, trainer)
-        summary = _summarise(config, folder, trainer, learner, best, surroundings)
-        if config.get("test", True):  # runs of earlier versions do not have the key
+        summary = _summarise(configuration, folder, trainer, learner, best, surroundings)
+        if configuration.test:
             summary.test_accuracy = trainer.test(learner, datamodule=datamodule, verbose=False)[0]["test/accuracy"]
         summary.classes = datamodule.class_names
-        return _write(config, folder, summary, trainer, learner, datamodule)
+        return _write(configuration, folder, summary, trainer, learner, datamodule)
 
 
 def _fit(
@@ -136,15 +130,14 @@ def _fit(
         raise Stopped(signum)
 
 
-def _with_cuts(config: Config, learner: Learner) -> Config:
-    """The configuration with the cuts that a search has found, so that nobody has to search again."""
-    if "k" not in config["split"]:
-        return config
-    cuts = list(accumulate(learner.blocks_per_module))[:-1]
-    return {**config, "split": {"_target_": "localfeat.Split", "cuts": cuts}}
+def _with_cuts(configuration: RunConfiguration, learner: Learner) -> RunConfiguration:
+    """Return the configuration with the cuts that a search has found, so that nobody has to search again."""
+    if isinstance(configuration.split, Split):
+        return configuration
+    return configuration.with_cuts(list(accumulate(learner.blocks_per_module))[:-1])
 
 
-def _check_shares(config: Config, datamodule: ImageDataModule) -> None:
+def _check_shares(configuration: RunConfiguration, datamodule: ImageDataModule) -> None:
     """Refuse a share of the batches that is less than one; of the test batches Lightning says so after training."""
     loaders = {
         "train": datamodule.train_dataloader,
@@ -152,7 +145,7 @@ def _check_shares(config: Config, datamodule: ImageDataModule) -> None:
         "test": datamodule.test_dataloader,
     }
     for split, loader in loaders.items():
-        share = config["trainer"].get(f"limit_{split}_batches")
+        share = configuration.trainer.limits[split]
         if isinstance(share, float) and share < 1 and int(share * len(loader())) < 1 <= len(loader()):
             raise UserError(f"trainer.limit_{split}_batches={share}: less than one of {len(loader())} batches")
 
@@ -198,39 +191,40 @@ def _clean_process(seed: int) -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
-def _trainer(config: Config, folder: Path, datamodule: ImageDataModule, stop: StopRequest) -> lightning.Trainer:
+def _trainer(
+    configuration: RunConfiguration, folder: RunFolder, datamodule: ImageDataModule, stop: StopRequest
+) -> lightning.Trainer:
     validates = datamodule.source.has_validation() or datamodule.val_fraction > 0
-    loggers = build_loggers(config, folder, _names(config, folder))
-    callbacks = build_callbacks(config["seed"], folder, validates, stop, **config["callbacks"])
+    loggers = build_loggers(configuration, folder, _names(configuration, folder))
+    callbacks = build_callbacks(configuration.callbacks, configuration.seed, folder, validates, stop)
     return build_trainer(
-        **config["trainer"],
-        max_epochs=config["epochs"],
-        default_root_dir=folder,
+        configuration.trainer,
+        max_epochs=configuration.epochs,
+        default_root_dir=folder.path,
         callbacks=[*wandb_results.callbacks(loggers), *callbacks],
         logger=loggers,
         plugins=[WholeCheckpointIO()],
-        enable_progress_bar=config["callbacks"]["progress_bar"],
+        enable_progress_bar=configuration.callbacks.progress_bar,
     )
 
 
-def _names(config: Config, folder: Path) -> dict[str, str | None]:
+def _names(configuration: RunConfiguration, folder: RunFolder) -> dict[str, str | None]:
     """What a W&B run is called unless the user says so; the jobs of a sweep lie beside each other and share a group."""
-    split = config["split"]
-    modules = split.get("modules") or split.get("k")
+    split = configuration.split
+    modules = split.modules if isinstance(split, Split) else split.k
     cut = f"k{modules}" if modules else "cuts"
-    dataset, method = config["dataset"]["source"], config["method"]["name"]
-    in_sweep = folder.name.isdigit()
+    path, in_sweep = folder.path, folder.path.name.isdigit()
     return {
-        "name": f"{dataset}-{method}-{cut}-seed{config['seed']}",
-        "group": f"{folder.parent.parent.name}_{folder.parent.name}" if in_sweep else None,
+        "name": f"{configuration.dataset.source}-{configuration.method.name}-{cut}-seed{configuration.seed}",
+        "group": f"{path.parent.parent.name}_{path.parent.name}" if in_sweep else None,
     }
 
 
-def _load_best(learner: Learner, folder: Path, trainer: lightning.Trainer) -> BestCheckpoint | None:
+def _load_best(learner: Learner, folder: RunFolder, trainer: lightning.Trainer) -> BestCheckpoint | None:
     """Put the weights into ``learner`` that were best on validation, else the last ones; returns who knows the best."""
     known = [c for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint) and c.score is not None]
     best = known[0] if known else None
-    file = folder / CHECKPOINTS / (LAST if best is None else BEST)
+    file = folder.last if best is None else folder.best
     if not file.is_file():
         raise UserError(f"{file} does not exist: nothing was trained")
     learner.load_state_dict(read_checkpoint(file)["state_dict"])
@@ -242,26 +236,25 @@ def _callback(trainer: lightning.Trainer, kind: type[_C]) -> _C:
 
 
 def _summarise(
-    config: Config,
-    folder: Path,
+    configuration: RunConfiguration,
+    folder: RunFolder,
     trainer: lightning.Trainer,
     learner: Learner,
     best: BestCheckpoint | None,
     surroundings: dict[str, Any],
 ) -> RunSummary:
     speed, memory = _callback(trainer, Throughput), _callback(trainer, PeakMemory)
-    backbone = config["backbone"]
     losses = {name: value for name, value in learner.epoch_means.items() if name.startswith("train/module_")}
     return RunSummary(
         method=learner.method.name,
-        dataset=config["dataset"]["source"],
-        backbone=model_name(backbone["name"], config["image_size"], backbone["variants"]),
+        dataset=configuration.dataset.source,
+        backbone=configuration.model_name,
         split=learner.blocks_per_module,
-        decoder=config["decoder"]["_target_"].rsplit(".", 1)[-1] if learner.method.target else None,
-        seed=config["seed"],
+        decoder=configuration.decoder_name if learner.method.target else None,
+        seed=configuration.seed,
         epochs=trainer.current_epoch,
-        batch_size=config["batch_size"],
-        precision=config["trainer"]["precision"],
+        batch_size=configuration.batch_size,
+        precision=configuration.trainer.precision,
         val_accuracy=None if best is None else best.score,
         best_epoch=None if best is None else best.epoch,
         images_per_second=speed.images_per_second,
@@ -274,14 +267,14 @@ def _summarise(
         module_losses={name.removeprefix("train/"): value for name, value in losses.items()},
         skipped_steps=learner.skipped_steps,
         scaler_skips=learner.scaler_skips,
-        overrides=typed_overrides(folder),
+        overrides=folder.read_overrides(),
         **surroundings,
     )
 
 
 def _write(
-    config: Config,
-    folder: Path,
+    configuration: RunConfiguration,
+    folder: RunFolder,
     summary: RunSummary,
     trainer: lightning.Trainer,
     learner: Learner,
@@ -289,18 +282,17 @@ def _write(
 ) -> dict[str, Any]:
     """The run's files, the table on the terminal, and the same for W&B."""
     learner.eval()
-    export = folder / "backbone.safetensors"
-    with failing_in_one_line(export):
-        export_backbone(learner.backbone, export, arguments=config["backbone"]["arguments"])
-    images = {"learning_curves": folder / "learning_curves.png"}
-    learning_curves(folder / "metrics.csv", images["learning_curves"])
+    with failing_in_one_line(folder.weights):
+        export_backbone(learner.backbone, folder.weights, arguments=configuration.backbone.arguments)
+    images = {"learning_curves": folder.path / "learning_curves.png"}
+    learning_curves(folder.metrics, images["learning_curves"])
     reconstructions, pixels = wandb_results.reconstructed(learner, datamodule)
     if reconstructions:
-        images["reconstructions"] = folder / "reconstructions.png"
+        images["reconstructions"] = folder.path / "reconstructions.png"
         reconstruction_grid(reconstructions, pixels, images["reconstructions"])
-    with failing_in_one_line(folder / SUMMARY):
-        write_summary(folder / SUMMARY, summary)
+    with failing_in_one_line(folder.summary):
+        write_summary(folder.summary, summary)
     remove_previous(folder)
     wandb_results.end(trainer.loggers, summary, images, reconstructions)
-    final_table(summary, folder)
+    final_table(summary, folder.path)
     return summary.to_dict()

@@ -18,11 +18,12 @@ from torch.nn.functional import interpolate
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from localfeat.backbones.timm_models import model_name
 from localfeat.data import ImageDataModule
 from localfeat.learner.module import Learner
 from localfeat.run.callbacks.peak_memory import GIB
+from localfeat.run.configuration import RunConfiguration
 from localfeat.run.figures import Reconstructed, as_pixels
+from localfeat.run.folder import RunFolder
 from localfeat.run.loggers.wandb_logger import RunLogger, log_images
 from localfeat.run.summary import RunSummary, environment
 
@@ -33,7 +34,9 @@ Table = tuple[list[str], list[list[Any]]]
 """Columns and rows."""
 
 
-def begin(loggers: Iterable[Logger], config: dict[str, Any], learner: Learner, folder: Path, *, resume: bool) -> None:
+def begin(
+    loggers: Iterable[Logger], configuration: RunConfiguration, learner: Learner, folder: RunFolder, *, resume: bool
+) -> None:
     """Tell loggers the configuration, for which W&B's run is started.
 
     Raises:
@@ -41,19 +44,19 @@ def begin(loggers: Iterable[Logger], config: dict[str, Any], learner: Learner, f
     """
     for logger in loggers:
         if not isinstance(logger, RunLogger):
-            logger.log_hyperparams(config)
+            logger.log_hyperparams(dict(configuration.values))
             continue
-        network = network_of(config, learner)
-        tags = [learner.method.name, config["dataset"]["source"], network["model"], f"k{network['modules']}"]
-        logger.begin(folder, resume=resume, tags=tags)
-        logger.log_hyperparams({**config, "network": network, "environment": environment(), "folder": str(folder)})
+        network = network_of(configuration, learner)
+        tags = [learner.method.name, configuration.dataset.source, network["model"], f"k{network['modules']}"]
+        logger.begin(folder.path, resume=resume, tags=tags)
+        more = {"network": network, "environment": environment(), "folder": str(folder)}
+        logger.log_hyperparams({**configuration.values, **more})
 
 
-def network_of(config: dict[str, Any], learner: Learner) -> dict[str, Any]:
+def network_of(configuration: RunConfiguration, learner: Learner) -> dict[str, Any]:
     """What follows from the configuration and is worth sorting runs by: model, modules, blocks, parameters."""
-    backbone = config["backbone"]
     return {
-        "model": model_name(backbone["name"], config["image_size"], backbone["variants"]),
+        "model": configuration.model_name,
         "modules": len(learner.blocks_per_module),
         "blocks_per_module": learner.blocks_per_module,
         "parameters": learner.parameter_counts(),

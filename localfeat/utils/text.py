@@ -29,3 +29,12 @@ def quoted(text: str) -> str:
     """A text as Hydra's grammar takes it literally: before a quote, and at the end, backslashes count twice."""
     escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
     return f"'{escaped}'"
+
+
+def as_typed(value: object) -> str:
+    """A value as one types it on the command line."""
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(as_typed, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{as_typed(v)}" for key, v in value.items()) + "}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -21,8 +21,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from localfeat.run import train as training
+from localfeat.run.composition import plain
 from localfeat.run.conf_dir import conf_dir
-from localfeat.run.configuration import plain
 from localfeat.utils.errors import UserError
 from tests.helpers.command_line import call
 from tests.helpers.whole_runs import TINY_SWIN, composed

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from localfeat.data import ImageDataModule
 from localfeat.run import train as training
-from localfeat.run.configuration import unknown_key
+from localfeat.run.composition import unknown_key
 from tests.helpers.command_line import call
 from tests.helpers.generated import KEYS, OTHERS, SHORT, Mistake, anything, invalid, keys_of, mistyped, valid
 from tests.helpers.whole_runs import draw_nothing

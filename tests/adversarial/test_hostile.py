@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from localfeat.run.configuration import saved_config, typed_overrides
-from localfeat.run.inside import check_inside
+from localfeat.run.folder import RunFolder
 from localfeat.run.literal import LARGEST_BYTES, read_yaml
 from localfeat.utils.errors import UserError
 from tests.helpers.command_line import call
@@ -87,17 +86,17 @@ def test_nothing_in_a_runs_configuration_is_looked_up(copied: Path, monkeypatch:
     monkeypatch.setenv("SECRET", "hunter2")
     tampered(copied, "dataset", root="${oc.env:SECRET}", source="${oc.decode:${oc.env:SECRET}}")
     (copied / ".hydra" / "overrides.yaml").write_text("- seed=${oc.env:SECRET}\n")
-    assert saved_config(copied)["dataset"]["root"] == "${oc.env:SECRET}"
-    assert typed_overrides(copied) == ["seed=${oc.env:SECRET}"]
+    assert RunFolder(copied).read_config()["dataset"]["root"] == "${oc.env:SECRET}"
+    assert RunFolder(copied).read_overrides() == ["seed=${oc.env:SECRET}"]
     for content in ("seed: 1", "!!python/name:os.mkdir"):
         (copied / ".hydra" / "overrides.yaml").write_text(content)
         with pytest.raises(UserError, match=r"overrides\.yaml cannot be read"):
-            typed_overrides(copied)
+            RunFolder(copied).read_overrides()
 
 
 def tampered(folder: Path, group: str, **values: Any) -> None:
     """Change values of a group in the configuration of a run."""
-    config = saved_config(folder)
+    config = RunFolder(folder).read_config()
     config[group] |= values
     (folder / "config.yaml").write_text(json.dumps(config))  # which is YAML, too
 
@@ -185,7 +184,7 @@ def test_a_runs_configuration_without_a_part_is_refused(
     key: str, value: Any, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(copied.parent)
-    config = {**saved_config(copied), key: value}
+    config = {**RunFolder(copied).read_config(), key: value}
     (copied / "config.yaml").write_text(json.dumps(config))
     refused(monkeypatch, capsys, *arguments_of("predict", copied))
 
@@ -223,8 +222,8 @@ def test_links_that_lead_out_are_named(tmp_path: Path) -> None:
     (folder / "metrics.csv").write_text("step\n")
     (folder / "wandb" / "latest").symlink_to("../checkpoints")
     (tmp_path / "also").symlink_to(folder)
-    check_inside(folder)
-    check_inside(tmp_path / "also")  # what the user calls the folder is the user's own affair
+    RunFolder(folder).check_inside()
+    RunFolder(tmp_path / "also").check_inside()  # what the user calls the folder is the user's own affair
     links = {
         "config.yaml": outside / "new.yaml",  # which does not exist
         "checkpoints/last.ckpt": outside / "last.ckpt",
@@ -237,11 +236,11 @@ def test_links_that_lead_out_are_named(tmp_path: Path) -> None:
     for name, target in links.items():
         (folder / name).symlink_to(target)
         with pytest.raises(UserError, match=f"{name} is a link that leads out of the run's folder"):
-            check_inside(folder)
+            RunFolder(folder).check_inside()
         (folder / name).unlink()
     os.mkfifo(folder / "pi\npe")
     with pytest.raises(UserError, match=r"pi\\npe is neither a file nor a folder"):
-        check_inside(folder)
+        RunFolder(folder).check_inside()
 
 
 def test_an_inspection_writes_into_the_run_only(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from localfeat.run import trust
-from localfeat.run.configuration import construct
+from localfeat.run.construct import construct
 from localfeat.utils.errors import UserError
 from tests.helpers.hostile import refused, watched
 from tests.helpers.whole_runs import SMALL

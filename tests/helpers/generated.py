@@ -12,7 +12,7 @@ from functools import cache
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-from localfeat.run.configuration import known_keys
+from localfeat.run.composition import known_keys
 from tests.helpers.whole_runs import TINY_SWIN
 
 Texts = SearchStrategy[str]

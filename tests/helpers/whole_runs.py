@@ -22,8 +22,9 @@ from torch import Tensor
 
 from localfeat.run import train as training
 from localfeat.run.command import run
+from localfeat.run.composition import plain, register_resolvers
 from localfeat.run.conf_dir import conf_dir
-from localfeat.run.configuration import register_resolvers
+from localfeat.run.configuration import RunConfiguration
 from localfeat.run.loggers.metrics_csv import read_rows
 
 BATCHES = 4  # of an epoch
@@ -55,6 +56,11 @@ def composed(*overrides: str) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose("config", overrides=list(overrides))
+
+
+def configured(*overrides: str) -> RunConfiguration:
+    """The same as the typed object."""
+    return RunConfiguration.from_values(plain(composed(*overrides)))
 
 
 def small_run(folder: Path, *overrides: str) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from localfeat.run.composition import plain
 from localfeat.run.conf_dir import conf_dir
-from localfeat.run.configuration import plain
 from localfeat.run.loggers.metrics_csv import MetricsCsv
 from localfeat.run.summary import RunSummary, write_summary
 from tests.helpers.whole_runs import composed

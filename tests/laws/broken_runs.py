@@ -102,8 +102,8 @@ RUNS: list[tuple[str, str, str, dict[str, str], list[str]]] = [
     (
         "6",
         "a run is begun over another one",
-        "localfeat/run/taking_over.py",
-        {"    if not resume and left_to_go_on(folder):": "    if False:"},
+        "localfeat/run/resume.py",
+        {"    if not resume and folder.resumable():": "    if False:"},
         ["tests/runs/test_run.py", "-k", "takes_no_other"],
     ),
     (

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from localfeat.run.configuration import saved_config
+from localfeat.run.folder import RunFolder
 from tests.helpers.command_line import call
 from tests.helpers.formats import write_source
 from tests.helpers.wandb_account import without_login
@@ -68,7 +68,7 @@ def check_jobs(jobs: list[Path], groups: dict[str, list[str]]) -> None:
     assert [job.name for job in jobs] == [str(number) for number in range(len(combinations))]
     for job, combination in zip(jobs, combinations, strict=True):
         asked = dict(zip(groups, combination, strict=True))
-        summary, config = json.loads((job / "summary.json").read_text()), saved_config(job)
+        summary, config = json.loads((job / "summary.json").read_text()), RunFolder(job).read_config()
         assert summary["dataset"] == asked["dataset"] == config["dataset"]["source"]
         assert summary["method"] == asked["method"] == config["method"]["name"]
         assert len(summary["split"]) == int(asked["split"][1:]) == config["split"]["modules"]
@@ -153,7 +153,7 @@ def test_every_job_is_a_wandb_run_of_its_own(
     (group,) = {run["group"] for run in runs}
     assert group == f"{jobs[0].parent.parent.name}_{jobs[0].parent.name}"
     for job, run in zip(jobs, runs, strict=True):
-        config, summary = saved_config(job), json.loads((job / "summary.json").read_text())
+        config, summary = RunFolder(job).read_config(), json.loads((job / "summary.json").read_text())
         for name in ("method", "dataset", "split", "optimizer", "backbone", "seed"):
             assert run["config"][name] == json.loads(json.dumps(config[name])), name
         for name in ("test_accuracy", "val_accuracy", "parameters", "module_losses", "classes", "peak_memory_bytes"):

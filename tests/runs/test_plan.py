@@ -12,11 +12,10 @@ import torch
 
 from localfeat.memory.accounting import step_memory
 from localfeat.run.build import build_datamodule, build_learner
-from localfeat.run.configuration import plain
 from localfeat.run.plan.command import parse_bytes
 from tests.adversarial.test_bad_input import HEAVY, python
 from tests.helpers.command_line import call
-from tests.helpers.whole_runs import TINY_SWIN, composed
+from tests.helpers.whole_runs import TINY_SWIN, configured
 
 SMALL = [*TINY_SWIN, "batch_size=16", "trainer=cpu"]
 
@@ -33,7 +32,7 @@ def check_command(found: dict[str, Any]) -> Any:
     """The learner of the printed command is the one that was evaluated, and fits."""
     words = shlex.split(found["command"])
     assert words[:3] == ["python", "-m", "localfeat.run"]
-    config = plain(composed(*words[3:]))
+    config = configured(*words[3:])
     datamodule = build_datamodule(config)
     learner = build_learner(config, datamodule.num_classes)
     chosen = found["recommended"]

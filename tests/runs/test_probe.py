@@ -17,9 +17,9 @@ from omegaconf import OmegaConf
 from localfeat.data import ImageDataModule
 from localfeat.data.sources import Digits
 from localfeat.run.command import run
-from localfeat.run.configuration import saved_config
 from localfeat.run.evaluate import evaluate
 from localfeat.run.export import build_backbone
+from localfeat.run.folder import RunFolder
 from localfeat.studies.probe import inspecting
 from localfeat.studies.probe.command import _table
 from localfeat.studies.probe.features import sample
@@ -251,6 +251,7 @@ def changed(run: Path, folder: Path, **dataset: Any) -> Path:
     shutil.copytree(run, folder)
     config = OmegaConf.load(folder / "config.yaml")
     config.dataset.update(dataset)
+    config.seed = config.dataset.seed
     OmegaConf.save(config, folder / "config.yaml")
     return folder
 
@@ -300,7 +301,7 @@ def test_wandb_gets_a_run_of_its_own(
     """With the project and group of the run's own logger; offline, as there is no login."""
     without_login(tmp_path / "home", monkeypatch)
     shutil.copytree(runs / "local" / "inspection", tmp_path / "out")
-    config = saved_config(runs / "local")
+    config = RunFolder(runs / "local").read_config()
     logger = {"_target_": LOGGER, "project": "study", "group": "g", "name": "mine", "tags": ["a"], "job_type": "train"}
     upload(inspected, {**config, "logger": logger}, tmp_path / "out")
     (folder,) = (tmp_path / "out" / "wandb").glob("offline-run-*")
@@ -328,5 +329,5 @@ def test_wandb_gets_a_run_of_its_own(
 
 
 def test_wandb_of_a_run_without_it(inspected: dict[str, Any], runs: Path) -> None:
-    settings = _settings(inspected, saved_config(runs / "local"))
+    settings = _settings(inspected, RunFolder(runs / "local").read_config())
     assert settings == {"project": "localfeat", "name": "digits-feature_recon-seed0-inspect", "job_type": "inspect"}

@@ -20,8 +20,7 @@ from omegaconf import OmegaConf
 
 from localfeat.run.checkpoints.files import WholeCheckpointIO, newest_sound, read_checkpoint, remove_previous
 from localfeat.run.command import _resume_argument, run
-from localfeat.run.configuration import saved_config
-from localfeat.run.finished import read_summary
+from localfeat.run.folder import RunFolder
 from localfeat.run.resume import difference, earlier_run
 from localfeat.utils import locks
 from localfeat.utils.errors import RunFailed, Stopped, UserError
@@ -146,7 +145,7 @@ def test_previous_goes_when_the_run_has_ended(killed: Path) -> None:
     assert (killed / "checkpoints" / "previous.ckpt").exists()
     go_on(killed)
     assert not (killed / "checkpoints" / "previous.ckpt").exists()
-    assert newest_sound(killed) == (killed / "checkpoints" / "last.ckpt", 2 * BATCHES)
+    assert newest_sound(RunFolder(killed)) == (killed / "checkpoints" / "last.ckpt", 2 * BATCHES)
 
 
 def test_previous_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +174,7 @@ def test_a_checkpoint_that_is_its_own_previous_leaves_one_name(tmp_path: Path) -
 
 def test_a_complete_run_whose_previous_stays_has_not_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "checkpoints" / "previous.ckpt").mkdir(parents=True)  # which unlink refuses
-    remove_previous(tmp_path)
+    remove_previous(RunFolder(tmp_path))
     said = capsys.readouterr().err
     assert (
         said.startswith(f"warning: {tmp_path}/checkpoints/previous.ckpt cannot be removed (") and said.count("\n") == 1
@@ -194,7 +193,7 @@ def test_figures_that_are_gone_are_told(killed: Path, capsys: pytest.CaptureFixt
 def test_a_damaged_summary_is_one_line(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_bytes(content)
     with pytest.raises(UserError, match=r"summary\.json is damaged, or no summary of a run"):
-        read_summary(tmp_path)
+        RunFolder(tmp_path).read_summary()
 
 
 def test_a_checkpoint_of_another_run_is_one_line(killed: Path, whole: Any) -> None:
@@ -401,9 +400,9 @@ def test_another_folder_of_images_is_another_run(source: str) -> None:
 
 def test_auto_in_a_folder_of_ones_own_looks_nowhere_else(tmp_path: Path, killed: Path) -> None:
     shutil.copytree(killed, tmp_path / "out" / "day" / "earlier")
-    asked = {**saved_config(killed), "output_dir": str(tmp_path / "out")}
-    assert earlier_run(asked, tmp_path / "out" / "day" / "new") == tmp_path / "out" / "day" / "earlier"
-    assert earlier_run(asked, tmp_path / "mine") is None and earlier_run(asked, killed) == killed
+    asked = {**RunFolder(killed).read_config(), "output_dir": str(tmp_path / "out")}
+    assert earlier(asked, tmp_path / "out" / "day" / "new") == tmp_path / "out" / "day" / "earlier"
+    assert earlier(asked, tmp_path / "mine") is None and earlier(asked, killed) == killed
 
 
 @pytest.mark.slow
@@ -438,7 +437,7 @@ def test_the_newest_of_several_runs(tmp_path: Path, killed: Path) -> None:
         os.utime(folder / "config.yaml", (1000 - age, 1000 - age))
     (tmp_path / "out" / "day" / "foreign").mkdir()
     (tmp_path / "out" / "day" / "foreign" / "config.yaml").write_text("a: [")
-    found = earlier_run({**asked, "output_dir": str(tmp_path / "out")}, tmp_path / "out" / "day" / "fresh")
+    found = earlier({**asked, "output_dir": str(tmp_path / "out")}, tmp_path / "out" / "day" / "fresh")
     assert found == tmp_path / "out" / "day" / "new"
 
 
@@ -514,3 +513,8 @@ def test_without_locks_it_says_so(
     with sole_run(tmp_path):
         pass
     assert "no locks on this file system" in capsys.readouterr().err
+
+
+def earlier(asked: dict[str, Any], folder: Path) -> Path | None:
+    found = earlier_run(asked, RunFolder(folder))
+    return None if found is None else found.path

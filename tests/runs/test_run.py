@@ -20,7 +20,7 @@ import torch
 from omegaconf import OmegaConf
 
 from localfeat.run.command import run
-from localfeat.run.configuration import plain
+from localfeat.run.composition import plain
 from localfeat.utils.errors import UserError
 from tests.helpers.whole_runs import (
     BATCHES,

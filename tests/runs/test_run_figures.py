@@ -29,8 +29,9 @@ from localfeat.run import train as training
 from localfeat.run.build import build_callbacks, build_datamodule
 from localfeat.run.callbacks import batches as callbacks
 from localfeat.run.callbacks.peak_memory import GIB, PeakMemory
-from localfeat.run.configuration import saved_config
 from localfeat.run.export import read_backbone_file
+from localfeat.run.finished import saved_configuration
+from localfeat.run.folder import RunFolder
 from localfeat.run.loggers.metrics_csv import read_rows
 from tests.helpers.whole_runs import BATCHES, checkpoint, draw_nothing, exported, files_below, metrics, small_run
 
@@ -147,7 +148,7 @@ def plain_accuracy(folder: Path, split: str, weights: dict[str, Tensor]) -> tupl
     file = read_backbone_file(folder / "backbone.safetensors")
     model = timm.create_model(file.architecture, num_classes=10, img_size=file.img_size, **file.arguments)
     model.load_state_dict(weights)
-    data = build_datamodule(saved_config(folder))
+    data = build_datamodule(saved_configuration(RunFolder(folder)))
     images, labels = (torch.cat(parts) for parts in zip(*data.ordered_loader(split), strict=True))
     inputs, truth = data.prepare(images, labels, training=False)
     with torch.no_grad():

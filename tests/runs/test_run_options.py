@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from localfeat.learner.module import Learner
 from localfeat.run import train as training
 from localfeat.run.build import build_callbacks
-from localfeat.run.configuration import saved_config
+from localfeat.run.folder import RunFolder
 from localfeat.utils.errors import UserError
 from tests.helpers.whole_runs import BATCHES, checkpoint, draw_nothing, exported, metrics, small_run
 
@@ -188,7 +188,7 @@ def test_initial_weights_arrive_but_for_the_classifier(
             assert alone or not torch.equal(end[key], given[key]), "and they are trained"
     assert start["head.fc.weight"].shape[0] == 10
     assert classes != 10 or not torch.equal(start["head.fc.weight"], given["head.fc.weight"])
-    assert saved_config(tmp_path / "run")["backbone"]["weights"] == str(tmp_path / name)
+    assert RunFolder(tmp_path / "run").read_config()["backbone"]["weights"] == str(tmp_path / name)
 
 
 def test_initial_weights_of_another_network_are_refused(tmp_path: Path) -> None:

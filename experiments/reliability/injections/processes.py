@@ -10,7 +10,7 @@ from pathlib import Path
 from experiments.reliability.forks import differences, rows_of
 from experiments.reliability.injections.images import image_trial
 from experiments.reliability.injections.trial import At, Child, Ended, Slow, Trial, goes_on, need, one_line, watch
-from localfeat.run.configuration import saved_config
+from localfeat.run.folder import RunFolder
 
 
 def slowly() -> None:
@@ -54,7 +54,7 @@ def sweeps(place: Path) -> str:
     folders = [file.parent for file in sorted((place / "out").rglob("summary.json"))]
     need(len(folders) == 4, f"{len(folders)} runs have ended")
     for folder in folders:
-        seed = saved_config(folder)["seed"]
+        seed = RunFolder(folder).read_config()["seed"]
         whole = Trial(place / f"seed_{seed}", *([] if seed == 0 else [f"seed={seed}"])).whole()
         found = list(differences(whole, folder))
         need(not found, f"{folder}: {'; '.join(found)}")

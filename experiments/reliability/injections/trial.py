@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from experiments.reliability.forks import SMALL, differences, start, unreadable
 from localfeat.run import train as training
 from localfeat.run.command import main as run_main
-from localfeat.run.folder import has_ended
+from localfeat.run.folder import RunFolder
 from localfeat.utils.files import write_whole
 
 QUICK = [
@@ -128,7 +128,7 @@ class Trial:
 
     def identical(self, *, but: str = "nothing", whole: Path | None = None) -> None:
         """The run has ended like the uninterrupted one."""
-        need(has_ended(self.folder), "no summary.json in the end")
+        need(RunFolder(self.folder).has_ended(), "no summary.json in the end")
         self.readable()
         found = list(differences(whole or self.whole(), self.folder, but=but))
         need(not found, f"not identical in the end: {'; '.join(found)}")

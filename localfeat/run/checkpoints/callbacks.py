@@ -10,7 +10,6 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging
 
-from localfeat.run.folder import BEST, LAST
 from localfeat.run.loggers.metrics_csv import MetricsCsv
 from localfeat.utils.errors import Stopped
 
@@ -21,13 +20,16 @@ class BestCheckpoint(Checkpoint):
     A small validation set has many equal epochs (all images right), and the later one has a smaller learning rate
     behind it.
 
+    Args:
+        file: ``best.ckpt`` of the run.
+
     Attributes:
         score: the highest accuracy so far, 0 to 1; None before the first validation.
         epoch: when that was, from 0.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.file = folder / BEST
+    def __init__(self, file: Path) -> None:
+        self.file = file
         self.score: float | None = None
         self.epoch: int | None = None
 
@@ -54,7 +56,7 @@ class LastCheckpoint(Checkpoint):
     does a stop.
 
     Args:
-        folder: where to write.
+        file: ``last.ckpt`` of the run.
         epochs: how often, in epochs.
         batches: how often within epochs, in batches of the run; None: never.
         stop: the signal that asks the run to stop, None as long as there is none. The run then ends with
@@ -62,9 +64,9 @@ class LastCheckpoint(Checkpoint):
     """
 
     def __init__(
-        self, folder: Path, *, epochs: int = 1, batches: int | None = None, stop: Callable[[], int | None] | None = None
+        self, file: Path, *, epochs: int = 1, batches: int | None = None, stop: Callable[[], int | None] | None = None
     ) -> None:
-        self.file = folder / LAST
+        self.file = file
         self.epochs, self.batches = epochs, batches
         self.stop = stop or (lambda: None)
         self._due = self._at_epoch_end = False

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from localfeat.run.folder import CHECKPOINTS, LAST, PREVIOUS, left_to_go_on
+from localfeat.run.folder import RunFolder
 from localfeat.utils.errors import UserError
 from localfeat.utils.files import failing_in_one_line, whole_file
 
@@ -48,8 +48,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, part)
             part.flush()
             os.fsync(part.fileno())  # on disk before the older one goes
-            if file.name == LAST and file.is_file():
-                _keep(file, file.with_name(PREVIOUS))
+            run = RunFolder(file.parents[1])
+            if file == run.last and file.is_file():
+                _keep(file, run.previous)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """See :func:`read_checkpoint`; code in a file is never run, whatever ``weights_only`` says."""
@@ -102,7 +103,7 @@ def _check_archive(file: Path) -> None:
         raise UserError(f"{file} cannot be read (wrong checksum of {damaged}): it is damaged")
 
 
-def newest_sound(folder: Path) -> tuple[Path | None, int]:
+def newest_sound(folder: RunFolder) -> tuple[Path | None, int]:
     """The newest checkpoint that a run in ``folder`` can go on from, and the batches behind it; (None, 0) without one.
 
     A damaged ``last.ckpt`` is named on stderr, and the one before it takes its place.
@@ -111,7 +112,7 @@ def newest_sound(folder: Path) -> tuple[Path | None, int]:
         UserError: all of them are damaged.
     """
     complaints: list[str] = []
-    for file in left_to_go_on(folder):
+    for file in folder.resumable():
         try:
             batches = read_checkpoint(file)["global_step"]
         except UserError as error:
@@ -119,16 +120,16 @@ def newest_sound(folder: Path) -> tuple[Path | None, int]:
             continue
         if complaints:
             print(f"warning: {complaints[0]}; the one before it, of batch {batches}, takes its place", file=sys.stderr)
-        os.replace(file, folder / CHECKPOINTS / LAST)  # or the next checkpoint would take the damaged one for previous
-        return folder / CHECKPOINTS / LAST, batches
+        os.replace(file, folder.last)  # or the next checkpoint would take the damaged one for previous
+        return folder.last, batches
     if complaints:
-        raise UserError(f"{'; '.join(complaints)}; without {folder / CHECKPOINTS} the run begins anew")
+        raise UserError(f"{'; '.join(complaints)}; without {folder.checkpoints} the run begins anew")
     return None, 0
 
 
-def remove_previous(folder: Path) -> None:
+def remove_previous(folder: RunFolder) -> None:
     """Only a run that is cut short goes on from it: that it stays is no reason to call a complete run failed."""
-    file = folder / CHECKPOINTS / PREVIOUS
+    file = folder.previous
     try:
         file.unlink(missing_ok=True)
     except OSError as error:

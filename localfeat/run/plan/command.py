@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localfeat.run.command_line import check_arguments, one_line_errors, report
+from localfeat.run.composition import plain, register_resolvers
 from localfeat.run.conf_dir import conf_dir
-from localfeat.run.configuration import plain, register_resolvers
 from localfeat.utils.errors import UserError
 from localfeat.utils.files import failing_in_one_line, write_whole
 
@@ -104,11 +104,11 @@ def make_plan(arguments: Sequence[str]) -> tuple[Plan, dict[str, Any]]:
     checked = _checked(values)
     if values["budget"] != "auto":
         parse_bytes(values["budget"])
-    config = compose(overrides)
+    compose(overrides)  # what cannot be composed is told before heavy imports
     from localfeat.run.plan.planning import plan
 
     hydra = ["--config-dir", values["config_dir"]] if values["config_dir"] else []
-    found = plan(config, overrides, compose, budget=_budget(values["budget"]), options_of_hydra=hydra, **checked)
+    found = plan(overrides, compose, budget=_budget(values["budget"]), options_of_hydra=hydra, **checked)
     return found, values
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,17 +18,17 @@ from localfeat.memory.emulation import Target
 from localfeat.memory.fitted import fitted
 from localfeat.memory.planner import Option, Planner, Workload
 from localfeat.methods.base import METHODS, Method
-from localfeat.run.build import Config, build_datamodule, build_learner, build_model, check, without_initial_weights
-from localfeat.run.configuration import construct
+from localfeat.run.build import build_datamodule, build_learner, build_model
+from localfeat.run.configuration import RunConfiguration
+from localfeat.run.construct import construct
 from localfeat.run.plan.table import Plan
 from localfeat.utils.errors import UserError
 
 EFFICIENCIES = ("none", "lean", "selective", "checkpoint", "slices")
-Compose = Callable[[Sequence[str]], Config]
+Compose = Callable[[Sequence[str]], dict[str, Any]]
 
 
 def plan(
-    config: Config,
     overrides: list[str],
     compose: Compose,
     *,
@@ -37,30 +37,30 @@ def plan(
     device: Target | None,
     options_of_hydra: Sequence[str] = (),
 ) -> Plan:
-    """The plan for a configuration.
+    """Return the plan for the configuration that ``overrides`` make.
 
     Args:
-        config: composed from ``overrides``.
-        overrides: what was typed, for the command.
-        compose: makes the configuration of other overrides.
+        overrides: what was typed.
+        compose: makes the plain values of overrides.
         budget: bytes.
         margin: share of the budget that is left free.
         options_of_hydra: what else the command needs, like ``--config-dir``.
         device: ``None`` takes the CPU for ``trainer=cpu``, else CUDA.
     """
     typed = {override.lstrip("+").partition("=")[0].partition(".")[0] for override in overrides}  # also by one value
-    own_method = config["method"]["name"]
+    values = compose(overrides)
+    own_method = values["method"]["name"]
     if "method" not in typed:  # the default one may be refused where others are not
-        config = compose([*overrides, "method=e2e"])
-    config = check(config)
-    device = device or ("cpu" if config["trainer"]["accelerator"] == "cpu" else "cuda")
-    if (device, config["trainer"]["precision"]) == ("cpu", "16-mixed"):
+        values = compose([*overrides, "method=e2e"])
+    configuration = RunConfiguration.from_values(values)
+    device = device or ("cpu" if configuration.trainer.accelerator == "cpu" else "cuda")
+    if (device, configuration.trainer.precision) == ("cpu", "16-mixed"):
         raise UserError("trainer.precision=16-mixed needs a GPU: use bf16-mixed")
     allowed = int(budget * (1 - margin))
-    workload = workload_of(config, device)
-    methods, efficiencies = _methods(config, overrides, typed, compose), _efficiencies(config, typed, compose)
+    workload = workload_of(configuration, device)
+    methods, efficiencies = _methods(configuration, typed), _efficiencies(configuration, typed, compose)
     planner = Planner(workload, methods, efficiencies, allowed)
-    options = list(planner.options(*_split(config, typed, planner.blocks)))
+    options = list(planner.options(*_split(configuration, typed, planner.blocks)))
     if "split" not in typed and "efficiency" not in typed:
         options += fitted(planner)
     # Methods differ in more than cost: another one than the configuration's is not recommended for its cost alone.
@@ -72,12 +72,12 @@ def plan(
     if chosen is not None:
         complete = _merged(overrides, _changes(chosen, typed, workload))
         command = shlex.join(["python", "-m", "localfeat.run", *options_of_hydra, *complete])
-        confirmed = _confirmed(compose(complete), device)
+        confirmed = _confirmed(RunConfiguration.from_values(compose(complete)), device)
     return Plan(
         workload.batch_size,
         workload.precision,
         device,
-        config["backbone"]["name"],
+        configuration.backbone.name,
         allowed,
         options,
         chosen,
@@ -86,13 +86,13 @@ def plan(
     )
 
 
-def _split(config: Config, typed: set[str], blocks: int) -> tuple[Split | None, int | None]:
+def _split(configuration: RunConfiguration, typed: set[str], blocks: int) -> tuple[Split | None, int | None]:
     """The split that was typed, or the number of modules of a balanced one."""
     if "split" not in typed:
         return None, None
-    split = construct(config["split"], "split")
+    split = configuration.split
     if not isinstance(split, BalancedSplit):
-        return cast(Split, split), None
+        return split, None
     split.check_blocks(blocks)
     return None, split.k
 
@@ -167,76 +167,65 @@ def _merged(overrides: Sequence[str], changes: Sequence[str]) -> list[str]:
     return [*filter(stays, overrides), *changes]
 
 
-def workload_of(config: Config, device: Target) -> Workload:
+def workload_of(configuration: RunConfiguration, device: Target) -> Workload:
     """The run that a configuration describes, without what the planner chooses.
 
     Raises:
         UserError: a step whose needs are not known.
     """
-    datamodule = build_datamodule(config)
-    if config["efficiency"].get("compile"):
+    datamodule = build_datamodule(configuration)
+    if configuration.efficiency.compile:
         raise UserError("efficiency.compile=true: what a compiled step needs is not known; plan without it")
     height, width = datamodule.source.image_shape
 
     def backbone() -> nn.Module:
         with torch.device("meta"):
-            return build_model(without_initial_weights(config), datamodule.num_classes)
+            return build_model(configuration.without_initial_weights(), datamodule.num_classes)
 
     return Workload(
         backbone=backbone,
-        decoder=construct(config["decoder"], "decoder"),
-        batch_size=config["batch_size"],
+        decoder=configuration.decoder,
+        batch_size=configuration.batch_size,
         target=device,
-        precision=config["trainer"]["precision"],
-        image_size=config["image_size"],
+        precision=configuration.trainer.precision,
+        image_size=configuration.image_size,
         source_bytes=3 * height * width,
-        accumulate=config["optimizer"]["accumulate"],
-        ema=_averages(config, device),
-        soft_labels=_soft_labels(config),
+        accumulate=configuration.optimizer.accumulate,
+        ema=_averages(configuration, device),
+        soft_labels=configuration.dataset.mixes,
     )
 
 
-def _soft_labels(config: Config) -> bool:
-    return bool(config["dataset"].get("mixup") or config["dataset"].get("cutmix"))
-
-
-def _averages(config: Config, device: Target) -> bool:
+def _averages(configuration: RunConfiguration, device: Target) -> bool:
     """Whether the device holds a moving average of the weights: Lightning keeps it in main memory."""
-    return device == "cpu" and config["callbacks"]["ema"] is not None
+    return device == "cpu" and configuration.callbacks.ema is not None
 
 
-def _methods(config: Config, overrides: list[str], typed: set[str], compose: Compose) -> dict[str, Method]:
+def _methods(configuration: RunConfiguration, typed: set[str]) -> dict[str, Method]:
     if "method" in typed:
-        return {config["method"]["name"]: construct(config["method"], "method")}
-    found: dict[str, Method] = {
-        name: construct(compose([*overrides, f"method={name}"])["method"], "method") for name in METHODS
-    }
-    unfit = _soft_labels(config) or config["batch_size"] < 2
-    return {name: method for name, method in found.items() if not (unfit and method.contrasts)}
+        return {configuration.method.name: configuration.method}
+    unfit = configuration.dataset.mixes or configuration.batch_size < 2
+    return {name: method for name, method in METHODS.items() if not (unfit and method.contrasts)}
 
 
-def _efficiencies(config: Config, typed: set[str], compose: Compose) -> dict[str, Efficiency]:
+def _efficiencies(configuration: RunConfiguration, typed: set[str], compose: Compose) -> dict[str, Efficiency]:
     if "efficiency" in typed:
-        return {"as typed": construct(config["efficiency"], "efficiency")}
-    return {
-        name: cast(Efficiency, construct(compose([f"efficiency={name}"])["efficiency"], "efficiency"))
-        for name in EFFICIENCIES
-    }
+        return {"as typed": configuration.efficiency}
+    return {name: construct(compose([f"efficiency={name}"])["efficiency"], "efficiency") for name in EFFICIENCIES}
 
 
-def _confirmed(config: Config, device: Target) -> int:
+def _confirmed(configuration: RunConfiguration, device: Target) -> int:
     """Peak of a whole step of the configuration, by the learner's own loop on the meta device."""
-    config = check(config)
-    datamodule = build_datamodule(config)
+    datamodule = build_datamodule(configuration)
     with torch.device("meta"):
-        learner = build_learner(without_initial_weights(config), datamodule.num_classes)
+        learner = build_learner(configuration.without_initial_weights(), datamodule.num_classes)
     return step_memory(
         learner,
-        batch_size=config["batch_size"],
-        image_size=config["image_size"],
+        batch_size=configuration.batch_size,
+        image_size=configuration.image_size,
         target=device,
-        precision=config["trainer"]["precision"],
+        precision=configuration.trainer.precision,
         source_shape=datamodule.source.image_shape,
-        soft_labels=_soft_labels(config),
-        ema=_averages(config, device),
+        soft_labels=configuration.dataset.mixes,
+        ema=_averages(configuration, device),
     ).peak_bytes

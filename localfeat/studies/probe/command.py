@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from localfeat.run.arguments import whole_number
 from localfeat.run.command_line import one_line_errors, parse_arguments
-from localfeat.run.configuration import saved_config
-from localfeat.run.inside import check_inside
+from localfeat.run.folder import RunFolder
 from localfeat.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,9 +55,9 @@ def main() -> None:
             raise UserError(f"{empty[0]}= is empty: give a value")
         if arguments["wandb"] not in ("true", "false"):
             raise UserError(f"wandb={arguments['wandb']}: it is true or false")
-        saved_config(arguments["run"])  # refused before what takes seconds to import
+        RunFolder(arguments["run"]).read_config()  # refused before what takes seconds to import
         if arguments["output"] is None:  # the run's own folder
-            check_inside(arguments["run"])
+            RunFolder(arguments["run"]).check_inside()
         request = _request(arguments)
         from localfeat.studies.probe.inspecting import inspect_run
         from localfeat.studies.probe.upload import upload
@@ -66,7 +65,7 @@ def main() -> None:
         found = inspect_run(request)
         _print(found, request.folder)
         if arguments["wandb"] == "true":
-            upload(found, saved_config(request.run), request.folder)
+            upload(found, RunFolder(request.run).read_config(), request.folder)
 
 
 def _request(arguments: dict[str, Any]) -> Request:

@@ -15,9 +15,10 @@ from localfeat.backbones.timm_models import image_size_of
 from localfeat.data import ImageDataModule
 from localfeat.data.labelled import BatchLoader, LabelledImages, batch_loader
 from localfeat.learner.module import Learner
-from localfeat.run.build import Config, build_datamodule
-from localfeat.run.configuration import saved_network
-from localfeat.run.finished import open_learner
+from localfeat.run.build import build_datamodule
+from localfeat.run.configuration import RunConfiguration
+from localfeat.run.finished import open_learner, saved_configuration
+from localfeat.run.folder import RunFolder
 from localfeat.utils.errors import UserError
 
 SAMPLE_SEED = 0
@@ -49,8 +50,8 @@ class Features:
 class Network:
     """A run's network in evaluation mode, with the data it was trained on."""
 
-    folder: Path
-    config: Config
+    folder: RunFolder
+    configuration: RunConfiguration
     datamodule: ImageDataModule
     learner: Learner
     pieces: Decomposition
@@ -108,19 +109,19 @@ class Network:
                 raise UserError(f"{self.folder}: the features of {where} are not finite, the training has diverged")
 
 
-def open_network(folder: Path, checkpoint: str, root: str | Path | None) -> Network:
+def open_network(folder: RunFolder, checkpoint: str, root: str | Path | None) -> Network:
     """The network of the run in ``folder``; ``root`` is where its dataset lies if that has moved.
 
     Raises:
         UserError: no such run or checkpoint, or data that are not there.
     """
-    config = saved_network(folder)
+    configuration = saved_configuration(folder)
     if root is not None:
-        config["dataset"]["root"] = str(root)
-    datamodule = build_datamodule(config)
-    learner = open_learner(folder, config, datamodule.num_classes, checkpoint)
-    pieces = decompose(learner.backbone, image_size_of(learner.backbone, config["image_size"]))
-    return Network(folder, config, datamodule, learner, pieces)
+        configuration = configuration.with_root(root)
+    datamodule = build_datamodule(configuration)
+    learner = open_learner(folder, configuration, datamodule.num_classes, checkpoint)
+    pieces = decompose(learner.backbone, image_size_of(learner.backbone, configuration.image_size))
+    return Network(folder, configuration, datamodule, learner, pieces)
 
 
 def sample(datamodule: ImageDataModule, split: str, count: int) -> BatchLoader:

@@ -11,6 +11,7 @@ import torch
 
 from localfeat.data.labelled import BatchLoader, LabelledImages
 from localfeat.run.figures import reconstruction_grid
+from localfeat.run.folder import RunFolder
 from localfeat.run.summary import write_summary
 from localfeat.studies.probe.features import Features, Network, Place, open_network, sample
 from localfeat.studies.probe.figures import accuracy_by_depth, cka_heat_map
@@ -57,8 +58,8 @@ def inspect_run(request: Request) -> Found:
     Raises:
         UserError: no such run, checkpoint or data; runs that cannot be compared; an output that cannot be written to.
     """
-    own = open_network(request.run, request.checkpoint, request.root)
-    other = None if request.e2e is None else open_network(request.e2e, request.checkpoint, request.root)
+    own = open_network(RunFolder(request.run), request.checkpoint, request.root)
+    other = None if request.e2e is None else open_network(RunFolder(request.e2e), request.checkpoint, request.root)
     if other is not None:
         _check_comparable(own, other, request)
     _make_folder(request.folder)
@@ -124,19 +125,22 @@ def _cka(own: Features, other: Features, network: Network | None) -> Found:
 
 def _check_comparable(own: Network, other: Network, request: Request) -> None:
     """Refuse a run of other data, or one that was trained on images that are to be evaluated."""
-    mine, its = own.config["dataset"], other.config["dataset"]
-    if mine["source"] != its["source"]:
-        raise UserError(f"e2e={other.folder}: its dataset is {its['source']}, that of run is {mine['source']}")
-    folders = [Path(dataset["root"]).resolve() for dataset in (mine, its)]
-    if mine["source"] == "image_folder" and folders[0] != folders[1]:
-        raise UserError(f"e2e={other.folder}: its images lie in {its['root']}, those of run in {mine['root']}")
+    mine, its = own.configuration.dataset, other.configuration.dataset
+    if mine.source != its.source:
+        raise UserError(f"e2e={other.folder}: its dataset is {its.source}, that of run is {mine.source}")
+    folders = [Path(dataset.root).resolve() for dataset in (mine, its)]
+    if mine.source == "image_folder" and folders[0] != folders[1]:
+        raise UserError(f"e2e={other.folder}: its images lie in {its.root}, those of run in {mine.root}")
     if request.split == "test" or own.datamodule.source.has_validation():
         return
-    for key in ("seed", "val_fraction"):
-        if mine[key] != its[key]:
+    for key, has, had in (
+        ("seed", own.configuration.seed, other.configuration.seed),
+        ("val_fraction", mine.val_fraction, its.val_fraction),
+    ):
+        if has != had:
             raise UserError(
-                f"e2e={other.folder}: with dataset.{key}={its[key]} (run: {mine[key]}) it was trained on validation "
-                f"images of run: give a run with dataset.{key}={mine[key]}, or split=test"
+                f"e2e={other.folder}: with dataset.{key}={had} (run: {has}) it was trained on validation "
+                f"images of run: give a run with dataset.{key}={has}, or split=test"
             )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from localfeat.run.build import Config
 from localfeat.run.loggers import wandb_logger, wandb_service
 from localfeat.studies.probe.inspecting import PICTURES
 
@@ -13,7 +12,7 @@ LOGGER = "localfeat.run.loggers.wandb_logger.wandb_logger"
 COLUMNS = ["block", "module", "channels", "ends_module", "linear_probe", "knn"]
 
 
-def upload(found: dict[str, Any], config: Config, folder: Path) -> None:
+def upload(found: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
     """Send table, pictures and figures; offline without a login, into ``folder/wandb``.
 
     Args:
@@ -38,7 +37,7 @@ def upload(found: dict[str, Any], config: Config, folder: Path) -> None:
         wandb_service.finish()
 
 
-def _settings(found: dict[str, Any], config: Config) -> dict[str, Any]:
+def _settings(found: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     logger = config["logger"] or {}
     own = {key: value for key, value in logger.items() if key != "_target_"} if logger.get("_target_") == LOGGER else {}
     name = own.get("name") or f"{config['dataset']['source']}-{found['method']}-seed{config['seed']}"

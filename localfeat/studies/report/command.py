@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from localfeat.run.command_line import one_line_errors
-from localfeat.run.configuration import unknown_key
+from localfeat.run.composition import unknown_key
 from localfeat.utils.errors import UserError
 
 USAGE = """

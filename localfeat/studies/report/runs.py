@@ -10,8 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from localfeat.run.configuration import saved_config
-from localfeat.run.folder import left_to_go_on
+from localfeat.run.folder import RunFolder
 from localfeat.run.loggers.metrics_csv import FILE_NAME, read_rows
 from localfeat.studies.report.checks import complaint, is_inspection
 from localfeat.utils.errors import UserError
@@ -160,7 +159,7 @@ def _take(found: Material, folder: Path, files: set[str]) -> None:
             found.runs.append(_run(folder))
             _inspection(folder)
         elif "config.yaml" in files:
-            saved_config(folder)
+            RunFolder(folder).read_config()
             found.unfinished.append(folder)
     except UserError as error:
         found.left_out.append(str(error))
@@ -192,7 +191,7 @@ def _run(folder: Path) -> Run:
         UserError: files that are missing, damaged or not of one run.
     """
     summary = _json(folder / "summary.json")
-    config = saved_config(folder)
+    config = RunFolder(folder).read_config()
     if wrong := complaint(config, summary):
         raise UserError(f"{folder} is left out: {wrong}")
     run = Run(folder, config, {"test_accuracy": None, "val_accuracy": None, **summary})
@@ -233,6 +232,6 @@ def _state(folder: Path) -> str:
     """How far the run of a job came; empty when it has ended."""
     if (folder / "summary.json").is_file():
         return ""
-    if left_to_go_on(folder):
+    if RunFolder(folder).resumable():
         return "unfinished, has a checkpoint"
     return "unfinished, no checkpoint yet" if (folder / "config.yaml").is_file() else "not begun"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from localfeat.run.configuration import construct
+from localfeat.run.construct import construct
 from localfeat.studies.report.cells import GIB
 from localfeat.studies.report.rows import Row, Table
 from localfeat.studies.report.runs import Run

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from localfeat.run.conf_dir import conf_dir
-from localfeat.run.configuration import shown
 from localfeat.studies.report.runs import Run
+from localfeat.utils.text import as_typed
 
 Settings = dict[str, Any]
 """Dotted key -> value; lists are tuples."""
@@ -114,7 +114,7 @@ def _text(value: Any) -> str:
         return ""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return repr(float(value))
-    return shown(value)
+    return as_typed(value)
 
 
 def varying(rows: Sequence[Settings]) -> list[str]:
@@ -172,7 +172,7 @@ def shown_value(value: Any) -> str:
     """A value as one types it; whole numbers without a decimal point."""
     if isinstance(value, tuple):
         return f"[{','.join(map(shown_value, value))}]"
-    return str(int(value)) if isinstance(value, float) and value.is_integer() and value < 1e15 else shown(value)
+    return str(int(value)) if isinstance(value, float) and value.is_integer() and value < 1e15 else as_typed(value)
 
 
 def decoder_name(target: str) -> str:

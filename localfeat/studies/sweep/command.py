@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from localfeat.run.command_line import check_arguments, one_line_errors, report
-from localfeat.run.configuration import known_keys, unknown_key
+from localfeat.run.composition import known_keys, unknown_key
 from localfeat.studies.sweep.folder import StudyFolder
 from localfeat.studies.sweep.launch import check_launcher, launch
 from localfeat.studies.sweep.progress import Progress, ending_jobs_on_signals
@@ -236,9 +236,11 @@ def main() -> None:
         request.folder.check(request.chosen)
         configs = compose_all(request.chosen)
         if request.values["dry"] == "true":
+            from localfeat.run.configuration import RunConfiguration
             from localfeat.studies.sweep.dry_run import show
 
-            show(request.study, request.chosen, configs, request.folder, parse_speed(request.values["speed"]))
+            configurations = [RunConfiguration.from_values(values) for values in configs]
+            show(request.study, request.chosen, configurations, request.folder, parse_speed(request.values["speed"]))
             return
         sys.exit(run(request))
 

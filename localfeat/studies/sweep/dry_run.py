@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from localfeat.run.build import Config
-from localfeat.studies.sweep.estimate import Costs, Finished, Speeds, cheapest, checked, images_to_train, target
+from localfeat.run.configuration import RunConfiguration
+from localfeat.studies.sweep.estimate import Costs, Finished, Speeds, cheapest, images_to_train, target
 from localfeat.studies.sweep.folder import State, StudyFolder
 from localfeat.studies.sweep.measure import device_of, images_per_second
 from localfeat.studies.sweep.progress import duration
@@ -34,28 +34,33 @@ class Row:
     basis: str | None
 
 
-def rows(jobs: Sequence[Job], configs: Sequence[Config], folder: StudyFolder, speed: float | None) -> list[Row]:
+def rows(
+    jobs: Sequence[Job], configurations: Sequence[RunConfiguration], folder: StudyFolder, speed: float | None
+) -> list[Row]:
     """The table's rows, in the order of the jobs.
 
     Args:
-        configs: of the jobs, resolved.
+        configurations: of the jobs, resolved.
         speed: images per second of end-to-end training with the reference backbone (``cheapest``), if known.
     """
-    costs, configs = Costs(), checked(configs)
+    costs = Costs()
+    configurations = [configuration.without_initial_weights() for configuration in configurations]
     states = [folder.state(job.name) for job in jobs]
     figures = [_finished(folder.summary(job.name)) if folder.left(job.name) == "finished" else None for job in jobs]
-    known = [(config, run) for config, run in zip(configs, figures, strict=True) if run is not None]
-    speeds = Speeds(costs, known, speed, images_per_second, cheapest(configs, costs))
+    known = [
+        (configuration, run) for configuration, run in zip(configurations, figures, strict=True) if run is not None
+    ]
+    speeds = Speeds(costs, known, speed, images_per_second, cheapest(configurations, costs))
     found = []
-    for job, config, state, run in zip(jobs, configs, states, figures, strict=True):
-        predicted = costs.of(config)
-        seconds, basis = (run.seconds, "measured") if run else _estimate(config, speeds)
+    for job, configuration, state, run in zip(jobs, configurations, states, figures, strict=True):
+        predicted = costs.of(configuration)
+        seconds, basis = (run.seconds, "measured") if run else _estimate(configuration, speeds)
         found.append(Row(job, state, predicted and predicted[0], seconds, basis))
     return found
 
 
-def _estimate(config: Config, speeds: Speeds) -> tuple[float | None, str | None]:
-    images, speed = images_to_train(config), speeds.of(config)
+def _estimate(configuration: RunConfiguration, speeds: Speeds) -> tuple[float | None, str | None]:
+    images, speed = images_to_train(configuration), speeds.of(configuration)
     return (None, None) if images is None or speed is None else (images / speed[0], speed[1])
 
 
@@ -65,10 +70,14 @@ def _finished(summary: Mapping[str, Any]) -> Finished | None:
 
 
 def show(
-    study: Study, jobs: Sequence[Job], configs: Sequence[Config], folder: StudyFolder, speed: float | None
+    study: Study,
+    jobs: Sequence[Job],
+    configurations: Sequence[RunConfiguration],
+    folder: StudyFolder,
+    speed: float | None,
 ) -> None:
     """Print the table, its totals and what the times are based on."""
-    found = rows(jobs, configs, folder, speed)
+    found = rows(jobs, configurations, folder, speed)
     print(f"{study.name}: {study.question}\n")
     print(f"{'state':<10}  {'peak GiB':>8}  {'time':>10}  command")
     for row in found:
@@ -76,7 +85,7 @@ def show(
         time = "–" if row.seconds is None else duration(row.seconds)
         print(f"{row.state:<10}  {peak:>8}  {time:>10}  {row.job.command}")
     print(f"\n{totals(found)}")
-    print("\n".join(_notes(found, list(configs))))
+    print("\n".join(_notes(found, list(configurations))))
 
 
 def totals(found: Sequence[Row]) -> str:
@@ -90,12 +99,12 @@ def totals(found: Sequence[Row]) -> str:
     return f"{len(found)} jobs ({counted}): {duration(whole)} one after the other, {duration(left)} left{largest}"
 
 
-def _notes(found: Sequence[Row], configs: Sequence[Config]) -> list[str]:
+def _notes(found: Sequence[Row], configurations: Sequence[RunConfiguration]) -> list[str]:
     """What the figures are and are not."""
-    devices = " and ".join(sorted({target(config) for config in configs}))
+    devices = " and ".join(sorted({target(configuration) for configuration in configurations}))
     lines = [f"peak: of a training step, predicted for {devices}, without what libraries take for themselves"]
     lines += [
-        f"time: {count} jobs {_BASES[basis].format(device=device_of(configs[0]))}"
+        f"time: {count} jobs {_BASES[basis].format(device=device_of(configurations[0]))}"
         for basis, count in Counter(row.basis for row in found if row.basis).items()
     ]
     lines.append("time: images × epochs ÷ images per second; validation and waiting for data come on top")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -16,9 +16,8 @@ from localfeat.memory.balance import balanced_cuts
 from localfeat.memory.balanced_split import BalancedSplit
 from localfeat.memory.emulation import Target
 from localfeat.memory.planner import Planner
-from localfeat.methods.base import Method
-from localfeat.run.build import Config, build_datamodule, check
-from localfeat.run.configuration import construct
+from localfeat.run.build import build_datamodule
+from localfeat.run.configuration import RunConfiguration
 from localfeat.run.plan.planning import workload_of
 
 TRAINING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "stl10": 5_000, "svhn": 73_257}
@@ -45,35 +44,35 @@ class Costs:
         self._planners: dict[str, Planner] = {}
         self._known: dict[str, tuple[int, float]] = {}
 
-    def of(self, config: Config) -> tuple[int, float] | None:
+    def of(self, configuration: RunConfiguration) -> tuple[int, float] | None:
         """Peak memory in bytes, and a step's cost relative to plain end-to-end training of the same backbone.
 
         None where they are not known: with ``torch.compile``.
         """
-        if config["efficiency"].get("compile"):
+        if configuration.efficiency.compile:
             return None
-        key = setting(config)
+        key = setting(configuration)
         if key not in self._known:
-            planner = self._planner(config)
-            name, efficiency = config["method"]["name"], construct(config["efficiency"], "efficiency")
-            peak, cost = planner.evaluate(name, efficiency, _cuts(config, planner, efficiency))
+            planner = self._planner(configuration)
+            cuts = _cuts(configuration, planner)
+            peak, cost = planner.evaluate(configuration.method.name, configuration.efficiency, cuts)
             self._known[key] = round(peak), cost
         return self._known[key]
 
-    def work(self, config: Config) -> float:
+    def work(self, configuration: RunConfiguration) -> float:
         """What an image costs in plain end-to-end training, in the planner's unit: for ratios between backbones."""
-        planner = self._planner(config)
-        costs = planner.costs(next(iter(planner.methods)), Efficiency(), config["batch_size"])
-        return planner.work(costs.segment(0, planner.blocks)) / config["batch_size"]
+        planner = self._planner(configuration)
+        costs = planner.costs(next(iter(planner.methods)), Efficiency(), configuration.batch_size)
+        return planner.work(costs.segment(0, planner.blocks)) / configuration.batch_size
 
-    def _planner(self, config: Config) -> Planner:
-        classes, shape, _ = data_facts(_data(config), lambda: build_datamodule(config))
-        key = _key(_network(config), config["decoder"], classes, shape, target(config))
-        method: Method = construct(config["method"], "method")
+    def _planner(self, configuration: RunConfiguration) -> Planner:
+        classes, shape, _ = data_facts(_data(configuration), lambda: build_datamodule(configuration))
+        key = _key(_network(configuration), configuration.values["decoder"], classes, shape, target(configuration))
+        method = configuration.method
         if key not in self._planners:
-            plain = {**config, "efficiency": {**config["efficiency"], "compile": False}}
+            plain = replace(configuration, efficiency=replace(configuration.efficiency, compile=False))
             # No budget: what does not fit is for the reader to see.
-            self._planners[key] = Planner(workload_of(plain, target(config)), {method.name: method}, {}, 0)
+            self._planners[key] = Planner(workload_of(plain, target(configuration)), {method.name: method}, {}, 0)
         planner = self._planners[key]
         if planner.methods.get(method.name) not in (None, method):  # one name, other values
             return Planner(planner.workload, {method.name: method}, {}, 0)
@@ -81,38 +80,43 @@ class Costs:
         return planner
 
 
-def _cuts(config: Config, planner: Planner, efficiency: Efficiency) -> list[int]:
-    method: Method = construct(config["method"], "method")
+def _cuts(configuration: RunConfiguration, planner: Planner) -> list[int]:
+    method, split = configuration.method, configuration.split
     if not method.local:
         return []
-    split = construct(config["split"], "split")
-    costs = planner.costs(method.name, efficiency, config["batch_size"])
+    costs = planner.costs(method.name, configuration.efficiency, configuration.batch_size)
     if isinstance(split, BalancedSplit):
         return list(balanced_cuts(costs.segment, planner.blocks, split.k))
     return list(accumulate(split.blocks_per_module(costs.pieces.stage_depths)))[:-1]
 
 
-def target(config: Config) -> Target:
+def target(configuration: RunConfiguration) -> Target:
     """Whose memory a configuration's predictions are for."""
-    return "cpu" if config["trainer"]["accelerator"] == "cpu" else "cuda"
+    return "cpu" if configuration.trainer.accelerator == "cpu" else "cuda"
 
 
-def setting(config: Config) -> str:
+def setting(configuration: RunConfiguration) -> str:
     """What a configuration's memory and speed depend on, as text."""
-    method = {"method": config["method"], "efficiency": config["efficiency"], "dataset": config["dataset"]["source"]}
-    local = construct(config["method"], "method").local
-    decodes = construct(config["method"], "method").target is not None
-    parts = [config["split"] if local else None, config["decoder"] if decodes else None]
-    return _key(method, _network(config), target(config), *parts)
+    values, method = configuration.values, configuration.method
+    what = {"method": values["method"], "efficiency": values["efficiency"], "dataset": configuration.dataset.source}
+    parts = [values["split"] if method.local else None, values["decoder"] if method.target is not None else None]
+    return _key(what, _network(configuration), target(configuration), *parts)
 
 
-def _network(config: Config) -> dict[str, Any]:
+def _network(configuration: RunConfiguration) -> dict[str, Any]:
     """The backbone and how it is trained, apart from the objectives."""
-    named = ("image_size", "batch_size")
-    backbone = {key: config["backbone"][key] for key in ("name", "variants", "arguments")}
-    mixes = bool(config["dataset"].get("mixup") or config["dataset"].get("cutmix"))
-    trained = [config["trainer"]["precision"], config["optimizer"]["accumulate"], config["callbacks"]["ema"], mixes]
-    return {"backbone": backbone, "trained": trained, **{key: config[key] for key in named}}
+    backbone = configuration.backbone
+    return {
+        "backbone": {"name": backbone.name, "variants": backbone.variants, "arguments": backbone.arguments},
+        "trained": [
+            configuration.trainer.precision,
+            configuration.optimizer.accumulate,
+            configuration.callbacks.ema,
+            configuration.dataset.mixes,
+        ],
+        "image_size": configuration.image_size,
+        "batch_size": configuration.batch_size,
+    }
 
 
 def _key(*parts: object) -> str:
@@ -130,23 +134,23 @@ def data_facts(key: str, make: Callable[[], ImageDataModule]) -> tuple[int, tupl
     return _FACTS[key]
 
 
-def _data(config: Config) -> str:
-    return _key(*(config["dataset"][name] for name in ("source", "root", "image_size")))
+def _data(configuration: RunConfiguration) -> str:
+    return _key(configuration.dataset.source, configuration.dataset.root, configuration.image_size)
 
 
-def images_to_train(config: Config) -> int | None:
+def images_to_train(configuration: RunConfiguration) -> int | None:
     """Images that go through training, epochs counted; None if the data have to be read for it."""
-    name = config["dataset"]["source"]
-    count = TRAINING_IMAGES.get(name) or data_facts(_data(config), lambda: build_datamodule(config))[2]
+    name = configuration.dataset.source
+    count = TRAINING_IMAGES.get(name) or data_facts(_data(configuration), lambda: build_datamodule(configuration))[2]
     if count is None:
         return None
-    held_out = round(count * config["dataset"]["val_fraction"])
-    batches: int = (count - held_out) // config["batch_size"]
-    limit, most = config["trainer"]["limit_train_batches"], config["trainer"]["max_steps"]
+    held_out = round(count * configuration.dataset.val_fraction)
+    batches: int = (count - held_out) // configuration.batch_size
+    limit, most = configuration.trainer.limit_train_batches, configuration.trainer.max_steps
     if limit is not None:
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    steps = config["epochs"] * batches
-    return (steps if most == -1 else min(steps, most)) * config["batch_size"]
+    steps = configuration.epochs * batches
+    return (steps if most == -1 else min(steps, most)) * configuration.batch_size
 
 
 @dataclass(frozen=True)
@@ -162,27 +166,27 @@ class Speeds:
     """
 
     costs: Costs
-    finished: Sequence[tuple[Config, Finished]]
+    finished: Sequence[tuple[RunConfiguration, Finished]]
     given: float | None
-    measure: Callable[[Config], float]
-    reference: Config
+    measure: Callable[[RunConfiguration], float]
+    reference: RunConfiguration
 
-    def of(self, config: Config) -> tuple[float, str] | None:
+    def of(self, configuration: RunConfiguration) -> tuple[float, str] | None:
         """Images per second, and what they come from; None where costs are not known."""
-        same = [run.images_per_second for other, run in self.finished if setting(other) == setting(config)]
+        same = [run.images_per_second for other, run in self.finished if setting(other) == setting(configuration)]
         if same:
             return statistics.median(same), "finished jobs"
-        own = self.costs.of(config)
+        own = self.costs.of(configuration)
         if own is None:
             return None
         alike = [
             run.images_per_second * known[1]
             for other, run in self.finished
-            if _network(other) == _network(config) and (known := self.costs.of(other))
+            if _network(other) == _network(configuration) and (known := self.costs.of(other))
         ]
         if alike:
             return statistics.median(alike) / own[1], "finished jobs of the same backbone"
-        scale = self.costs.work(self.reference) / self.costs.work(config)
+        scale = self.costs.work(self.reference) / self.costs.work(configuration)
         return self._reference_speed[0] * scale / own[1], self._reference_speed[1]
 
     @cached_property
@@ -192,14 +196,7 @@ class Speeds:
         return self.measure(self.reference), "measured here"
 
 
-def cheapest(configs: Iterable[Config], costs: Costs) -> Config:
+def cheapest(configurations: Iterable[RunConfiguration], costs: Costs) -> RunConfiguration:
     """The configuration with the backbone that is quickest to try."""
-    distinct = {_key(_network(config)): config for config in configs}
+    distinct = {_key(_network(configuration)): configuration for configuration in configurations}
     return min(distinct.values(), key=costs.work)
-
-
-def checked(configs: Iterable[Mapping[str, Any]]) -> list[Config]:
-    """Configurations with their initial weights left out: nothing is to be downloaded."""
-    from localfeat.run.build import without_initial_weights
-
-    return [without_initial_weights(check(dict(config))) for config in configs]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from localfeat.run.folder import has_ended, left_to_go_on
+from localfeat.run.folder import RunFolder
 from localfeat.run.resume import OF_OWN_IMAGES, is_neutral
 from localfeat.studies.sweep.study import Job, Study, read_grid
 from localfeat.utils.errors import UserError
@@ -42,9 +42,10 @@ class StudyFolder:
 
     def left(self, name: str) -> Literal["new", "unfinished", "finished"]:
         """What the job's processes have left: its summary, or a checkpoint to go on from, or nothing of use."""
-        if has_ended(self.run(name)):
+        run = RunFolder(self.run(name))
+        if run.has_ended():
             return "finished"
-        return "unfinished" if left_to_go_on(self.run(name)) else "new"
+        return "unfinished" if run.resumable() else "new"
 
     def lock(self, name: str) -> int | None:
         """A file descriptor that keeps every other process from the job while it is open; None if one has it.
@@ -121,15 +122,8 @@ class StudyFolder:
 
 def _recorded(folder: Path) -> list[str] | None:
     """What the run was begun by; None if it does not say."""
-    from localfeat.run.configuration import typed_overrides
-
-    file = folder / ".hydra" / "overrides.yaml"
-    if not file.is_file():
-        return None
-    try:
-        return typed_overrides(folder)
-    except Exception as error:  # of YAML's reader, OmegaConf or the file system
-        raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]})") from error
+    run = RunFolder(folder)
+    return run.read_overrides() if run.overrides.is_file() else None
 
 
 def _difference(recorded: Sequence[str] | None, asked: Sequence[str]) -> str | None:

@@ -7,28 +7,29 @@ import time
 import torch
 from torch import nn
 
-from localfeat.run.build import Config, build_datamodule, build_model, without_initial_weights
+from localfeat.run.build import build_datamodule, build_model
+from localfeat.run.configuration import RunConfiguration
 
 CPU_BATCH = 4
 STEPS = 3
 """Steps that are timed, after a first one; the quickest counts, since other work can only make a step slower."""
 
 
-def device_of(config: Config) -> str:
+def device_of(configuration: RunConfiguration) -> str:
     """Where a configuration would train on this machine."""
-    return "cuda" if torch.cuda.is_available() and config["trainer"]["accelerator"] != "cpu" else "cpu"
+    return "cuda" if torch.cuda.is_available() and configuration.trainer.accelerator != "cpu" else "cpu"
 
 
-def images_per_second(config: Config) -> float:
+def images_per_second(configuration: RunConfiguration) -> float:
     """Of plain end-to-end training of the configuration's backbone here, initial weights random."""
-    device = device_of(config)
-    size, batch = config["image_size"], config["batch_size"] if device == "cuda" else CPU_BATCH
-    classes = build_datamodule(config).num_classes
-    model = build_model(without_initial_weights(config), classes).to(device).train()
+    device = device_of(configuration)
+    size, batch = configuration.image_size, configuration.batch_size if device == "cuda" else CPU_BATCH
+    classes = build_datamodule(configuration).num_classes
+    model = build_model(configuration.without_initial_weights(), classes).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters())
     images = torch.rand(batch, 3, size, size, device=device)
     labels = torch.arange(batch, device=device) % classes
-    mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config["trainer"]["precision"])
+    mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(configuration.trainer.precision)
     times = [_step(model, optimizer, images, labels, mixed) for _ in range(1 + STEPS)]
     return batch / min(times[1:])
 

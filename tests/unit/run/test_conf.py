@@ -14,13 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from localfeat.methods.base import METHODS
 from localfeat.run import trust
-from localfeat.run.build import build_datamodule, build_learner, build_model, check
+from localfeat.run.build import build_datamodule, build_learner, build_model
 from localfeat.run.command import run
+from localfeat.run.composition import plain
 from localfeat.run.conf_dir import conf_dir
-from localfeat.run.configuration import construct, plain
+from localfeat.run.construct import construct
 from localfeat.utils.errors import UserError
 from tests.helpers.formats import write_image_folder, write_source
-from tests.helpers.whole_runs import SMALL, TINY_SWIN, composed, small_run
+from tests.helpers.whole_runs import SMALL, TINY_SWIN, composed, configured, small_run
 
 FILES = sorted(path.relative_to(conf_dir()).with_suffix("").as_posix() for path in conf_dir().glob("*/*.yaml"))
 DATASETS = {"cifar10": 10, "cifar100": 100, "stl10": 10, "svhn": 10, "image_folder": 3, "digits": 10}
@@ -78,15 +79,13 @@ def test_every_data_set_builds(dataset: str, tmp_path: Path, monkeypatch: pytest
         write_image_folder(tmp_path, {"train": 60, "test": 5})
     elif dataset != "digits":
         write_source(monkeypatch, dataset, tmp_path)
-    config = plain(
-        composed(f"dataset={dataset}", f"dataset.root={tmp_path}", "batch_size=8", "dataset.val_fraction=0.34")
-    )
-    check(config)
-    data = build_datamodule(config)
+    overrides = f"dataset={dataset}", f"dataset.root={tmp_path}", "batch_size=8", "dataset.val_fraction=0.34"
+    configuration = configured(*overrides)
+    data = build_datamodule(configuration)
     assert data.num_classes == len(data.class_names) == DATASETS[dataset]
     images, labels = next(iter(data.ordered_loader("train")))
     inputs, _ = data.prepare(images[:2], labels[:2], training=True)
-    assert inputs.shape == (2, 3, config["image_size"], config["image_size"])
+    assert inputs.shape == (2, 3, configuration.image_size, configuration.image_size)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +99,7 @@ def test_every_data_set_builds(dataset: str, tmp_path: Path, monkeypatch: pytest
 def test_every_backbone_builds_with_the_parameters_it_says(backbone: str) -> None:
     """Its comment counts the classifier: of ImageNet's 1000 classes, of 10 for the small one."""
     size, classes = (32, 10) if backbone == "swin_micro" else (224, 1000)
-    model = build_model(plain(composed(f"backbone={backbone}", f"image_size={size}")), classes)
+    model = build_model(configured(f"backbone={backbone}", f"image_size={size}"), classes)
     (said,) = re.findall(r"([\d.]+) M parameters", (conf_dir() / "backbone" / f"{backbone}.yaml").read_text())
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     assert f"{millions:.{1 if '.' in said else 0}f}" == said
@@ -109,14 +108,14 @@ def test_every_backbone_builds_with_the_parameters_it_says(backbone: str) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["swin_base", "swin_large"])
 def test_large_backbones_build_at_384(backbone: str) -> None:
-    model = build_model(plain(composed(f"backbone={backbone}", "image_size=384")), 10)
+    model = build_model(configured(f"backbone={backbone}", "image_size=384"), 10)
     assert model.patch_embed.img_size == (384, 384) and model.layers[0].blocks[0].window_size == (12, 12)
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.split("/")[0] in ("method", "split", "decoder", "optimizer")])
 def test_every_part_of_a_learner_builds(file: str) -> None:
     overrides = first_command(file)
-    learner = build_learner(plain(composed("backbone=swin_micro", *overrides)), 10)
+    learner = build_learner(configured("backbone=swin_micro", *overrides), 10)
     assert sum(learner.blocks_per_module) == 8
     if file == "split/cuts":
         assert learner.blocks_per_module == [1, 1, 3, 3]

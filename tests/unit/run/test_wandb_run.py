@@ -20,7 +20,7 @@ from PIL import Image
 from localfeat.run import train as training
 from localfeat.run.callbacks.peak_memory import GIB
 from localfeat.run.command import run
-from localfeat.run.configuration import saved_config
+from localfeat.run.folder import RunFolder
 from localfeat.run.loggers.metrics_csv import read_rows
 from localfeat.run.loggers.wandb_logger import AXIS, wandb_logger
 from localfeat.run.loggers.wandb_service import finish
@@ -131,7 +131,7 @@ def test_every_metric_is_drawn_against_batches(folder: Path) -> None:
 def test_configuration_is_complete(folder: Path) -> None:
     (told,) = parts(folder)
     config, summary = told["config"], json.loads((folder / "summary.json").read_text())
-    for name, value in saved_config(folder).items():
+    for name, value in RunFolder(folder).read_config().items():
         assert config[name] == json.loads(json.dumps(value)), name
     assert config["network"] == {
         "model": summary["backbone"],

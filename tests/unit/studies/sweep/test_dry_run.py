@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 
 from localfeat.memory.accounting import step_memory
 from localfeat.run.build import build_datamodule, build_learner
+from localfeat.run.configuration import RunConfiguration
 from localfeat.studies.sweep import measure
 from localfeat.studies.sweep.command import compose_all, parse_speed
 from localfeat.studies.sweep.dry_run import Row, rows, show, totals
-from localfeat.studies.sweep.estimate import Costs, Finished, Speeds, cheapest, checked, images_to_train, target
+from localfeat.studies.sweep.estimate import Costs, Finished, Speeds, cheapest, images_to_train, target
 from localfeat.studies.sweep.folder import StudyFolder
 from localfeat.studies.sweep.study import Job, load_study
 from tests.helpers.command_line import call
@@ -35,9 +37,13 @@ def jobs_of(folder: Path, *typed: str) -> list[Job]:
     return load_study(str(folder / "mine" / "study.yaml")).jobs(typed)
 
 
+def configured(jobs: list[Job]) -> list[RunConfiguration]:
+    return [RunConfiguration.from_values(values) for values in compose_all(jobs)]
+
+
 def config_of(folder: Path, *typed: str) -> Any:
     """Of the first job with these overrides."""
-    return checked(compose_all(jobs_of(folder, *typed)[:1]))[0]
+    return configured(jobs_of(folder, *typed)[:1])[0]
 
 
 @pytest.mark.parametrize("typed", [["method=e2e"], ["method=feature_recon"], ["method=greedy_ce", "trainer=cpu"]])
@@ -46,10 +52,10 @@ def test_peaks_are_those_of_a_whole_step(typed: list[str], tmp_path: Path) -> No
     datamodule = build_datamodule(config)
     peak = step_memory(
         build_learner(config, datamodule.num_classes),
-        batch_size=config["batch_size"],
-        image_size=config["image_size"],
+        batch_size=config.batch_size,
+        image_size=config.image_size,
         target="cpu" if "trainer=cpu" in typed else "cuda",
-        precision=config["trainer"]["precision"],
+        precision=config.trainer.precision,
         source_shape=datamodule.source.image_shape,
     ).peak_bytes
     known = Costs().of(config)
@@ -62,7 +68,7 @@ def test_costs_are_relative_to_end_to_end_training(tmp_path: Path) -> None:
     whole, local = config_of(tmp_path, "method=e2e"), config_of(tmp_path, "method=feature_recon")
     assert costs.of(whole)[1] == 1  # type: ignore[index]
     assert costs.of(local)[1] > 1  # type: ignore[index]
-    assert costs.of({**whole, "efficiency": {**whole["efficiency"], "compile": True}}) is None
+    assert costs.of(replace(whole, efficiency=replace(whole.efficiency, compile=True))) is None
     balanced = config_of(tmp_path, "method=feature_recon", "split=balanced", "split.k=2")
     assert costs.of(balanced)[0] <= costs.of(local)[0]  # type: ignore[index]
     assert costs.work(config_of(tmp_path, "backbone.arguments.embed_dim=16")) > costs.work(whole)
@@ -81,7 +87,7 @@ def test_images_are_those_that_training_sees(typed: list[str], tmp_path: Path) -
 def test_images_of_the_papers_data_without_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     jobs = load_study("paper_pretrained").jobs(["method=e2e"])
-    seen = {job.overrides[-1]: images_to_train(config) for job, config in zip(jobs, compose_all(jobs), strict=True)}
+    seen = {job.overrides[-1]: images_to_train(one) for job, one in zip(jobs, configured(jobs), strict=True)}
     # of 90 % for training, in batches of 128, for 100 epochs
     assert seen == {
         "dataset=cifar10": 351 * 12_800,
@@ -134,7 +140,7 @@ def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any)
     assert sorted(tmp_path.rglob("*")) == before  # nothing is written
     lines = capsys.readouterr().out.splitlines()
     costs = Costs()
-    known = [costs.of(config) for config in checked(compose_all(jobs))]
+    known = [costs.of(config) for config in configured(jobs)]
     images = 3 * 4 * 16  # epochs, batches, images
     seconds = [3725.4, images / 0.5, *(images / 0.5 * known[i][1] for i in (2, 3, 4, 5))]  # type: ignore[index]
     table = [re.fullmatch(r"(\w+) +([\d.]+) +([\d:]+)  (python .*)", line) for line in lines[3:9]]
@@ -167,7 +173,7 @@ def test_unknown_times_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     typed = ["method=e2e", "seed=0", "efficiency=compile"]
     jobs = jobs_of(tmp_path, *typed)
     study = load_study(str(tmp_path / "mine" / "study.yaml"))
-    show(study, jobs, compose_all(jobs), StudyFolder(tmp_path / "out"), 10.0)
+    show(study, jobs, configured(jobs), StudyFolder(tmp_path / "out"), 10.0)
     lines = capsys.readouterr().out.splitlines()
     assert re.match(r"new +– +– +python", lines[3]) and "not known for 1 jobs" in lines[-1]
 
@@ -179,7 +185,7 @@ def test_weights_are_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("timm.models._builder.load_pretrained", refuse)
     jobs = jobs_of(tmp_path, "backbone.pretrained=true", "method=e2e", "seed=0")
     monkeypatch.setattr(measure, "STEPS", 1)
-    (row,) = rows(jobs, compose_all(jobs), StudyFolder(tmp_path / "out"), None)
+    (row,) = rows(jobs, configured(jobs), StudyFolder(tmp_path / "out"), None)
     assert row.basis == "measured here" and row.seconds and row.seconds > 0
 
 

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 
 from localfeat.run import train as training
 from localfeat.run.command import run
-from localfeat.run.configuration import saved_config
+from localfeat.run.folder import RunFolder
 from localfeat.studies.sweep.study import Job, load_study
 from localfeat.studies.sweep.task import RunJob
 from tests.helpers.command_line import call
@@ -84,7 +84,7 @@ def test_two_jobs_of_each_study_of_the_paper(name: str, tmp_path: Path, monkeypa
     for job in wanted:
         folder = tmp_path / "out" / job.name
         chosen = dict(override.split("=", 1) for override in job.name.split(","))
-        summary, config = json.loads((folder / "summary.json").read_text()), saved_config(folder)
+        summary, config = json.loads((folder / "summary.json").read_text()), RunFolder(folder).read_config()
         assert summary["method"] == chosen["method"] and summary["seed"] == int(chosen.get("seed", 0))
         assert len(summary["split"]) == (1 if chosen["method"] == "e2e" else int(chosen["split"][1:]))
         assert config["dataset"]["source"] == chosen.get("dataset", config["dataset"]["source"])

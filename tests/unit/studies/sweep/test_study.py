@@ -8,7 +8,7 @@ import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from localfeat.run.configuration import plain
+from localfeat.run.composition import plain
 from localfeat.studies.sweep.study import load_study, read_grid
 from localfeat.utils.errors import UserError
 from tests.helpers.whole_runs import composed

@@ -1,0 +1,86 @@
+"""The configuration as Hydra composes it: resolvers, plain values, the keys that there are.
+
+Nothing heavy is imported here: ``--help`` and ``--cfg job`` answer from this module alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from localfeat.run.conf_dir import conf_dir
+from localfeat.run.hydra_guard import guard_hydra
+from localfeat.utils.errors import UserError
+
+_LONGEST_NAME = 255  # bytes, of any usual file system
+
+
+AUTO = "auto"
+"""``resume=auto``: go on with the run that the same command began; begin it if there is none."""
+
+
+def register_resolvers() -> None:
+    """Make the functions known that conf/ calls as ``${localfeat.…}``, and have what Hydra itself builds checked."""
+    guard_hydra()
+    OmegaConf.register_new_resolver("localfeat.run_dir", _run_dir, replace=True)
+    OmegaConf.register_new_resolver("localfeat.linear_lr", _linear_lr, replace=True)
+
+
+def _run_dir(resume: object, output_dir: object, name: object) -> str:
+    """The folder that Hydra makes for a run; none for a run to resume, which has one (or is refused)."""
+    if resume not in (None, AUTO):
+        return "."
+    if output_dir is None or str(output_dir).strip() == "":
+        raise UserError("output_dir is empty: give the folder that gets a folder for every run, e.g. outputs")
+    folder, (_, _, last) = f"{output_dir}/{name}", str(name).partition("/")  # <date>/<time>_<source>_<method.name>
+    if not folder.isprintable():
+        raise UserError(f"output_dir={folder!a}: a folder's name has no such characters")
+    if "/" in last or len(last.encode()) > _LONGEST_NAME:
+        raise UserError(f"method.name, in {last}, is part of a folder's name: no / and fewer than 200 letters, please")
+    return folder
+
+
+def _linear_lr(lr: float, images: int, batch_size: int, accumulate: int) -> float:
+    """``lr`` per ``images`` of an optimizer step, scaled linearly to the images that a step has."""
+    return lr * batch_size * accumulate / images
+
+
+def plain(node: DictConfig) -> dict[str, Any]:
+    """A config as nested dicts and lists, every interpolation resolved.
+
+    Raises:
+        omegaconf.errors.MissingMandatoryValue: a value that has to be given was not.
+    """
+    return typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=True, throw_on_missing=True))
+
+
+def known_keys(overrides: list[str]) -> list[str]:
+    """Every key of the configuration that the given group choices make."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return list(_flat(compose("config", overrides=overrides)))
+
+
+def _flat(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    for name in map(str, node):
+        yield f"{prefix}{name}"
+        if isinstance(node._get_node(name), DictConfig):
+            yield from _flat(typing.cast(DictConfig, node._get_node(name)), f"{prefix}{name}.")
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """One line that says so, with the keys that may have been meant."""
+    last = key.rsplit(".", 1)[-1]
+    near = [name for name in known if name.rsplit(".", 1)[-1] == last]  # right, but elsewhere: lr for optimizer.lr
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    near = near or [
+        name for name in known if difflib.SequenceMatcher(None, name.rsplit(".", 1)[-1], last).ratio() > 0.8
+    ]
+    return f"{key}: there is no such key" + (f"; did you mean {' or '.join(near[:3])}?" if near else " (see --cfg job)")

@@ -1,0 +1,166 @@
+"""Groups of a run's configuration that are no objects of their own rooms: backbone, data, trainer, callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from localfeat.backbones.timm_models import model_name
+from localfeat.utils.errors import UserError
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+
+
+@dataclass(frozen=True)
+class BackboneSettings:
+    """Which timm model is trained, and where its initial weights come from.
+
+    Args:
+        name: timm model.
+        variants: image size -> the timm model to take instead of ``name`` at that size.
+        pretrained: take timm's ImageNet weights.
+        weights: file with weights under timm's keys; its classifier is left out.
+        drop_path_rate: stochastic depth; ``None`` keeps the model's own.
+        arguments: further constructor arguments of the model.
+
+    Raises:
+        UserError: initial weights from two places.
+    """
+
+    name: str
+    variants: Mapping[int, str] | None = None
+    pretrained: bool = False
+    weights: str | None = None
+    drop_path_rate: float | None = None
+    arguments: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights and self.pretrained:
+            raise UserError("backbone.pretrained and backbone.weights: initial weights come from one of them")
+
+    def model_name(self, image_size: int) -> str:
+        """Return the timm model for images of ``image_size`` pixels."""
+        return model_name(self.name, image_size, self.variants)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A class or function of the user's choice with its checked arguments, called when the rest is known.
+
+    Attributes:
+        target: what is called.
+        values: its arguments from the configuration.
+    """
+
+    target: Callable[..., Any]
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self, **more: Any) -> Any:
+        """Call the target; ``more`` are arguments that no configuration can hold."""
+        return self.target(**self.values, **more)
+
+
+@dataclass(frozen=True)
+class DatasetSettings(Part):
+    """The datamodule and its arguments."""
+
+    @property
+    def source(self) -> str:
+        """Name of the dataset."""
+        return str(self.values["source"])
+
+    @property
+    def root(self) -> str:
+        """Folder of the dataset's files."""
+        return str(self.values.get("root", "data"))
+
+    @property
+    def val_fraction(self) -> float:
+        """Share of the training images that is held out for validation."""
+        return float(self.values.get("val_fraction", 0.1))
+
+    @property
+    def mixes(self) -> bool:
+        """Whether mixup or cutmix make probabilities of the labels."""
+        return bool(self.values.get("mixup") or self.values.get("cutmix"))
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """Arguments of the Trainer that a configuration sets; see Lightning's documentation.
+
+    Raises:
+        UserError: more than one device, numbers out of range, fp16 with anomaly detection.
+    """
+
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int = 1
+    precision: Precision = "32-true"
+    deterministic: bool = False
+    log_every_n_steps: int = 10
+    max_steps: int = -1
+    limit_train_batches: int | float | None = None
+    limit_val_batches: int | float | None = None
+    limit_test_batches: int | float | None = None
+    num_sanity_val_steps: int = 0
+    detect_anomaly: bool = False
+
+    def __post_init__(self) -> None:
+        if self.devices != 1:
+            devices = self.devices
+            raise UserError(f"trainer.devices={devices}: localfeat trains on one device for now, trainer.devices=1")
+        if self.precision == "16-mixed" and self.detect_anomaly:
+            raise UserError(
+                "trainer.detect_anomaly=true and trainer.precision=16-mixed exclude each other: 16-bit gradients "
+                "overflow now and then, which is no anomaly; use bf16-mixed or 32-true"
+            )
+        if self.log_every_n_steps < 1:
+            raise UserError(f"trainer.log_every_n_steps={self.log_every_n_steps}: it must be at least 1")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise UserError(f"trainer.max_steps={self.max_steps}: it must be at least 1, or -1 for no limit")
+        if self.num_sanity_val_steps < -1:
+            steps = self.num_sanity_val_steps
+            raise UserError(f"trainer.num_sanity_val_steps={steps}: it must be at least -1 (all batches)")
+        for split, limit in self.limits.items():
+            _check_limit(f"trainer.limit_{split}_batches", limit)
+
+    @property
+    def limits(self) -> dict[str, int | float | None]:
+        """Batches per epoch of ``train``, ``val`` and ``test``: a number, a share, or ``None`` for all."""
+        return {"train": self.limit_train_batches, "val": self.limit_val_batches, "test": self.limit_test_batches}
+
+
+def _check_limit(key: str, limit: int | float | None) -> None:
+    if limit is not None and (limit <= 0 or (isinstance(limit, float) and limit > 1)):
+        raise UserError(f"{key}={limit}: it must be a number of batches from 1 on, a share like 0.1, or null for all")
+
+
+@dataclass(frozen=True)
+class CallbackSettings:
+    """What watches a run.
+
+    Args:
+        checkpoint_every_n_epochs: how often ``checkpoints/last.ckpt`` is written.
+        checkpoint_every_n_batches: how often it is also written within epochs.
+        progress_bar: ``False`` for none.
+        early_stopping: epochs without a better validation accuracy before the run ends.
+        ema: decay of the weights' moving average.
+
+    Raises:
+        UserError: values out of range.
+    """
+
+    checkpoint_every_n_epochs: int = 1
+    checkpoint_every_n_batches: int | None = None
+    progress_bar: bool = True
+    early_stopping: int | None = None
+    ema: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint_every_n_epochs", "checkpoint_every_n_batches", "early_stopping"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"callbacks.{name}={value}: it must be at least 1")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UserError(f"callbacks.ema={self.ema}: a decay lies between 0 and 1")
