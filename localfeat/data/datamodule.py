@@ -64,6 +64,7 @@ class ImageDataModule(lightning.LightningDataModule):
         val_fraction: share of the training images held out for validation, stratified, drawn by ``seed``; 0: no
             validation. An image folder with a val folder uses that instead.
         seed: of the validation split and of the order of training batches.
+        shuffle: whether every epoch has another order; otherwise all have that of the first.
         num_workers: processes that decode files; data held in memory are batched in the main process,
             which is faster.
         in_memory: image_folder only; None decides by size, see `ImageFolder`.
@@ -88,6 +89,7 @@ class ImageDataModule(lightning.LightningDataModule):
         cutmix: float = 0.0,
         val_fraction: float = 0.1,
         seed: int = 0,
+        shuffle: bool = True,
         num_workers: int = 0,
         in_memory: bool | None = None,
         skip_bad_images: bool = False,
@@ -100,6 +102,7 @@ class ImageDataModule(lightning.LightningDataModule):
         _check_loading(batch_size, eval_batch_size, val_fraction, num_workers)
         self.download, self.batch_size, self.eval_batch_size = download, batch_size, eval_batch_size
         self.val_fraction, self.seed, self.num_workers = val_fraction, seed, num_workers
+        self.shuffle = shuffle
         self.source = make_source(source, root, image_size, in_memory, skip_bad_images)
         self.num_classes = self.source.num_classes
         if (count := self.source.size("train")) is not None:
@@ -158,7 +161,7 @@ class ImageDataModule(lightning.LightningDataModule):
         dataset = self._required("train")
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         self._check_batch(len(dataset) // world_size)
-        sampler = EpochBatches(len(dataset), self.batch_size, self.seed, rank, world_size)
+        sampler = EpochBatches(len(dataset), self.batch_size, self.seed, rank, world_size, shuffle=self.shuffle)
         sampler.resume = self._resume
         self._sampler = sampler
         return StageLoader(batch_loader(dataset, self._workers(), batch_sampler=sampler), sampler)

@@ -63,9 +63,13 @@ class EpochBatches:
         batch_size: images per batch (and process).
         seed: of the permutations.
         rank, world_size: this process sees every ``world_size``-th image of the permutation.
+        shuffle: whether every epoch has a permutation of its own; otherwise all have the first one's.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, *, shuffle: bool = True
+    ) -> None:
+        self.shuffle = shuffle
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
@@ -83,7 +87,7 @@ class EpochBatches:
         self.begun = epoch = self.epoch
         first = self.resume[1] if self.resume[0] == epoch else 0
         self.resume = (0, 0)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + (epoch if self.shuffle else 0))
         order = torch.randperm(self.size, generator=generator)[self.rank :: self.world_size]
         for batch in range(first, len(self)):
             yield order[batch * self.batch_size : (batch + 1) * self.batch_size]

@@ -11,6 +11,7 @@ import timm
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from torch import nn
 
 from localfeat.backbones.timm_models import build_backbone
@@ -125,4 +126,9 @@ def build_trainer(settings: TrainerSettings, **parts: Any) -> lightning.Trainer:
     if settings.precision == "16-mixed" and not cuda:
         raise UserError("trainer.precision=16-mixed needs a GPU: use bf16-mixed")
     arguments = {**asdict(settings), "accelerator": "gpu" if cuda else "cpu"}
+    if settings.profiler is not None:  # its table goes into the run's folder
+        arguments["profiler"] = _PROFILERS[settings.profiler](dirpath=parts["default_root_dir"], filename="profile")
     return lightning.Trainer(**arguments, enable_model_summary=False, **parts)
+
+
+_PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}

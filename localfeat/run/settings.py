@@ -105,6 +105,7 @@ class TrainerSettings:
     limit_test_batches: int | float | None = None
     num_sanity_val_steps: int = 0
     detect_anomaly: bool = False
+    profiler: Literal["simple", "advanced", "pytorch"] | None = None
 
     def __post_init__(self) -> None:
         if self.devices != 1:

@@ -21,7 +21,7 @@ from localfeat.run.conf_dir import conf_dir
 from localfeat.run.construct import construct
 from localfeat.utils.errors import UserError
 from tests.helpers.formats import write_image_folder, write_source
-from tests.helpers.whole_runs import SMALL, TINY_SWIN, composed, configured, small_run
+from tests.helpers.whole_runs import SMALL, TINY_SWIN, composed, configured, metrics, small_run
 
 FILES = sorted(path.relative_to(conf_dir()).with_suffix("").as_posix() for path in conf_dir().glob("*/*.yaml"))
 DATASETS = {"cifar10": 10, "cifar100": 100, "stl10": 10, "svhn": 10, "image_folder": 3, "digits": 10}
@@ -50,7 +50,7 @@ def test_every_file_opens_with_a_command_that_uses_it(file: str, tmp_path: Path)
     config = composed(*overrides)
     plain(config)
     own = OmegaConf.load(conf_dir() / f"{file}.yaml")
-    target = config if group in ("dataset", "experiment") else config[group]
+    target = config if group in ("preset", "experiment", "debug") else config[group]
     flat = {key for key in leaves(own) if not key.startswith("defaults")}
     assert flat <= set(leaves(target)), "all of the file is in the configuration"
 
@@ -152,6 +152,24 @@ def test_experiments_run(tmp_path: Path) -> None:
     less = ["epochs=1", "batch_size=16", "trainer.limit_train_batches=2", "callbacks.progress_bar=false"]
     summary = run(composed(*overrides, *less), tmp_path / "b")
     assert summary["precision"] == "bf16-mixed" and summary["classes"] == ["class_0", "class_1", "class_2"]
+
+
+def test_one_batch(tmp_path: Path) -> None:
+    summary = run(composed(*first_command("debug/one_batch"), *TINY_SWIN, "callbacks.progress_bar=false"), tmp_path)
+    assert [row["step"] for row in metrics(tmp_path) if row.get("train/loss")] == ["0"] and summary["epochs"] == 1
+
+
+def test_overfitting_sees_one_batch_and_learns_it(tmp_path: Path) -> None:
+    less = [*TINY_SWIN, "batch_size=16", "optimizer.lr=0.005", "callbacks.progress_bar=false", "method=e2e"]
+    run(composed(*first_command("debug/overfit"), *less), tmp_path)
+    losses = [float(row["train/loss"]) for row in metrics(tmp_path) if row.get("train/loss")]
+    assert len(losses) == 100 and losses[-1] < 0.1 * losses[0]
+
+
+def test_the_profile_is_in_the_runs_folder(tmp_path: Path) -> None:
+    less = [*TINY_SWIN, "trainer.limit_train_batches=2", "callbacks.progress_bar=false"]
+    run(composed(*first_command("debug/profiler"), *less), tmp_path)
+    assert "run_training_batch" in (tmp_path / "fit-profile.txt").read_text()
 
 
 # --- a data set brings its backbone and image size along, and the command line wins ---
