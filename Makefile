@@ -41,6 +41,15 @@ test: $(STAMP) ## fast tests; narrow with ARGS='-k name' or ARGS=tests/folder
 test-slow: $(STAMP) ## tests marked slow
 	@$(PYTEST) -m 'slow and not gpu' --timeout 1800 $(ARGS)
 
+.PHONY: smoke
+smoke: $(STAMP) ## a minute: the laws, and a run of one batch
+	@$(PYTEST) -q tests/laws $(ARGS)
+	@$(ONE_THREAD) $(VENV_PYTHON) -m localfeat.run debug=one_batch trainer=cpu callbacks.progress_bar=false
+
+.PHONY: mutants
+mutants: $(STAMP) ## break the code on purpose: every mutant must fail a test
+	@$(ONE_THREAD) $(VENV_PYTHON) -m tests.laws.break_the_laws $(ARGS)
+
 .PHONY: test-gpu
 test-gpu: $(STAMP) ## tests marked gpu, one at a time (needs a CUDA device)
 	@$(VENV_PYTHON) -m pytest -m gpu --timeout 1800 $(ARGS)

@@ -172,7 +172,8 @@ def _clean_process(seed: int) -> Iterator[None]:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    environment = dict(os.environ)
+    environment, unraisable = dict(os.environ), sys.unraisablehook
+    sys.unraisablehook = lambda found: None if _is_worker_death(found.exc_value) else unraisable(found)
     exit_code = 0
     try:
         yield
@@ -180,6 +181,7 @@ def _clean_process(seed: int) -> Iterator[None]:
         exit_code = 128 + error.signum if isinstance(error, Stopped) else 1
         raise
     finally:
+        sys.unraisablehook = unraisable
         if "wandb" in sys.modules:
             wandb_service.finish(exit_code)
         for name in os.environ.keys() - environment.keys():  # Lightning sets one for deterministic runs
@@ -189,6 +191,15 @@ def _clean_process(seed: int) -> Iterator[None]:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _is_worker_death(error: BaseException | None) -> bool:
+    """Return whether torch tells of a killed worker process in a finaliser, where Python can only print it.
+
+    Torch raises wherever the main process is when the signal comes. The loader says the same again at its next batch,
+    which ends the run in one line.
+    """
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
 
 
 def _trainer(

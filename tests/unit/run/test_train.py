@@ -1,0 +1,34 @@
+"""What a run changes in its process, and gives back."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from typing import Any
+
+import pytest
+
+from localfeat.run.train import _clean_process
+
+
+class RaisesWhenFreed:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __del__(self) -> None:
+        raise self.error
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_killed_worker_leaves_no_stack_trace_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch raises in whatever runs when the signal comes, a finaliser too; the loader says it again."""
+    told: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: told.append(str(found.exc_value)))
+    with _clean_process(0):
+        RaisesWhenFreed(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "))
+        RaisesWhenFreed(RuntimeError("another fault"))
+        gc.collect()
+    assert told == ["another fault"]
+    RaisesWhenFreed(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "))
+    gc.collect()
+    assert len(told) == 2
