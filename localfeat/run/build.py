@@ -17,8 +17,12 @@ from localfeat.backbones.timm_models import build_backbone, model_name
 from localfeat.data import ImageDataModule
 from localfeat.learner.module import Learner
 from localfeat.methods.base import Method
-from localfeat.run.callbacks.batches import LogShortRuns, RandomStates, SeedEachBatch, StopOnSignal, Throughput
+from localfeat.run.callbacks.logging_interval import LogShortRuns
+from localfeat.run.callbacks.nonfinite import StopOnNonFinite
 from localfeat.run.callbacks.peak_memory import PeakMemory
+from localfeat.run.callbacks.seeding import RandomStates, SeedEachBatch
+from localfeat.run.callbacks.stop_on_signal import StopOnSignal
+from localfeat.run.callbacks.throughput import Throughput
 from localfeat.run.checkpoints.callbacks import AveragedWeights, BestCheckpoint, LastCheckpoint
 from localfeat.run.configuration import check_types, construct, target_and_values
 from localfeat.run.console import RunProgress
@@ -196,6 +200,7 @@ def build_callbacks(
         found.append(AveragedWeights(decay=ema))
     if early_stopping is not None:
         found.append(EarlyStopping("val/accuracy", patience=early_stopping, mode="max"))
+    found.append(StopOnNonFinite())
     checkpoints = folder / CHECKPOINTS
     if validates:
         found.append(BestCheckpoint(checkpoints))

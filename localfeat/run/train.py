@@ -35,8 +35,9 @@ from localfeat.run.build import (
     check,
     without_initial_weights,
 )
-from localfeat.run.callbacks.batches import StopOnSignal, Throughput
 from localfeat.run.callbacks.peak_memory import PeakMemory
+from localfeat.run.callbacks.stop_on_signal import StopOnSignal
+from localfeat.run.callbacks.throughput import Throughput
 from localfeat.run.checkpoints.callbacks import BestCheckpoint
 from localfeat.run.checkpoints.files import WholeCheckpointIO, read_checkpoint, remove_previous
 from localfeat.run.configuration import typed_overrides
