@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from localfeat.methods.base import METHODS, Method, Site
     from localfeat.methods.objective import Objective
     from localfeat.methods.parts.decoders import DeconvDecoder, InterpDecoder, OneLayerDecoder
+    from localfeat.run.callbacks.nonfinite import StopOnNonFinite
     from localfeat.utils.errors import UserError
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ _HOMES = {
     "Optimization": "localfeat.learner.optimization",
     "Site": "localfeat.methods.base",
     "Split": "localfeat.backbones.split",
+    "StopOnNonFinite": "localfeat.run.callbacks.nonfinite",
     "UserError": "localfeat.utils.errors",
     "step_memory": "localfeat.memory.accounting",
 }
@@ -57,6 +59,7 @@ __all__ = [
     "Optimization",
     "Site",
     "Split",
+    "StopOnNonFinite",
     "UserError",
     "step_memory",
 ]

@@ -24,11 +24,11 @@ from torch.nn.utils import get_total_norm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script
 
 from experiments.benchmarks.step_time import RESULTS, Steps, configure
-from localfeat.learner.divergence import Batch
 from localfeat.learner.module import Learner
 from localfeat.learner.nonfinite import NonFinite
 from localfeat.run.build import build_learner
-from localfeat.run.callbacks.batches import synchronize
+from localfeat.run.callbacks.nonfinite import Batch, StopOnNonFinite
+from localfeat.run.callbacks.throughput import synchronize
 from localfeat.run.configuration import RunConfiguration
 from localfeat.run.summary import environment
 
@@ -61,7 +61,7 @@ class WatchedSteps(Steps):
         self.learner.nonfinite.count()
         if self.device == "cpu":
             batch = Batch(images, labels, 0, 0, self.learner.figures.latest, ".")
-            self.learner._divergence.look(batch, self.optimizers)
+            StopOnNonFinite().look(self.learner, batch, self.optimizers)
         synchronize(images.device)
         return taken
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from localfeat.learner.module import Learner
 from localfeat.learner.optimization import undecayed_parameters
 from localfeat.run.build import build_learner
-from localfeat.run.callbacks.batches import synchronize
+from localfeat.run.callbacks.throughput import synchronize
 from localfeat.run.composition import plain, register_resolvers
 from localfeat.run.conf_dir import conf_dir
 from localfeat.run.configuration import RunConfiguration

@@ -14,15 +14,16 @@ from localfeat.backbones.modes import evaluating
 from localfeat.backbones.split import ResolvableSplit, Split
 from localfeat.efficiency.settings import Efficiency
 from localfeat.learner.assembly import build_local_modules
-from localfeat.learner.divergence import Batch, Divergence
 from localfeat.learner.figures import TrainingFigures
-from localfeat.learner.nonfinite import NonFinite, anomaly
+from localfeat.learner.lightning_internals import count_batch
+from localfeat.learner.nonfinite import AnomalyFound, NonFinite, anomaly
 from localfeat.learner.optimization import Optimization
 from localfeat.learner.stepping import ModulewiseSteps
 from localfeat.methods.base import Method, as_method
 from localfeat.methods.local_module import LocalModule, LocalOutput
 from localfeat.methods.objective import ClassifierObjective, Objective, Reconstruction
 from localfeat.methods.parts.decoders import DecoderFactory, as_decoder
+from localfeat.parallel.sequential import train_in_turn
 from localfeat.utils.errors import UserError
 
 
@@ -89,8 +90,6 @@ class Learner(ModulewiseSteps):
         self.val_accuracy = MulticlassAccuracy(self.num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(self.num_classes, average="micro")
         self.forget_training()
-        users = [i for i, m in enumerate(self._modules_in_order) if m.objective.uses_images]
-        self._last_image_user = max(users, default=0)
         if self.efficiency.compile:
             for module in self.local_modules:
                 module.compile()
@@ -108,13 +107,12 @@ class Learner(ModulewiseSteps):
         """Start all figures of training afresh; the weights stay."""
         self.figures = TrainingFigures()
         self.nonfinite = NonFinite(self._modules_in_order)
-        self._divergence = Divergence(self.nonfinite, self.optimization.stop_after_nonfinite)
-        self._under_way, self._gradients = 0, {}
+        self.current_module, self._gradients = 0, {}
 
     @property
     def figures_of_training(self) -> list[Any]:
         """What :meth:`forget_training` makes anew."""
-        return [self.figures, self.nonfinite, self._divergence, self._gradients]
+        return [self.figures, self.nonfinite, self._gradients]
 
     @property
     def epoch_means(self) -> dict[str, float]:
@@ -143,20 +141,17 @@ class Learner(ModulewiseSteps):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """One batch through every module in turn. At most one module's graph is alive at a time."""
         self.backbone.training = self.training  # after validation Lightning restores registered modules only
-        optimizers = self._optimizers_counting_batches()
         window = self._window(batch_index)
         steps = batch_index % self.optimization.accumulate + 1 == window or self.trainer.is_last_batch
-        with self._naming_anomalies(batch, batch_index):
+        with self._naming_anomalies(batch_index):
             self.train_modules(
                 lambda: self._prepare(batch, training=True),
                 lambda loss: self.manual_backward(loss / window),
-                lambda module: self._step(optimizers[module]) if steps else self.nonfinite.wait(module),
+                lambda module: self._step(module) if steps else self.nonfinite.wait(module),
             )
         if steps:
             self.nonfinite.count()
-        else:  # the trainer counts batches, also those that only accumulate
-            self.trainer.fit_loop.epoch_loop.manual_optimization._on_before_step()
-            self.trainer.fit_loop.epoch_loop.manual_optimization._on_after_step()
+        count_batch(self.trainer)  # also those that only accumulate
         self._log_training()
         for scheduler in self._schedulers():
             scheduler.step()
@@ -167,34 +162,18 @@ class Learner(ModulewiseSteps):
         backward: Callable[[Tensor], None],
         update: Callable[[int], None],
     ) -> None:
-        """The loop itself: every module forward, backward and update, in turn.
+        """One batch through the schedule (see :func:`train_in_turn`), watched for what is not finite."""
+        train_in_turn(self._modules_in_order, batch, backward, update, self)
 
-        Args:
-            batch: makes the normalised images (B, 3, H, W) and their labels. They belong to this loop alone, which
-                frees the images after the last module that needs them.
-            backward: runs backward from one module's loss.
-            update: steps the optimizer of a module (counted from 0) and frees its gradients, if it is time to.
-        """
-        features, labels = batch()
-        images: Tensor | None = features
-        for index, module in enumerate(self._modules_in_order):
-            self._under_way = index
-            self.nonfinite.begin(index)
-            output: LocalOutput = module(features, images, labels)
-            self.nonfinite.see_loss(index, output.loss)
-            backward(output.loss)
-            features = output.features
-            if index == self._last_image_user:
-                images = None
-            self.figures.add(index, output, labels)
-            del output  # and with it the module's graph
-            update(index)
+    def begin_module(self, index: int) -> None:
+        """Note whose turn it is (from 0), and keep the statistics that a bad step puts back."""
+        self.current_module = index
+        self.nonfinite.begin(index)
 
-    def on_train_batch_end(self, outputs: Any, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """See whether the run still learns: on a GPU only where figures are logged, as that has to wait for it."""
-        if self.device.type == "cpu" or self._logs or torch.is_anomaly_enabled():
-            optimizers = [optimizer.optimizer for optimizer in self._optimizers()]
-            self._divergence.look(self._described(batch, batch_idx), optimizers)
+    def see_output(self, index: int, output: LocalOutput, labels: Tensor) -> None:
+        """Take the figures of a module's batch with labels (B,) or (B, num_classes), and look at its loss."""
+        self.nonfinite.see_loss(index, output.loss)
+        self.figures.add(index, output, labels)
 
     def on_train_epoch_start(self) -> None:
         """Start the epoch's means afresh."""
@@ -265,29 +244,29 @@ class Learner(ModulewiseSteps):
         return prepare(images, labels, training=training) if prepare is not None else (images, labels)
 
     @contextmanager
-    def _naming_anomalies(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Iterator[None]:
-        """One line for what anomaly detection finds."""
+    def _naming_anomalies(self, batch_index: int) -> Iterator[None]:
+        """One line for what anomaly detection finds.
+
+        Raises:
+            AnomalyFound: names the module and the operation.
+        """
         try:
             yield
         except RuntimeError as error:
             operation = anomaly(error)
             if operation is None:
                 raise
-            described = self._described(batch, batch_index)
-            raise self._divergence.anomaly(self._under_way, operation, described) from error
-
-    def _described(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Batch:
-        folder = self.trainer.default_root_dir
-        return Batch(*batch, self.trainer.current_epoch, batch_index, self.figures.latest, folder)
+            place = f"epoch {self.trainer.current_epoch}, batch {batch_index}"
+            raise AnomalyFound(self.current_module + 1, operation, place) from error
 
     @property
-    def _logs(self) -> bool:
-        """Whether this batch's figures are logged."""
+    def logs_batch(self) -> bool:
+        """Whether the figures of the batch that was just trained are logged."""
         return bool(self.trainer.global_step % cast(Any, self.trainer).log_every_n_steps == 0)
 
     def _log_training(self) -> None:
         self.figures.count()
-        if self._logs:
+        if self.logs_batch:
             lr = self._schedulers()[0].optimizer.param_groups[0]["lr"]  # get_last_lr() is 0 at the first batch
             skipped = self.nonfinite.total.float()
             self.log_dict({**self.figures.latest, "train/lr": lr, "train/skipped_steps": skipped}, batch_size=1)

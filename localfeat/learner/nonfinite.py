@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: the module's step is left out, counted, and ends the run if it goes on."""
+"""Losses and gradients that are not finite: the module's step is left out and counted."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from localfeat.utils.errors import Diverged
 
 STATISTICS = ("running_", "num_batches_tracked")
 """How the buffers are called that a forward pass in training mode changes (BatchNorm and its kin)."""
@@ -36,6 +38,19 @@ class Trouble:
     def __str__(self) -> str:
         where = f" ({self.parameter})" if self.parameter else ""
         return f"module {self.module}'s {self.term}{where} is {self.value}"
+
+
+class AnomalyFound(Diverged):
+    """torch's anomaly detection has found NaN in a module's backward pass.
+
+    Attributes:
+        module: from 1.
+        operation: what returned it.
+    """
+
+    def __init__(self, module: int, operation: str, place: str) -> None:
+        super().__init__(f"module {module} at {place}: {operation}")
+        self.module, self.operation = module, operation
 
 
 def statistics(module: nn.Module) -> list[Tensor]:

@@ -9,8 +9,6 @@ from typing import Any, cast
 
 import lightning
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.core.optimizer import do_nothing_closure as nothing
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
@@ -26,13 +24,14 @@ class ModulewiseSteps(lightning.LightningModule):
         local_modules: each gets an optimizer and a schedule.
         optimization: their settings.
         nonfinite: decides whether a step is taken.
+        current_module: the one whose turn it is, from 0.
     """
 
     local_modules: nn.ModuleList
     optimization: Optimization
     nonfinite: NonFinite
     _backbone: tuple[nn.Module]  # not registered: its parameters live in the local modules
-    _under_way: int  # the module whose turn it is
+    current_module: int
     _gradients: dict[str, Tensor]  # of a checkpoint, until training starts
 
     @property
@@ -89,7 +88,7 @@ class ModulewiseSteps(lightning.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Check and clip one module's gradients: Lightning calls this after unscaling, in every precision."""
-        norm = self.nonfinite.before_step(self._under_way, optimizer)
+        norm = self.nonfinite.before_step(self.current_module, optimizer)
         if self.optimization.gradient_clip is not None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grads_with_norm_(parameters, self.optimization.gradient_clip, norm)
@@ -98,30 +97,21 @@ class ModulewiseSteps(lightning.LightningModule):
     def _scaler(self) -> torch.amp.GradScaler | None:
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
-    def _optimizers(self) -> list[LightningOptimizer]:
-        optimizers = self.optimizers()
-        return cast("list[LightningOptimizer]", optimizers if isinstance(optimizers, list) else [optimizers])
-
-    def _optimizers_counting_batches(self) -> list[LightningOptimizer]:
-        """The K optimizers, of which only the last one moves ``trainer.global_step``.
-
-        Lightning counts every optimizer step and arms the counting hooks anew at each batch (Lightning #17958).
-        """
-        found = self._optimizers()
-        for optimizer in found[:-1]:
-            optimizer._on_before_step = optimizer._on_after_step = nothing
-        return found
-
     def _schedulers(self) -> list[torch.optim.lr_scheduler.LambdaLR]:
         schedulers = self.lr_schedulers() or []
         return cast(
             "list[torch.optim.lr_scheduler.LambdaLR]", schedulers if isinstance(schedulers, list) else [schedulers]
         )
 
-    def _step(self, optimizer: LightningOptimizer) -> None:
-        self.nonfinite.poison(self._under_way, optimizer)
+    def _step(self, module: int) -> None:
+        """Step the optimizer of a module (from 0) and free its gradients.
+
+        By the trainer's strategy: Lightning's own wrapper of an optimizer would count every step (see ``count_batch``).
+        """
+        optimizer = self.trainer.optimizers[module]
+        self.nonfinite.poison(module, optimizer)
         with torch.autocast(self.device.type, enabled=False):
-            optimizer.step()
+            self.trainer.strategy.optimizer_step(optimizer, _nothing)
         optimizer.zero_grad(set_to_none=True)
 
     def _restore_gradients(self) -> None:
@@ -147,3 +137,7 @@ class ModulewiseSteps(lightning.LightningModule):
     def _lr_factor(self, batch: int) -> float:
         total = self._total_batches()
         return self.optimization.lr_factor(batch, int(total)) if math.isfinite(total) else 0.0
+
+
+def _nothing() -> None:
+    """Forward and backward have run already."""

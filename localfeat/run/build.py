@@ -17,8 +17,12 @@ from torch import nn
 from localfeat.backbones.timm_models import build_backbone
 from localfeat.data import ImageDataModule
 from localfeat.learner.module import Learner
-from localfeat.run.callbacks.batches import LogShortRuns, RandomStates, SeedEachBatch, StopOnSignal, Throughput
+from localfeat.run.callbacks.logging_interval import LogShortRuns
+from localfeat.run.callbacks.nonfinite import StopOnNonFinite
 from localfeat.run.callbacks.peak_memory import PeakMemory
+from localfeat.run.callbacks.seeding import RandomStates, SeedEachBatch
+from localfeat.run.callbacks.stop_on_signal import StopOnSignal
+from localfeat.run.callbacks.throughput import Throughput
 from localfeat.run.checkpoints.callbacks import AveragedWeights, BestCheckpoint, LastCheckpoint
 from localfeat.run.configuration import RunConfiguration
 from localfeat.run.console import RunProgress
@@ -97,6 +101,7 @@ def build_callbacks(
         found.append(AveragedWeights(decay=settings.ema))
     if patience is not None:
         found.append(EarlyStopping("val/accuracy", patience=patience, mode="max"))
+    found.append(StopOnNonFinite())
     if validates:
         found.append(BestCheckpoint(folder.best))
     epochs, batches = settings.checkpoint_every_n_epochs, settings.checkpoint_every_n_batches

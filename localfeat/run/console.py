@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 from rich.table import Table
 
-from localfeat.run.callbacks.batches import Throughput
 from localfeat.run.callbacks.peak_memory import GIB
+from localfeat.run.callbacks.throughput import Throughput
 from localfeat.run.summary import RunSummary
 
 SECONDS_BETWEEN_READINGS = 0.5
@@ -43,6 +43,7 @@ class RunProgress(RichProgressBar):
         super().__init__()
         self._plain = console or PatientConsole()
         self._read_at = 0.0
+        self._texts: dict[str, Any] = {}
 
     @property
     def is_enabled(self) -> bool:
@@ -51,18 +52,15 @@ class RunProgress(RichProgressBar):
 
     def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
         """Texts for the bar, only of what is known by now."""
-        return {name: text for name, text in epoch_figures(trainer).items() if text}
-
-    def _update_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        # Reading a metric waits for the device: twice a second, not at every batch as Lightning does.
         now = time.monotonic()
-        if now - self._read_at >= SECONDS_BETWEEN_READINGS or trainer.is_last_batch:
+        if now - self._read_at >= SECONDS_BETWEEN_READINGS or trainer.is_last_batch:  # it waits for the device
             self._read_at = now
-            super()._update_metrics(trainer, pl_module)
+            self._texts = {name: text for name, text in epoch_figures(trainer).items() if text}
+        return self._texts
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        if self._enabled and not self._plain.is_terminal:
+        if super().is_enabled and not self._plain.is_terminal:
             self._plain.print(epoch_line(trainer), highlight=False, soft_wrap=True)
 
 

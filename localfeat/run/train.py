@@ -26,8 +26,9 @@ from localfeat.data import ImageDataModule
 from localfeat.learner.module import Learner
 from localfeat.run import wandb_results
 from localfeat.run.build import build_callbacks, build_datamodule, build_learner, build_loggers, build_trainer
-from localfeat.run.callbacks.batches import StopOnSignal, Throughput
 from localfeat.run.callbacks.peak_memory import PeakMemory
+from localfeat.run.callbacks.stop_on_signal import StopOnSignal
+from localfeat.run.callbacks.throughput import Throughput
 from localfeat.run.checkpoints.callbacks import BestCheckpoint
 from localfeat.run.checkpoints.files import WholeCheckpointIO, read_checkpoint, remove_previous
 from localfeat.run.configuration import RunConfiguration

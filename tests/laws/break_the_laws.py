@@ -37,6 +37,7 @@ class Mutant:
     file: str
     changes: dict[str, str]
     tests: list[str] = field(default_factory=list)
+    elsewhere: dict[str, dict[str, str]] = field(default_factory=dict)  # other files and their changes
 
     @property
     def arguments(self) -> list[str]:
@@ -44,6 +45,7 @@ class Mutant:
 
 
 LEARNER = "localfeat/learner/module.py"
+SCHEDULE = "localfeat/parallel/sequential.py"
 STEPPING = "localfeat/learner/stepping.py"
 MODULE = "localfeat/methods/local_module.py"
 OBJECTIVE = "localfeat/methods/objective.py"
@@ -67,9 +69,9 @@ MUTANTS = [
         "2",
         "every module's graph is kept to the end of the step",
         LEARNER,
-        {
-            "self.manual_backward(loss / window)": "self.manual_backward(loss, retain_graph=True)",
-            "            del output  # and": "            graphs = [*(graphs if index else []), output]  # and",
+        {"self.manual_backward(loss / window)": "self.manual_backward(loss, retain_graph=True)"},
+        elsewhere={
+            SCHEDULE: {"        del output  # and": "        graphs = [*(graphs if index else []), output]  # and"}
         },
     ),
     Mutant(
@@ -78,14 +80,14 @@ MUTANTS = [
         STEPPING,
         {"optimizer.zero_grad(set_to_none=True)": "optimizer.zero_grad(set_to_none=False)"},
     ),
-    Mutant("2", "the images are kept to the end", LEARNER, {"                images = None": "                pass"}),
+    Mutant("2", "the images are kept to the end", SCHEDULE, {"            images = None": "            pass"}),
     Mutant(
         "2",
         "undetached losses are kept for the means",
         LEARNER,
         {
             "self.figures.add(index, output, labels)": "self.figures.add(index, output, labels)\n"
-            "            self.kept = [*(self.kept if index else []), output.loss]",
+            "        self.kept = [*(self.kept if index else []), output.loss]",
             "self.manual_backward(loss / window)": "self.manual_backward(loss, retain_graph=True)",
         },
     ),
@@ -196,15 +198,15 @@ MUTANTS = [
     Mutant(
         "count",
         "global_step counts every optimizer",
-        STEPPING,
-        {"for optimizer in found[:-1]:": "for optimizer in found[:0]:"},
+        LEARNER,
+        {"        count_batch(self.trainer)": "        [count_batch(self.trainer) for _ in self.local_modules]"},
         ["tests/unit/learner/test_module.py", "-k", "global_step or max_steps"],
     ),
     Mutant(
         "count",
         "batches that only accumulate are not counted",
         LEARNER,
-        {"        else:  # the trainer": "        elif False:  # the trainer"},
+        {"        count_batch(self.trainer)": "        steps and count_batch(self.trainer)"},
         ["tests/unit/learner/test_module.py", "-k", "global_step or max_steps"],
     ),
     Mutant(
@@ -257,13 +259,13 @@ def copied_tree(folder: Path) -> Path:
 
 
 def mutate(folder: Path, mutant: Mutant) -> None:
-    path = folder / mutant.file
-    source = path.read_text()
-    for old, new in mutant.changes.items():
-        if source.count(old) != 1:
-            raise SystemExit(f"{mutant.file}: {source.count(old)} times instead of once: {old!r} ({mutant.broken})")
-        source = source.replace(old, new)
-    path.write_text(source)
+    for file, changes in {mutant.file: mutant.changes, **mutant.elsewhere}.items():
+        source = (folder / file).read_text()
+        for old, new in changes.items():
+            if source.count(old) != 1:
+                raise SystemExit(f"{file}: {source.count(old)} times instead of once: {old!r} ({mutant.broken})")
+            source = source.replace(old, new)
+        (folder / file).write_text(source)
 
 
 def failing_test(folder: Path, arguments: list[str]) -> str | None:

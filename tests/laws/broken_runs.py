@@ -6,7 +6,8 @@ LEARNER = "localfeat/learner/module.py"
 MEANS = "localfeat/learner/figures.py"
 TRAINING = "localfeat/run/train.py"
 CHECKPOINTS = "localfeat/run/checkpoints/callbacks.py"
-CALLBACKS = "localfeat/run/callbacks/batches.py"
+SEEDING = "localfeat/run/callbacks/seeding.py"
+THROUGHPUT = "localfeat/run/callbacks/throughput.py"
 MEMORY = "localfeat/run/callbacks/peak_memory.py"
 METRICS = "localfeat/run/loggers/metrics_csv.py"
 DATA = "localfeat/data/datamodule.py"
@@ -29,7 +30,7 @@ RUNS: list[tuple[str, str, str, dict[str, str], list[str]]] = [
     (
         "6",
         "batches draw from one stream of random numbers",
-        CALLBACKS,
+        SEEDING,
         {"        torch.manual_seed(batch_seed(self.seed": "        _ = (batch_seed(self.seed"},
         RESUME,
     ),
@@ -137,11 +138,11 @@ RUNS: list[tuple[str, str, str, dict[str, str], list[str]]] = [
         FIGURES,
     ),
     ("7", "a figure that nobody checks", LEARNER, {'"train/lr": lr,': '"train/lr": lr, "train/other": 1.0,'}, FIGURES),
-    ("7", "images counted twice", CALLBACKS, {"* trainer.world_size": "* 2"}, FIGURES),
+    ("7", "images counted twice", THROUGHPUT, {"* trainer.world_size": "* 2"}, FIGURES),
     (
         "7",
         "time that stands still at the end",
-        CALLBACKS,
+        THROUGHPUT,
         {"self._earlier, self._started = self.seconds, None": "self._started = None"},
         FIGURES,
     ),

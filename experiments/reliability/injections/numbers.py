@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 from experiments.reliability.forks import figures
 from experiments.reliability.injections.trial import QUICK, Ended, Trial, goes_on, need, one_line, watch
-from localfeat.learner.divergence import FILE, read_batch
+from localfeat.run.callbacks.nonfinite import FILE, read_batch
 from localfeat.run.checkpoints.files import read_checkpoint
 
 BASE = [*QUICK, "epochs=1"]

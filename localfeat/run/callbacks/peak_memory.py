@@ -9,10 +9,11 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from localfeat.learner.lightning_internals import averaged_model
 from localfeat.memory.tracker import StorageTracker
 from localfeat.memory.windows import ModuleWindows
 
@@ -230,7 +231,7 @@ def averaged_tensors(trainer: lightning.Trainer, device: torch.device) -> Iterat
     average in main memory.
     """
     for callback in getattr(trainer, "callbacks", []):
-        average = callback._average_model if isinstance(callback, WeightAveraging) else None
+        average = averaged_model(callback)
         if average is not None:
             kept = [*average.parameters(), *average.buffers()]
             yield from (tensor for tensor in kept if tensor.device == device)

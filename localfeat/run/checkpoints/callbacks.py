@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
-from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging
+from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
+from torch.optim.swa_utils import get_ema_avg_fn
 
+from localfeat.learner.lightning_internals import log_now, resume_by_epochs
 from localfeat.run.loggers.metrics_csv import MetricsCsv
 from localfeat.utils.errors import Stopped
 
@@ -72,11 +73,7 @@ class LastCheckpoint(Checkpoint):
         self._due = self._at_epoch_end = False
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Have Lightning go on from an epoch's end with the next epoch also if there are ``max_steps``.
-
-        It would count the ended epoch a second time, and leave the next one out.
-        """
-        trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
+        resume_by_epochs(trainer)
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
@@ -115,41 +112,24 @@ class LastCheckpoint(Checkpoint):
         if due or signum is not None:
             self._due = False
             log_now(trainer)
+            for logger in trainer.loggers:
+                if isinstance(logger, MetricsCsv):
+                    logger.sync()
             trainer.save_checkpoint(self.file)
         if signum is not None:
             raise Stopped(signum)
 
 
-def log_now(trainer: lightning.Trainer) -> None:
-    """Have loggers write what they would be given right after this hook, and have it on disk.
-
-    A run that is killed between a checkpoint and Lightning's logging would go on behind figures that nobody has
-    written. They come a second time if it is not, for the same step.
-    """
-    connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
-    if connector._first_loop_iter is None:  # at an epoch's end
-        epoch = torch.tensor(trainer.current_epoch)
-        connector.log_metrics({**connector.metrics["log"], "epoch": epoch}, step=loop._batches_that_stepped - 1)
-    else:
-        connector.update_train_step_metrics()
-    for logger in trainer.loggers:
-        if isinstance(logger, MetricsCsv):
-            logger.sync()
-
-
-class AveragedWeights(EMAWeightAveraging):
+class AveragedWeights(WeightAveraging):
     """An exponential moving average of the weights, by steps of the optimizers: batches that only accumulate are none.
 
     Lightning goes by ``global_step``, which counts all batches here. And it averages buffers of whole numbers, with the
     fractions cut off: Swin's attention would look its position biases up at wrong places. Those are copied here.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        mean = self._kwargs["avg_fn"]
-        self._kwargs["avg_fn"] = lambda average, now, count: (
-            mean(average, now, count) if average.is_floating_point() else now
-        )
+    def __init__(self, decay: float) -> None:
+        mean = get_ema_avg_fn(decay)
+        super().__init__(avg_fn=lambda mine, now, count: mean(mine, now, count) if mine.is_floating_point() else now)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int

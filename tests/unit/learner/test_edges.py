@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from localfeat.backbones.timm_models import build_backbone
 from localfeat.learner.module import Learner
 from localfeat.learner.optimization import Optimization
-from localfeat.run.callbacks.batches import LogShortRuns
+from localfeat.run.callbacks.logging_interval import LogShortRuns
 from localfeat.run.callbacks.peak_memory import PeakMemory
 from localfeat.utils.errors import UserError
 from tests.helpers.small import AtStep, Metrics, backbone, batch, learner, loader, trainer

@@ -13,11 +13,12 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from localfeat.learner.divergence import FILE, read_batch
 from localfeat.learner.module import Learner
 from localfeat.learner.nonfinite import statistics
 from localfeat.methods.base import METHODS
+from localfeat.run.callbacks.nonfinite import FILE, StopOnNonFinite, read_batch
 from localfeat.utils.errors import RunFailed, UserError
+from tests.helpers import tiny
 from tests.helpers.small import Metrics, batch, learner, loader, trainer
 from tests.unit.learner.test_precision import fp16
 
@@ -232,7 +233,7 @@ def failing(
 ) -> str:
     """The line in which a run ends."""
     with pytest.raises(RunFailed) as error:
-        run = trainer(*callbacks, default_root_dir=folder, **arguments)
+        run = trainer(*callbacks, StopOnNonFinite(), default_root_dir=folder, **arguments)
         run.fit(model or small("feature_recon", stop_after_nonfinite=3), loader(batches))
     line = str(error.value)
     assert "\n" not in line
@@ -270,9 +271,22 @@ def test_a_bad_loss_long_ago_is_not_blamed_for_a_bad_gradient(tmp_path: Path) ->
 
 def test_never_is_never(tmp_path: Path) -> None:
     model = small("greedy_ce", split=2, stop_after_nonfinite=None)
-    trainer(Overflow(0), default_root_dir=tmp_path).fit(model, loader(12))
+    trainer(Overflow(0), StopOnNonFinite(), default_root_dir=tmp_path).fit(model, loader(12))
     assert model.skipped_steps == {"module_1": 12, "module_2": 0}
     assert not (tmp_path / FILE).exists()
+
+
+def test_without_the_callback_steps_are_left_out_and_counted_and_nothing_ends(tmp_path: Path, capsys: Any) -> None:
+    model = small("greedy_ce", split=2, stop_after_nonfinite=3)
+    trainer(Overflow(0), default_root_dir=tmp_path).fit(model, loader(6))
+    assert model.skipped_steps == {"module_1": 6, "module_2": 0}
+    assert list(tmp_path.iterdir()) == [] and "warning:" not in capsys.readouterr().err
+
+
+def test_the_callback_watches_nothing_else(tmp_path: Path) -> None:
+    run = tiny.trainer(tmp_path, callbacks=[StopOnNonFinite()], max_epochs=1)
+    with pytest.raises(UserError, match=r"^StopOnNonFinite watches a localfeat\.Learner, this is a TinyLearner$"):
+        run.fit(tiny.TinyLearner(), tiny.loader(1))
 
 
 def test_the_batch_of_a_window_is_the_bad_one(tmp_path: Path) -> None:
@@ -383,7 +397,8 @@ def test_steps_in_a_row_are_counted_across_a_resume(tmp_path: Path) -> None:
     with pytest.raises(InterruptedError):
         trainer(Overflow(1), SaveAt(3, file)).fit(small("greedy_ce", **settings), loader(6))
     with pytest.raises(RunFailed, match=r"module 2's gradient .* batch 3, and 4 steps"):
-        trainer(Overflow(1), default_root_dir=tmp_path).fit(small("greedy_ce", **settings), loader(6), ckpt_path=file)
+        run = trainer(Overflow(1), StopOnNonFinite(), default_root_dir=tmp_path)
+        run.fit(small("greedy_ce", **settings), loader(6), ckpt_path=file)
 
 
 def test_gradients_of_another_network_are_refused(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from localfeat.run.callbacks.batches import SeedEachBatch, Throughput, batch_seed
 from localfeat.run.callbacks.peak_memory import PeakMemory
+from localfeat.run.callbacks.seeding import SeedEachBatch, batch_seed
+from localfeat.run.callbacks.throughput import Throughput
 from localfeat.run.checkpoints.callbacks import AveragedWeights
 from tests.helpers.tiny import BATCH_SIZE, TinyLearner, fit, loader, trainer
 
@@ -68,7 +69,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("localfeat.run.callbacks.batches.time.perf_counter", lambda: clock.now)
+    monkeypatch.setattr("localfeat.run.callbacks.throughput.time.perf_counter", lambda: clock.now)
     return clock
 
 

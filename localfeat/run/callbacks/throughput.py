@@ -1,114 +1,18 @@
-"""Callbacks that make a run repeatable, log every epoch and measure speed."""
+"""Training images per second."""
 
 from __future__ import annotations
 
-import random
 import time
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 import lightning
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from localfeat.run.callbacks.peak_memory import WARM_UP_BATCHES, PeakMemory
-from localfeat.run.signals import StopRequest
-
-
-def batch_seed(seed: int, epoch: int, batch_idx: int, rank: int) -> int:
-    """A 63-bit seed in which neighbouring arguments share nothing (NumPy's ``SeedSequence``)."""
-    high, low = np.random.SeedSequence((seed, epoch, batch_idx, rank)).generate_state(2, np.uint32).tolist()
-    return ((high << 32) | low) >> 1
-
-
-class SeedEachBatch(Callback):
-    """Seeds torch's generators (all devices) before every training batch from (seed, epoch, batch, rank).
-
-    A batch's augmentation, dropout and drop path then depend on nothing that happened before: not on validation or
-    test loops in between, not on whether the run was killed and resumed. Lightning saves no generator state, so a
-    resumed run could not repeat them otherwise.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def on_train_batch_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        torch.manual_seed(batch_seed(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank))
-
-
-class RandomStates(Callback):
-    """Keeps the states of Python's, NumPy's and torch's generators (all devices) in checkpoints.
-
-    A resumed run then goes on with the same numbers, also where a callback of the user's draws some.
-    """
-
-    def __init__(self) -> None:
-        self._restored: dict[str, Any] | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        kind, words, *rest = cast("tuple[Any, ...]", np.random.get_state(legacy=True))
-        return {
-            "python": random.getstate(),
-            "numpy": [kind, torch.from_numpy(words.astype(np.int64)), *rest],
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Not earlier: what is built before draws, too."""
-        state, self._restored = self._restored, None
-        if state is None:
-            return
-        version, words, gauss = state["python"]
-        random.setstate((version, tuple(words), gauss))
-        kind, words, *rest = state["numpy"]
-        np.random.set_state((kind, words.numpy().astype(np.uint32), *rest))
-        torch.set_rng_state(state["torch"].cpu())
-        if len(state["cuda"]) == torch.cuda.device_count():  # on other hardware the numbers are others anyway
-            torch.cuda.set_rng_state_all([device.cpu() for device in state["cuda"]])
-
-
-class StopOnSignal(Callback):
-    """While batches are trained, signals wait for ``LastCheckpoint`` to save.
-
-    Attributes:
-        began: whether training has begun in this process.
-    """
-
-    def __init__(self, request: StopRequest) -> None:
-        self.request = request
-        self.began = False
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.request.install()  # Lightning's own handlers, there by now, end with exit code 0 or save within a step
-        self.request.waits = self.began = True
-
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.request.waits = False
-
-    def on_exception(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
-    ) -> None:
-        self.request.waits = False
-
-
-class LogShortRuns(Callback):
-    """Lowers the trainer's ``log_every_n_steps`` to the batches of an epoch, so that every epoch logs training figures.
-
-    A run of fewer batches would otherwise end without a single one.
-    """
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        steps = [trainer.num_training_batches] + [trainer.max_steps] * (trainer.max_steps > 0)
-        trainer.log_every_n_steps = int(min(trainer.log_every_n_steps, *steps))  # type: ignore[attr-defined]
 
 
 class Throughput(Callback):

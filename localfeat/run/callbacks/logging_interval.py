@@ -1,0 +1,17 @@
+"""How often figures are logged in runs of few batches."""
+
+from __future__ import annotations
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+
+
+class LogShortRuns(Callback):
+    """Lowers the trainer's ``log_every_n_steps`` to the batches of an epoch, so that every epoch logs training figures.
+
+    A run of fewer batches would otherwise end without a single one.
+    """
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        steps = [trainer.num_training_batches] + [trainer.max_steps] * (trainer.max_steps > 0)
+        trainer.log_every_n_steps = int(min(trainer.log_every_n_steps, *steps))  # type: ignore[attr-defined]
