@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from localfeat.utils.errors import UserError
-
-DIGITS = 9
-"""Of the largest number that is taken: nobody has a thousand million images."""
 
 
 def whole_number(key: str, text: str, *, least: int) -> int:
@@ -17,11 +13,13 @@ def whole_number(key: str, text: str, *, least: int) -> int:
     Raises:
         UserError: no whole number, or one below ``least``.
     """
-    if not re.fullmatch(rf"[0-9]{{1,{DIGITS}}}", text):
-        raise UserError(f"{key}={text}: it is a number of images, at least {least}")
-    if int(text) < least:
+    try:
+        number = int(text)
+    except ValueError as error:
+        raise UserError(f"{key}={text}: it is a number of images, at least {least}") from error
+    if number < least:
         raise UserError(f"{key}={text}: it must be at least {least}")
-    return int(text)
+    return number
 
 
 def check_output(key: str, text: str) -> Path:

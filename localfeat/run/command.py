@@ -23,6 +23,7 @@ from localfeat.run.command_line import check_arguments, exit_code, one_line_erro
 from localfeat.run.composition import AUTO, plain, register_resolvers
 from localfeat.run.conf_dir import conf_dir
 from localfeat.run.folder import RunFolder
+from localfeat.run.hydra_guard import check_foreign
 from localfeat.run.signals import name, requeue
 from localfeat.utils.errors import Diverged, RunFailed, Stopped, UserError
 from localfeat.utils.text import quoted
@@ -170,6 +171,7 @@ def main() -> None:
     with one_line_errors() as explain:
         check_arguments(sys.argv[1:])
         register_resolvers()
+        check_foreign(sys.argv[1:], conf_dir())
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
         if refused:
             sys.exit(max(refused))

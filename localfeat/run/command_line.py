@@ -76,6 +76,8 @@ def explain(error: Exception) -> str | None:
         return _hydra_line(error)
     if isinstance(error, OSError) and _while_hydra_prepares(error):
         return f"output_dir: {error.filename} cannot be written to ({error.strerror})"
+    if isinstance(error, ValueError) and "integer string conversion" in str(error):  # Python's, from Hydra's parser
+        return str(error)
     return _surroundings_line(error)
 
 

@@ -13,7 +13,6 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from localfeat.run.conf_dir import conf_dir
-from localfeat.run.hydra_guard import guard_hydra
 from localfeat.utils.errors import UserError
 
 _LONGEST_NAME = 255  # bytes, of any usual file system
@@ -24,8 +23,7 @@ AUTO = "auto"
 
 
 def register_resolvers() -> None:
-    """Make the functions known that conf/ calls as ``${localfeat.…}``, and have what Hydra itself builds checked."""
-    guard_hydra()
+    """Make the functions known that conf/ calls as ``${localfeat.…}``."""
     OmegaConf.register_new_resolver("localfeat.run_dir", _run_dir, replace=True)
     OmegaConf.register_new_resolver("localfeat.linear_lr", _linear_lr, replace=True)
 

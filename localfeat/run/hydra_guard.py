@@ -6,40 +6,96 @@ Newer versions refuse a list of well-known functions there; this leaves what loc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import re
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from localfeat.run.trust import VARIABLE, trusted
 from localfeat.utils.errors import UserError
 
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
 _PARTS = ("hydra._internal.", "hydra_plugins.")
 _LOGGING = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler", "colorlog.ColoredFormatter")
+_POINTER = re.compile(r"\s*\$\{.*\}\s*", re.DOTALL)
 _STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
+_ACTED_ON = ("callbacks", "launcher", "sweeper", "job_logging", "hydra_logging", "job.env_set")
+_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
 _NAMING = ("_target_", "class", "()")
 
 
-def guard_hydra() -> None:
-    """Have every configuration checked that Hydra puts together in this process from now on, before it uses it."""
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+def check_foreign(arguments: Sequence[str], own: Path) -> None:
+    """Compose what a command line of Hydra's says, job by job, and check it, before Hydra itself does and acts on it.
 
-    load = ConfigLoaderImpl.load_configuration
-    if getattr(load, "checks", False):
+    Only where other people's files may be in it: with a folder beside ``own``, or with overrides of Hydra's own part,
+    as a study may have. Everything else is localfeat's own ``conf/``.
+
+    Args:
+        arguments: of the command line.
+        own: the folder of localfeat's configuration.
+
+    Raises:
+        UserError: see :func:`check_hydra`.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    given = get_args_parser().parse_args(list(arguments))
+    typed = [override.partition("=")[0] for override in given.overrides]
+    elsewhere = given.config_dir or given.config_path or given.config_name
+    if not elsewhere and not any("hydra" in key for key in typed if key not in _FOLDERS):
         return
-
-    def load_configuration(*arguments: Any, **keywords: Any) -> DictConfig:
-        try:
-            config: DictConfig = load(*arguments, **keywords)
-        except ValueError as error:
-            if "integer string conversion" in str(error):  # what Python reads at most
-                raise UserError("a number on the command line has more than 4300 digits") from error
-            raise
+    if given.config_dir is not None and not Path(given.config_dir).is_dir():
+        return  # Hydra says so
+    for config in _composed(given, own):
         check_hydra(config)
-        return config
 
-    load_configuration.checks = True  # type: ignore[attr-defined]
-    ConfigLoaderImpl.load_configuration = load_configuration  # type: ignore[method-assign]
+
+def _composed(given: Namespace, own: Path) -> Iterator[DictConfig]:
+    """The configuration of the command, then those of its jobs if it has several."""
+    from hydra import compose
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_config_search_path
+    from hydra.core.config_search_path import SearchPathQuery
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.types import RunMode
+
+    folder = own if given.config_path is None else Path(__file__).parent / given.config_path
+    path = create_config_search_path(str(folder))
+    if given.config_dir is not None:
+        beside = f"file://{Path(given.config_dir).resolve()}"
+        path.prepend("command-line", beside, anchor=SearchPathQuery(provider="schema"))
+    GlobalHydra.instance().clear()
+    Hydra.create_main_hydra2("command", path)  # as hydra.main does: hydra.compose has no way to add a folder
+    parser = OverridesParser.create()
+    parsed = parser.parse_overrides(given.overrides)
+    single = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
+    build = partial(compose, given.config_name or "config", return_hydra_config=True)
+    try:
+        first = build(overrides=single)
+        yield first
+        if not given.multirun and first.hydra.mode != RunMode.MULTIRUN:
+            return
+        params = [f"{key}={value}" for key, value in (first.hydra.sweeper.get("params") or {}).items()]
+        swept = [override for override in parsed if override.is_sweep_override()]
+        for job in product(*map(_choices, [*swept, *parser.parse_overrides(params)])):
+            yield build(overrides=[*single, *job])
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _choices(override: Override) -> list[str]:
+    """One override for each of its values."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
 def check_hydra(config: DictConfig) -> None:
@@ -60,7 +116,9 @@ def check_hydra(config: DictConfig) -> None:
             raise UserError(f"{key}={value}: only {', '.join(_LOGGING)} are built")
         if "logging" in key and isinstance(value, str) and "://" in value and value not in _STREAMS:
             raise UserError(f"{key}={value}: only {' and '.join(_STREAMS)} are looked up")
-        if key.startswith("hydra.job.env_set."):
+        if key.startswith(tuple(f"hydra.{part}" for part in _ACTED_ON)) and _POINTER.fullmatch(str(value)):
+            raise UserError(f"{key}={value}: what Hydra acts on stands there itself, not somewhere else")
+        if key.startswith("hydra.job.env_set"):
             raise UserError(f"{key}={value}: a configuration sets no variables of the environment, set them yourself")
 
 

@@ -56,7 +56,7 @@ def predict(
         size = configuration.image_size
         prepare = Preparation(size, "none", False, 0.0, 0.0, len(classes), mean, std)
         with torch.no_grad():
-            for pixels, positions in image_files_loader(paths, size, batch_size, 0):
+            for pixels, positions in image_files_loader(paths, size, min(batch_size, len(paths)), 0):
                 inputs, _ = prepare(pixels.to(learner.device), positions, training=False)
                 for position, row in zip(positions.tolist(), learner(inputs).softmax(1).tolist(), strict=True):
                     yield paths[position], row

@@ -109,6 +109,8 @@ OF_HYDRA = {
     "launcher": "launcher: {_target_: hostile.make}",
     "sweeper": "sweeper: {_target_: hostile.make}",
     "variable": "job: {env_set: {LOCALFEAT_TRUST: hostile}}",
+    "callback elsewhere": "callbacks: {evil: '${dataset}'}",
+    "variables elsewhere": "job: {env_set: '${dataset}'}",
 }
 
 
@@ -120,4 +122,33 @@ def test_a_configuration_file_sets_nothing_of_hydras_that_is_code(
     Path("conf/experiment/evil.yaml").write_text(f"# @package _global_\nhydra:\n  {OF_HYDRA[kind]}\n")
     options = ["--config-dir", "conf", *(["-m"] if multirun else [])]
     assert "hydra." in refused(monkeypatch, capsys, "run", *options, *SMALL, "experiment=evil", "epochs=0")
+    assert not marker.exists() and "hostile" not in sys.modules and not Path("outputs").exists()
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["-m", "experiment=harmless,evil"],
+        ["-m", "experiment=choice(harmless,evil)"],
+        ["experiment=sweeps"],
+        ["--config-name", "evil"],
+        ["+hydra.callbacks.evil._target_=hostile.make"],
+        ["+dataset@hydra.callbacks.evil=digits", "+hydra.callbacks.evil._target_=hostile.make"],
+    ],
+    ids=str,
+)
+def test_no_way_leads_around_it(
+    typed: list[str], marker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Jobs of a sweep, also of one that a file begins, another name for the configuration, and what a study types."""
+    Path("conf/experiment").mkdir(parents=True)
+    evil = f"# @package _global_\nhydra:\n  {OF_HYDRA['handler']}\n"
+    Path("conf/decoder").mkdir()
+    for group in ("experiment", "decoder"):
+        Path(f"conf/{group}/evil.yaml").write_text(evil)
+    Path("conf/evil.yaml").write_text("defaults: [config]\nhydra: {callbacks: {evil: {_target_: hostile.make}}}\n")
+    Path("conf/experiment/harmless.yaml").write_text("# @package _global_\nseed: 3\n")
+    sweep = "{mode: MULTIRUN, sweeper: {params: {decoder: 'interp,evil'}}}"
+    Path("conf/experiment/sweeps.yaml").write_text(f"# @package _global_\nhydra: {sweep}\n")
+    assert "hydra." in refused(monkeypatch, capsys, "run", "--config-dir", "conf", *typed, *SMALL, "epochs=0")
     assert not marker.exists() and "hostile" not in sys.modules and not Path("outputs").exists()

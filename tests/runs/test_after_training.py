@@ -81,11 +81,12 @@ def test_evaluate_reads_the_checkpoint_it_is_told_to(run: Path) -> None:
     assert found["loss"] == pytest.approx(2.302585, abs=1e-5)  # zero weights: log(10)
 
 
+@pytest.mark.parametrize("size", [3, 10**30])
 def test_predict_writes_the_models_probabilities(
-    run: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    size: int, run: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, "predict", f"run={run}", f"images={digits}", "batch_size=3") == 0
+    assert call(monkeypatch, "predict", f"run={run}", f"images={digits}", f"batch_size={size}") == 0
     with (tmp_path / "predictions.csv").open() as handle:
         header, *rows = csv.reader(handle)
     assert header == ["file", "prediction", *"0123456789"]

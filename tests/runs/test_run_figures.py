@@ -27,7 +27,7 @@ from localfeat.learner.module import Learner
 from localfeat.methods.base import METHODS
 from localfeat.run import train as training
 from localfeat.run.build import build_callbacks, build_datamodule
-from localfeat.run.callbacks import batches as callbacks
+from localfeat.run.callbacks import throughput
 from localfeat.run.callbacks.peak_memory import GIB, PeakMemory
 from localfeat.run.export import read_backbone_file
 from localfeat.run.finished import saved_configuration
@@ -282,7 +282,7 @@ def test_law_7_speed_and_time_against_a_clock_that_only_batches_move(
 ) -> None:
     draw_nothing(monkeypatch)
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     seconds = {"training_step": 0.25, "validation_step": 1.0, "test_step": 50.0}
     for name, duration in seconds.items():
         own = getattr(Learner, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import netrc
 import os
 from argparse import Namespace
@@ -15,7 +16,7 @@ from lightning.pytorch.loggers import WandbLogger  # imports wandb only when a l
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from localfeat.run.loggers.deadline import NoAnswerError, within
-from localfeat.run.loggers.wandb_service import LONGEST_END, abandon, line_of, quietly, seconds, warn
+from localfeat.run.loggers.wandb_service import LONGEST_END, abandon, line_of, seconds, warn
 from localfeat.utils.errors import UserError
 from localfeat.utils.files import write_whole
 
@@ -88,11 +89,14 @@ class RunLogger(WandbLogger):
 
     def _started(self) -> Any | None:
         """W&B's run; offline instead of online if that fails and is not ``required``, else None."""
+        import wandb
         from pydantic import ValidationError
         from wandb.errors import UsageError
 
+        wandb.setup(wandb.Settings(silent=True))  # of its service, too
+        logging.raiseExceptions = False  # wandb's log file prints a stack trace for every line that a full disk refuses
         try:
-            return quietly(lambda: self.experiment)
+            return self.experiment
         except (UsageError, ValidationError) as error:
             lines = [line.strip() for line in str(error).splitlines()]
             said = lines[0] if isinstance(error, UsageError) else f"{lines[1]}: {lines[2].partition(' [type=')[0]}"
@@ -106,7 +110,7 @@ class RunLogger(WandbLogger):
             warn(f"W&B cannot be reached ({line_of(error)}): this run is logged offline")
         self._wandb_init["mode"] = "offline"
         try:
-            return quietly(lambda: self.experiment)
+            return self.experiment
         except Exception as error:
             abandon()
             self._lose(f"W&B does not start offline either ({line_of(error)}): the run goes on without it")
