@@ -21,6 +21,7 @@ from localfeat.run import trust
 from localfeat.run.conf_dir import conf_dir
 from localfeat.run.hydra_guard import guard_hydra
 from localfeat.run.literal import read_yaml
+from localfeat.run.method_group import store_methods
 from localfeat.utils.errors import UserError
 
 _PARTIAL = "_partial_"
@@ -34,6 +35,7 @@ AUTO = "auto"
 def register_resolvers() -> None:
     """Make the functions known that conf/ calls as ``${localfeat.…}``, and have what Hydra itself builds checked."""
     guard_hydra()
+    store_methods()
     OmegaConf.register_new_resolver("localfeat.run_dir", _run_dir, replace=True)
     OmegaConf.register_new_resolver("localfeat.linear_lr", _linear_lr, replace=True)
 

@@ -257,7 +257,7 @@ def _summarise(
         dataset=config["dataset"]["source"],
         backbone=model_name(backbone["name"], config["image_size"], backbone["variants"]),
         split=learner.blocks_per_module,
-        decoder=config["decoder"]["_target_"].rsplit(".", 1)[-1] if learner.method.target else None,
+        decoder=config["decoder"]["_target_"].rsplit(".", 1)[-1] if learner.method.decodes else None,
         seed=config["seed"],
         epochs=trainer.current_epoch,
         batch_size=config["batch_size"],

@@ -101,7 +101,7 @@ def setting(config: Config) -> str:
     """What a configuration's memory and speed depend on, as text."""
     method = {"method": config["method"], "efficiency": config["efficiency"], "dataset": config["dataset"]["source"]}
     local = construct(config["method"], "method").local
-    decodes = construct(config["method"], "method").target is not None
+    decodes = construct(config["method"], "method").decodes
     parts = [config["split"] if local else None, config["decoder"] if decodes else None]
     return _key(method, _network(config), target(config), *parts)
 

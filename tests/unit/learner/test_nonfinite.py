@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from localfeat.learner.divergence import FILE, read_batch
 from localfeat.learner.module import Learner
 from localfeat.learner.nonfinite import statistics
-from localfeat.methods.base import METHODS
+from localfeat.methods.registry import METHODS
 from localfeat.utils.errors import RunFailed, UserError
 from tests.helpers.small import Metrics, batch, learner, loader, trainer
 from tests.unit.learner.test_precision import fp16

@@ -19,8 +19,8 @@ from localfeat.memory.bare import without_data
 from localfeat.memory.emulation import Emulation
 from localfeat.memory.segments import SegmentCosts, Setting
 from localfeat.memory.standing import Keeping, Standing
-from localfeat.methods.base import METHODS, Method, as_method
 from localfeat.methods.parts.decoders import as_decoder
+from localfeat.methods.registry import METHODS, as_method
 from tests.helpers.small import CLASSES, FAMILIES, IMAGE_SIZE, backbone
 
 SCALARS = 4096  # bytes: losses, means, what small buffers share; the steps take 3 to 20 MiB
