@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from localfeat.learner.optimization import Optimization
     from localfeat.memory.accounting import step_memory
     from localfeat.memory.balanced_split import BalancedSplit
-    from localfeat.methods.base import METHODS, Method, Site
+    from localfeat.methods.base import Method
+    from localfeat.methods.head_and_decoder import HeadAndDecoder
     from localfeat.methods.objective import Objective
     from localfeat.methods.parts.decoders import DeconvDecoder, InterpDecoder, OneLayerDecoder
+    from localfeat.methods.registry import METHODS
+    from localfeat.methods.site import Site
     from localfeat.run.callbacks.nonfinite import StopOnNonFinite
     from localfeat.utils.errors import UserError
 
@@ -31,15 +34,16 @@ _HOMES = {
     "BalancedSplit": "localfeat.memory.balanced_split",
     "DeconvDecoder": "localfeat.methods.parts.decoders",
     "Efficiency": "localfeat.efficiency.settings",
+    "HeadAndDecoder": "localfeat.methods.head_and_decoder",
     "ImageDataModule": "localfeat.data.datamodule",
     "InterpDecoder": "localfeat.methods.parts.decoders",
     "Learner": "localfeat.learner.module",
-    "METHODS": "localfeat.methods.base",
+    "METHODS": "localfeat.methods.registry",
     "Method": "localfeat.methods.base",
     "Objective": "localfeat.methods.objective",
     "OneLayerDecoder": "localfeat.methods.parts.decoders",
     "Optimization": "localfeat.learner.optimization",
-    "Site": "localfeat.methods.base",
+    "Site": "localfeat.methods.site",
     "Split": "localfeat.backbones.split",
     "StopOnNonFinite": "localfeat.run.callbacks.nonfinite",
     "UserError": "localfeat.utils.errors",
@@ -50,6 +54,7 @@ __all__ = [
     "BalancedSplit",
     "DeconvDecoder",
     "Efficiency",
+    "HeadAndDecoder",
     "ImageDataModule",
     "InterpDecoder",
     "Learner",

@@ -18,8 +18,8 @@ from localfeat import Efficiency
 from localfeat.memory.balance import balanced_cuts
 from localfeat.memory.emulation import Emulation, Precision
 from localfeat.memory.segments import Parts, SegmentCosts, Setting
-from localfeat.methods.base import as_method
 from localfeat.methods.parts.decoders import as_decoder
+from localfeat.methods.registry import as_method
 
 
 class Total(NamedTuple):

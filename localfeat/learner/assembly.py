@@ -14,10 +14,11 @@ from localfeat.efficiency.fused_mlp import fuse_mlps
 from localfeat.efficiency.recompute import BlockRunner, block_runners
 from localfeat.efficiency.settings import Efficiency
 from localfeat.efficiency.window_attention import fuse_window_attention
-from localfeat.methods.base import Method, Site
+from localfeat.methods.base import Method
 from localfeat.methods.local_module import LocalModule
-from localfeat.methods.objective import ClassifierObjective, Objective
+from localfeat.methods.objective import Objective
 from localfeat.methods.parts.decoders import DecoderFactory
+from localfeat.methods.site import IMAGENET_MEAN, IMAGENET_STD, Site
 
 
 def build_local_modules(
@@ -51,19 +52,19 @@ def build_local_modules(
     start = 0
     for index, length in enumerate(lengths):
         stop = start + length
-        site = Site(
+        site = site_of(
+            pieces,
+            (start, stop),
             index=index,
             modules=len(lengths),
-            inputs=pieces.shapes[start],
-            outputs=pieces.shapes[stop],
             image_size=size,
             num_classes=cast(int, backbone.num_classes),
+            efficiency=efficiency,
             mean=expected[0] if mean is None else mean,
             std=expected[1] if std is None else std,
-            loss_slices=efficiency.loss_slices,
         )
         stem = pieces.stem if index == 0 else None
-        objective = build_objective(pieces, method, site, decoder)
+        objective = build_objective(method, site, decoder)
         modules.append(LocalModule(stem, pieces.blocks[start:stop], objective, runners[start:stop]))
         start = stop
     return modules
@@ -78,8 +79,38 @@ def prepare_blocks(backbone: nn.Module, pieces: Decomposition, efficiency: Effic
     return block_runners(pieces.blocks, efficiency)
 
 
-def build_objective(pieces: Decomposition, method: Method, site: Site, decoder: DecoderFactory) -> Objective:
-    """What the module at ``site`` is trained for: the last one by the backbone's own classifier."""
-    if site.index == site.modules - 1:
-        return ClassifierObjective(pieces.tail, method.label_smoothing)
-    return method.build(site, decoder)
+def site_of(
+    pieces: Decomposition,
+    span: tuple[int, int],
+    *,
+    index: int,
+    modules: int,
+    image_size: int,
+    num_classes: int,
+    efficiency: Efficiency,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Site:
+    """The place of the module of blocks ``span`` (exclusive), number ``index`` of ``modules``."""
+    start, stop = span
+    return Site(
+        index=index,
+        modules=modules,
+        inputs=pieces.shapes[start],
+        outputs=pieces.shapes[stop],
+        image_size=image_size,
+        num_classes=num_classes,
+        mean=mean,
+        std=std,
+        loss_slices=efficiency.loss_slices,
+        blocks=tuple(pieces.blocks[start:stop]),
+        above=tuple(pieces.blocks[stop:]),
+        shapes=tuple(pieces.shapes),
+        tail=pieces.tail,
+        observable=not efficiency.compile and not any(map(efficiency.recomputes, range(start, stop))),
+    )
+
+
+def build_objective(method: Method, site: Site, decoder: DecoderFactory) -> Objective:
+    """What the module at ``site`` is trained for."""
+    return method.build_last(site) if site.index == site.modules - 1 else method.build(site, decoder)

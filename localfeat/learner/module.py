@@ -19,10 +19,11 @@ from localfeat.learner.lightning_internals import count_batch
 from localfeat.learner.nonfinite import AnomalyFound, NonFinite, anomaly
 from localfeat.learner.optimization import Optimization
 from localfeat.learner.stepping import ModulewiseSteps
-from localfeat.methods.base import Method, as_method
+from localfeat.methods.base import Method
 from localfeat.methods.local_module import LocalModule, LocalOutput
 from localfeat.methods.objective import ClassifierObjective, Objective, Reconstruction
 from localfeat.methods.parts.decoders import DecoderFactory, as_decoder
+from localfeat.methods.registry import as_method
 from localfeat.parallel.sequential import train_in_turn
 from localfeat.utils.errors import UserError
 

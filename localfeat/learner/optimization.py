@@ -102,7 +102,9 @@ class Optimization:
         return self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def undecayed_parameters(backbone: nn.Module) -> set[int]:
-    """Ids of the parameters that timm says take no weight decay (position tables, tokens)."""
+def undecayed_parameters(backbone: nn.Module, local_modules: nn.Module) -> set[int]:
+    """Ids of the parameters that timm says take no weight decay (position tables, tokens), in copies of blocks too."""
     names = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else set()  # type: ignore[operator]
-    return {id(p) for name, p in backbone.named_parameters() if name in names}
+    found = {id(p) for name, p in backbone.named_parameters() if name in names}
+    tables = {name.rpartition(".")[2] for name in names} - {"weight", "bias"}
+    return found | {id(p) for name, p in local_modules.named_parameters() if name.rpartition(".")[2] in tables}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from localfeat.learner.nonfinite import NonFinite
 from localfeat.learner.optimization import Optimization, undecayed_parameters
+from localfeat.methods.local_module import LocalModule
 from localfeat.utils.errors import UserError
 
 
@@ -41,7 +42,7 @@ class ModulewiseSteps(lightning.LightningModule):
 
     def configure_optimizers(self) -> Sequence[OptimizerLRSchedulerConfig]:
         """One AdamW and one schedule per local module."""
-        never_decayed = undecayed_parameters(self.backbone)
+        never_decayed = undecayed_parameters(self.backbone, self.local_modules)
         configured: list[OptimizerLRSchedulerConfig] = []
         for number, module in enumerate(self.local_modules, start=1):
             optimizer = self.optimization.build(module, never_decayed, fused=self._scaler is None)
@@ -113,6 +114,7 @@ class ModulewiseSteps(lightning.LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             self.trainer.strategy.optimizer_step(optimizer, _nothing)
         optimizer.zero_grad(set_to_none=True)
+        cast(LocalModule, self.local_modules[module]).objective.after_step()  # type: ignore[operator]
 
     def _restore_gradients(self) -> None:
         """Put back what a checkpoint within an accumulation window has brought."""

@@ -116,7 +116,7 @@ class _Step:
         self.batch = batch
         self.accumulate = accumulate
         self.scale = torch.ones((), device="meta") if scaled else None
-        never_decayed = undecayed_parameters(learner.backbone)
+        never_decayed = undecayed_parameters(learner.backbone, learner.local_modules)
         build = learner.optimization.build
         self.modules: Sequence[nn.Module] = list(learner.local_modules)
         self.optimizers = [build(module, never_decayed, fused=not scaled) for module in self.modules]
@@ -147,6 +147,7 @@ class _Step:
             self.learner.on_before_optimizer_step(optimizer)
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        self.modules[index].objective.after_step()  # type: ignore[operator, union-attr]
 
     def record(self, host_too: bool, ema: bool) -> StepMemory:
         """The next step, which updates, under a tracker."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from localfeat.memory.tracker import StorageTracker, rounded
 from localfeat.memory.work import WorkCounter
+from localfeat.methods.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -61,18 +62,18 @@ def _anchor() -> Tensor:
 
 
 class _Exit(torch.autograd.Function):
-    """A scalar whose backward brings a fresh gradient of a piece's output, as a following piece would."""
+    """A scalar whose backward brings a fresh gradient of a piece's output, as a following piece would, and of terms."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, started: Callable[[], None]) -> Tensor:
-        ctx.started, ctx.shape, ctx.dtype = started, output.shape, output.dtype
+    def forward(ctx: Any, output: Tensor, started: Callable[[], None], *terms: Tensor) -> Tensor:
+        ctx.started, ctx.shape, ctx.dtype, ctx.terms = started, output.shape, output.dtype, len(terms)
         return output.new_empty(())
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         gradient = torch.empty(ctx.shape, dtype=ctx.dtype, device="meta")
         ctx.started()
-        return gradient, None
+        return gradient, None, *(torch.empty((), device="meta") for _ in range(ctx.terms))
 
 
 class _Gauge:
@@ -126,6 +127,7 @@ def measure_piece(
     target: AbstractContextManager[Any],
     *,
     first: bool,
+    objective: Objective | None = None,
 ) -> PieceCost:
     """Forward and backward of a stem or a block, on meta.
 
@@ -135,6 +137,7 @@ def measure_piece(
         module: the stem or block, for its parameters and buffers; gradients are removed.
         target: the emulation of the device.
         first: whether the piece is the first of its local module, so that its input needs no gradient.
+        objective: of its module, which may watch it.
     """
     parameters, x = list(module.parameters()), entry()
     entered = rounded(x.untyped_storage().nbytes())
@@ -144,13 +147,15 @@ def measure_piece(
         gauge = _Gauge(tracker)
         gauges.append(gauge)
         x = x if first else _Entrance.apply(x, _anchor(), gauge.end)
-        output = run(x)
+        with nullcontext() if objective is None else objective.watch():
+            output = run(x)
+        terms = [] if objective is None else [*objective.watched_terms().values()]
         gauge.end()
         kept, size = gauge.level, rounded(output.untyped_storage().nbytes())
         alive = weakref.ref(output.untyped_storage())
-        root = _Exit.apply(output, gauge.begin)
+        root = _Exit.apply(output, gauge.begin, *terms)
         scalar = rounded(root.untyped_storage().nbytes())
-        del output, x
+        del output, terms, x
         output_saved, input_saved = alive() is not None, begun() is not None
         forward_peak, _ = gauge.take(entered)
         if not first or any(p.requires_grad for p in parameters):

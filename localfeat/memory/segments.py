@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from localfeat.backbones.decompose import Decomposition, decompose
 from localfeat.backbones.timm_models import image_size_of
 from localfeat.efficiency.settings import Efficiency
-from localfeat.learner.assembly import build_objective, prepare_blocks
+from localfeat.learner.assembly import build_objective, prepare_blocks, site_of
 from localfeat.memory.costs import PieceCost, measure_objective, measure_piece, signature
 from localfeat.memory.parts import Parts, Segment
 from localfeat.memory.standing import Keeping, Standing
 from localfeat.memory.tracker import rounded
-from localfeat.methods.base import Method, Site
+from localfeat.methods.base import Method
 from localfeat.methods.local_module import weighted_sum
+from localfeat.methods.objective import Objective
 from localfeat.methods.parts.decoders import DecoderFactory
 
 Device = Callable[[], AbstractContextManager[Any]]
@@ -59,12 +60,14 @@ class _Objective(NamedTuple):
     standing: int  # of what is not the backbone's
     scratch: int
     uses_images: bool
+    watches: bool  # the blocks
 
 
 class SegmentCosts:
     """Measures the pieces of a backbone and adds them up to modules.
 
-    It assumes that what an objective costs depends on its site's shapes only, not on its depth.
+    It assumes that what an objective costs depends on the blocks of its module and those above, not on the number of
+    modules: it is measured as the first module's. What watches blocks is measured with each of them.
 
     Args:
         backbone: a timm model on the meta device; it is changed if attention or MLPs are to be fused.
@@ -113,12 +116,12 @@ class SegmentCosts:
 
     def parts(self, start: int, stop: int, *, body: bool = True) -> Parts:
         """What the module of blocks ``start`` to ``stop`` (exclusive) is made of; without its body if so wanted."""
-        chain = []
+        objective, last = self._objective(start, stop), stop == self.blocks
+        watched = last if objective.watches else None
+        blocks = range(start, stop) if body else ()
+        chain = [self._block(index, first=index == start > 0, watched=watched) for index in blocks]
         if body and start == 0:
-            chain = [self._stem(), *(self._block(index, first=False) for index in range(stop))]
-        elif body:
-            chain = [self._block(index, first=index == start) for index in range(start, stop)]
-        objective = self._objective(start, stop)
+            chain.insert(0, self._stem())
         images, inputs = rounded(self._images().nbytes), rounded(self.features[start].nbytes)
         held = images if start == 0 else inputs + images * objective.uses_images
         outputs = rounded(self.features[stop].nbytes)
@@ -161,7 +164,8 @@ class SegmentCosts:
 
         return cast(PieceCost, self._once(("stem", setting.batch_size), measure))
 
-    def _block(self, index: int, *, first: bool) -> PieceCost:
+    def _block(self, index: int, *, first: bool, watched: bool | None) -> PieceCost:
+        """Of a block; watched by an objective, the last module's (True) or one before it (False), or not (None)."""
         block, run, x = self.pieces.blocks[index], self.runners[index], self.features[index]
         efficiency = self.setting.efficiency
         recomputed = efficiency.recompute if efficiency.recomputes(index) else "none"
@@ -174,9 +178,27 @@ class SegmentCosts:
                 block,
                 self.setting.device(),
                 first=first,
+                objective=None if watched is None else self._built(index, index + 1, last=watched),
             )
 
-        return cast(PieceCost, self._once(("block", signature(block), tuple(x.shape), x.dtype, how, first), measure))
+        key: tuple[object, ...] = ("block", signature(block), tuple(x.shape), x.dtype, how, first)
+        key += () if watched is None else (repr(self.setting.method), watched)
+        return cast(PieceCost, self._once(key, measure))
+
+    def _built(self, start: int, stop: int, *, last: bool) -> Objective:
+        """The objective of a module of these blocks, on meta."""
+        site = site_of(
+            self.pieces,
+            (start, stop),
+            index=1 if last else 0,
+            modules=2,
+            image_size=self.size,
+            num_classes=cast(int, self.backbone.num_classes),
+            efficiency=self.setting.efficiency,
+        )
+        with torch.random.fork_rng(devices=[]):  # initial weights that nothing is trained from
+            objective = build_objective(self.setting.method, site, self.setting.decoder)
+        return objective.to("meta").train()
 
     def _objective(self, start: int, stop: int) -> _Objective:
         last = stop == self.blocks
@@ -184,22 +206,12 @@ class SegmentCosts:
         key: list[object] = ["objective", setting.method, setting.decoder, setting.efficiency.loss_slices]
         key += [setting.soft_labels, setting.keeping, tuple(outputs.shape), outputs.dtype]
         key += ["classifier"] if last else [tuple(inputs.shape), inputs.dtype]
+        key += [] if setting.method.by_shapes else [start, stop]
         return cast(_Objective, self._once(_hashable(key), lambda: self._measure(start, stop)))
 
     def _measure(self, start: int, stop: int) -> _Objective:
         last = stop == self.blocks
-        site = Site(
-            index=1 if last else 0,
-            modules=2,
-            inputs=self.pieces.shapes[start],
-            outputs=self.pieces.shapes[stop],
-            image_size=self.size,
-            num_classes=cast(int, self.backbone.num_classes),
-            loss_slices=self.setting.efficiency.loss_slices,
-        )
-        with torch.random.fork_rng(devices=[]):  # initial weights that nothing is trained from
-            objective = build_objective(self.pieces, self.setting.method, site, self.setting.decoder)
-        objective = objective.to("meta").train()
+        objective = self._built(start, stop, last=last)
         inputs, images = torch.empty_like(self.features[start]), self._images()
         labels = self._labels()
 
@@ -211,7 +223,9 @@ class SegmentCosts:
         cost = measure_objective(loss, outputs, objective, [inputs, images, labels], self.setting.device())
         keeping = self.setting.keeping
         standing = 0 if last else Standing.of(objective, keeping).total  # the classifier is the backbone's
-        return _Objective(cost, standing, keeping.scratch([objective]), objective.uses_images)
+        return _Objective(
+            cost, standing, keeping.scratch([objective]), objective.uses_images, objective.watched is not None
+        )
 
     def _once(self, key: object, make: Callable[[], Any]) -> Any:
         if key not in self._shared:

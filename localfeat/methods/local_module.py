@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
 from localfeat.efficiency.recompute import BlockRunner, plainly
+from localfeat.methods.objective import Objective
 
 
 def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
@@ -60,11 +61,14 @@ class LocalModule(nn.Module):
 
     def forward(self, x: Tensor, images: Tensor | None, labels: Tensor) -> LocalOutput:
         """Run the body and the objective; ``x`` is the module before's detached output, or the images."""
-        inputs, outputs = self.body(x)
-        terms, logits = self.objective(inputs.detach(), outputs, images, labels)
+        objective = cast(Objective, self.objective)
+        with objective.watch():
+            inputs, outputs = self.body(x)
+        terms, logits = objective(inputs.detach(), outputs, images, labels)
+        terms = {**terms, **objective.watched_terms()}
         return LocalOutput(
             outputs.detach(),
-            weighted_sum(terms, self.objective.weights),  # type: ignore[arg-type]
+            weighted_sum(terms, objective.weights),
             {name: value.detach() for name, value in terms.items()},
             None if logits is None else logits.detach(),
         )

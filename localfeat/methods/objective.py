@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from localfeat.efficiency.loss_slices import LossOf, pooled_and_loss, refuse_bat
 from localfeat.methods.parts.heads import AuxiliaryBlock, PooledHead
 from localfeat.methods.parts.losses import RECONSTRUCTION_LOSSES, supervised_nt_xent
 from localfeat.methods.parts.targets import FeatureTarget, ImageTarget
+from localfeat.methods.parts.watched import Watched
 from localfeat.utils.errors import UserError
 
 Terms = dict[str, Tensor]
@@ -38,14 +40,48 @@ class Objective(nn.Module):
     images (B, 3, H, W), ``None`` once no objective needs them; ``labels`` (B,) class indices, or (B, num_classes)
     probabilities under mixup. ``terms`` are unweighted scalars; ``weights`` has a factor for each. ``logits`` come
     from the final classifier only.
+
+    Parts without ``requires_grad`` are kept: they are in checkpoints, not in the optimizer, and never in the backbone.
     """
 
     weights: dict[str, float]
+    watched: Watched | None = None  # makes a term of what blocks put out; ``weights`` has its factor
     uses_images: bool = False  # whether the images must be kept until this module has run
 
     def reconstruct(self, inputs: Tensor, outputs: Tensor, images: Tensor, module: int) -> Reconstruction | None:
         """Output and target of the decoder, for a look; ``None`` where there is no decoder."""
         return None
+
+    def watch(self) -> AbstractContextManager[None]:
+        """Look on while the body runs: entered around it for every batch of training."""
+        return nullcontext() if self.watched is None else self.watched.watch()
+
+    def watched_terms(self) -> Terms:
+        """Return the term of what was watched, and forget it: it holds a graph."""
+        return {} if self.watched is None else {self.watched.term: torch.stack(self.watched.take()).sum()}
+
+    def after_step(self) -> None:
+        """Run after every optimizer step of this module, for what follows its weights."""
+
+
+class HeadObjective(Objective):
+    """Cross entropy of a head's logits.
+
+    Args:
+        head: output features in the backbone's layout -> logits (B, num_classes).
+        label_smoothing: of the cross entropy.
+    """
+
+    def __init__(self, head: nn.Module, label_smoothing: float) -> None:
+        super().__init__()
+        self.head = head
+        self.label_smoothing = label_smoothing
+        self.weights = {"cross_entropy": 1.0}
+
+    def forward(
+        self, inputs: Tensor, outputs: Tensor, images: Tensor | None, labels: Tensor
+    ) -> tuple[Terms, Tensor | None]:
+        return {"cross_entropy": _cross_entropy(self.head(outputs), labels, self.label_smoothing)}, None
 
 
 class ClassifierObjective(Objective):

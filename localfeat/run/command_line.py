@@ -173,6 +173,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _check_override(override: str) -> None:
+    from localfeat.methods.registry import METHODS
     from localfeat.run.conf_dir import conf_dir
 
     key, _, choice = override.partition("=")
@@ -181,6 +182,7 @@ def _check_override(override: str) -> None:
     if not key:
         raise UserError(f"{override}: not key=value")
     options = sorted(file.stem for file in (conf_dir() / key).glob("*.yaml")) if key.isidentifier() else []
+    options = sorted(METHODS) if key == "method" else options
     if options and (not re.match(r"['\"A-Za-z]", choice) or choice.lower() in ("null", "true", "false")):
         raise UserError(f"{override}: it is one of {', '.join(options)}")
 

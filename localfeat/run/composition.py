@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from localfeat.run.conf_dir import conf_dir
+from localfeat.run.method_group import store_methods
 from localfeat.utils.errors import UserError
 
 _LONGEST_NAME = 255  # bytes, of any usual file system
@@ -23,7 +24,8 @@ AUTO = "auto"
 
 
 def register_resolvers() -> None:
-    """Make the functions known that conf/ calls as ``${localfeat.…}``."""
+    """Make the functions known that conf/ calls as ``${localfeat.…}``, and the registered methods."""
+    store_methods()
     OmegaConf.register_new_resolver("localfeat.run_dir", _run_dir, replace=True)
     OmegaConf.register_new_resolver("localfeat.linear_lr", _linear_lr, replace=True)
 

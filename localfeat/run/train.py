@@ -262,7 +262,7 @@ def _summarise(
         dataset=configuration.dataset.source,
         backbone=configuration.model_name,
         split=learner.blocks_per_module,
-        decoder=configuration.decoder_name if learner.method.target else None,
+        decoder=configuration.decoder_name if learner.method.decodes else None,
         seed=configuration.seed,
         epochs=trainer.current_epoch,
         batch_size=configuration.batch_size,

@@ -44,6 +44,9 @@ _MOVED = {
 }
 """What configurations of version 0.1 name -> its name now."""
 
+_STANDS_FOR = {"localfeat.Method": "localfeat.HeadAndDecoder"}
+"""``localfeat.Method`` is what methods are derived from; as a target it names the family of the first ones."""
+
 _PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
@@ -70,7 +73,7 @@ def find(path: object, group: str) -> Callable[..., Any]:
             f"{key}: only localfeat's own parts are built, as a configuration could run any code; if you trust this "
             f"one, say so with the environment variable {VARIABLE}={path.partition('.')[0]}"
         )
-    target = _imported(path, key)
+    target = _imported(_STANDS_FOR.get(path, path), key)
     if package == _OWN and not any(_is_kind_of(target, fitting) for fitting in _fitting(group)):
         raise UserError(f"{key}: it is none of what fits there: {', '.join(_FITTING[group])}")
     home = str(getattr(target, "__module__", None))

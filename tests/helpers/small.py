@@ -15,7 +15,7 @@ from localfeat.backbones.timm_models import build_backbone
 from localfeat.efficiency.settings import Efficiency
 from localfeat.learner.module import Learner
 from localfeat.learner.optimization import Optimization
-from localfeat.methods.base import METHODS, as_method
+from localfeat.methods.registry import METHODS, as_method
 
 IMAGE_SIZE = 32
 CLASSES = 5

@@ -45,9 +45,8 @@ def written_run(folder: Path, overrides: Sequence[str], curve: Sequence[float], 
 
 def _config(overrides: Sequence[str]) -> dict[str, Any]:
     """As ``composed``, which takes a quarter of a second, but a choice of groups only once."""
-    groups = tuple(
-        o for o in overrides if "." not in o.partition("=")[0] and (conf_dir() / o.partition("=")[0]).is_dir()
-    )
+    known = {"method", *(path.name for path in conf_dir().iterdir() if path.is_dir())}
+    groups = tuple(o for o in overrides if o.partition("=")[0] in known)
     config = _composed(groups).copy()
     for override in overrides:
         if override not in groups:

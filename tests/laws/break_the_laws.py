@@ -59,7 +59,7 @@ MUTANTS = [
         MODULE,
         {
             "            outputs.detach(),": "            outputs,",
-            "weighted_sum(terms, self.objective.weights),": "_kept(weighted_sum(terms, self.objective.weights)),",
+            "weighted_sum(terms, objective.weights),": "_kept(weighted_sum(terms, objective.weights)),",
             "class LocalModule(nn.Module):": "def _kept(loss):\n    backward = loss.backward\n"
             "    loss.backward = lambda *a, **k: backward(retain_graph=True)\n    return loss\n\n\n"
             "class LocalModule(nn.Module):",
@@ -179,7 +179,7 @@ MUTANTS = [
     Mutant(
         "8",
         "another temperature",
-        "localfeat/methods/base.py",
+        "localfeat/methods/head_and_decoder.py",
         {"temperature: float = 0.1": "temperature: float = 0.11"},
     ),
     Mutant("8", "another activation", "localfeat/methods/parts/heads.py", {"return F.gelu(": "return F.silu("}),
@@ -192,7 +192,7 @@ MUTANTS = [
     Mutant(
         "8",
         "weights interpolated over K - 1",
-        "localfeat/methods/base.py",
+        "localfeat/methods/site.py",
         {"self.index / (local - 1)": "self.index / local"},
     ),
     Mutant(

@@ -26,6 +26,11 @@ CASES = [
     "feature_recon k2 deconv",
     "feature_recon k4 interp",
     "feature_recon k4 one_layer",
+    "feature_recon_ce k4 one_layer",
+    "image_recon_ce k4 one_layer",
+    "greedy_linear k4 one_layer",
+    "trgl k4 one_layer",
+    "auglocal k4 one_layer",
 ]
 
 

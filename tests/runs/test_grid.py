@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from localfeat.backbones.timm_models import build_backbone
 from localfeat.learner.module import Learner
-from localfeat.methods.base import METHODS
+from localfeat.methods.registry import METHODS
 from localfeat.run.command import run
 from localfeat.run.export import build_backbone as build_exported
 from tests.helpers.formats import write_source

@@ -24,7 +24,7 @@ from localfeat.data import ImageDataModule
 from localfeat.data.labelled import TensorImages
 from localfeat.data.sources import Digits
 from localfeat.learner.module import Learner
-from localfeat.methods.base import METHODS
+from localfeat.methods.registry import METHODS
 from localfeat.run import train as training
 from localfeat.run.build import build_callbacks, build_datamodule
 from localfeat.run.callbacks import throughput

@@ -34,6 +34,25 @@ class AuxiliaryBlock(nn.Module):
         return cast(Tensor, self.conv(maps.permute(0, 3, 1, 2)))
 
 
+class NormMeanLinear(nn.Module):
+    """LayerNorm, mean over space, linear: a Swin's own classifier, for any features.
+
+    Args:
+        shape: the features that it reads; prefix tokens are left out.
+        classes: outputs.
+    """
+
+    def __init__(self, shape: FeatureShape, classes: int) -> None:
+        super().__init__()
+        self.shape = shape
+        self.norm = nn.LayerNorm(shape.channels)
+        self.fc = nn.Linear(shape.channels, classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features in the backbone's layout -> (B, classes)."""
+        return cast(Tensor, self.fc(self.norm(self.shape.to_nhwc(features)).mean((1, 2))))
+
+
 class PooledHead(nn.Sequential):
     """Mean over space, linear, GELU, linear: the projection head, or with one output per class a classifier."""
 

@@ -17,7 +17,8 @@ from localfeat.memory.balanced_split import BalancedSplit
 from localfeat.memory.emulation import Target
 from localfeat.memory.fitted import fitted
 from localfeat.memory.planner import Option, Planner, Workload
-from localfeat.methods.base import METHODS, Method
+from localfeat.methods.base import Method
+from localfeat.methods.registry import METHODS
 from localfeat.run.build import build_datamodule, build_learner, build_model
 from localfeat.run.configuration import RunConfiguration
 from localfeat.run.construct import construct

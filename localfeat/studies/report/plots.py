@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING
 
+from localfeat.methods.registry import COLOURS
 from localfeat.studies.report.documents import Picture
 from localfeat.studies.report.labels import place_numbers, spread, wrapped
 from localfeat.studies.report.rows import Row, Table
@@ -44,13 +45,6 @@ class Theme:
 LIGHT = Theme(page="#ffffff", ink="#1c2128", quiet="#656d76", grid="#e4e7eb", lift=0.0, fade=0.45)
 DARK = Theme(page="#161b22", ink="#e6edf3", quiet="#8d96a0", grid="#2b323b", lift=0.3, fade=0.25)
 
-COLOURS = {
-    "e2e": "#57606a",
-    "greedy_ce": "#0b6bcb",
-    "greedy_contrast": "#0f8a6c",
-    "image_recon": "#d9730d",
-    "feature_recon": "#8a3ffc",
-}
 OTHERS = ("#c2255c", "#5f7a00", "#00838f", "#a0522d")
 LINES = ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)))
 MARKERS = ("o", "s", "D", "^")

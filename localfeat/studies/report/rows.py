@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
+from localfeat.methods.registry import order_of
 from localfeat.studies.report.published import Published, published_for
 from localfeat.studies.report.runs import Run
 from localfeat.studies.report.settings import (
@@ -18,7 +19,6 @@ from localfeat.studies.report.settings import (
     dataset_name,
     frozen,
     labels,
-    method_order,
     of_table,
     settings,
     varying,
@@ -193,7 +193,7 @@ def _place(run: Run, order: dict[Path, int]) -> tuple[Any, ...]:
     if place < len(order):
         return (0, place, "")
     name = str(run.config["method"]["name"])
-    return (1, dataset_name(run), method_order(name), name, len(run.blocks), str(run.folder))
+    return (1, dataset_name(run), order_of(name), name, len(run.blocks), str(run.folder))
 
 
 def _rows(runs: Iterable[Run]) -> list[Row]:

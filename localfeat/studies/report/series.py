@@ -119,7 +119,8 @@ def loss_weights(table: Table) -> list[Weights]:
 
 def _weights(run: Run) -> tuple[tuple[float, ...] | None, tuple[float, ...]] | None:
     from localfeat.backbones.layout import FeatureShape
-    from localfeat.methods.base import Method, Site
+    from localfeat.methods.head_and_decoder import HeadAndDecoder
+    from localfeat.methods.site import Site
 
     config: Mapping[str, Any] = run.config["method"]
     modules = len(run.blocks)
@@ -129,7 +130,7 @@ def _weights(run: Run) -> tuple[tuple[float, ...] | None, tuple[float, ...]] | N
         method = construct(dict(config), "method")
     except UserError:  # a method of another version, with other keys
         return None
-    if type(method) is not Method or not method.local:
+    if type(method) is not HeadAndDecoder or not method.local:
         return None
     shape = FeatureShape("NCHW", 1, 1, 1)  # weights do not depend on it
     sites = [Site(index, modules, shape, shape, run.config["image_size"], 2) for index in range(modules - 1)]

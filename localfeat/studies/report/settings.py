@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from localfeat.run.conf_dir import conf_dir
+from localfeat.methods.registry import METHODS, settings_of
 from localfeat.studies.report.runs import Run
 from localfeat.utils.text import as_typed
 
@@ -183,18 +183,8 @@ def decoder_name(target: str) -> str:
 
 @functools.cache
 def method_defaults(name: str) -> Settings:
-    """What conf/method has for a method; nothing for one that it does not have."""
-    from omegaconf import OmegaConf
-
-    file = conf_dir() / "method" / f"{name}.yaml"
-    if not file.is_file():
+    """The fields of a registered method; nothing for one that is not."""
+    if name not in METHODS:
         return {}
-    values: Any = OmegaConf.to_container(OmegaConf.load(file))
-    found = flat({"method": values})
+    found = flat({"method": settings_of(METHODS[name])})
     return {key: _class(value) if key.endswith("_target_") else value for key, value in found.items()}
-
-
-def method_order(name: str) -> int:
-    """End to end first, then the rivals, then what reconstructs; methods of others last."""
-    known = ["e2e", "greedy_ce", "greedy_contrast", "image_recon", "feature_recon"]
-    return known.index(name) if name in known else len(known)

@@ -99,7 +99,7 @@ def setting(configuration: RunConfiguration) -> str:
     """What a configuration's memory and speed depend on, as text."""
     values, method = configuration.values, configuration.method
     what = {"method": values["method"], "efficiency": values["efficiency"], "dataset": configuration.dataset.source}
-    parts = [values["split"] if method.local else None, values["decoder"] if method.target is not None else None]
+    parts = [values["split"] if method.local else None, values["decoder"] if method.decodes else None]
     return _key(what, _network(configuration), target(configuration), *parts)
 
 

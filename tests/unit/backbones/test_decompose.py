@@ -14,8 +14,8 @@ from localfeat.backbones.decompose import decompose
 from localfeat.backbones.layout import FeatureShape
 from localfeat.backbones.timm_models import image_size_of
 from localfeat.learner.assembly import build_local_modules
-from localfeat.methods.base import METHODS
 from localfeat.methods.parts.decoders import OneLayerDecoder
+from localfeat.methods.registry import METHODS
 from localfeat.utils.errors import UserError
 from tests.helpers.small import CLASSES, FAMILIES, IMAGE_SIZE, backbone, batch, disturbed, gradients
 

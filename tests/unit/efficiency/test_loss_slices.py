@@ -14,11 +14,12 @@ from localfeat.backbones.layout import FeatureShape
 from localfeat.efficiency.loss_slices import pooled_and_loss
 from localfeat.efficiency.settings import Efficiency
 from localfeat.memory.tracker import StorageTracker
-from localfeat.methods.base import Method, Site
+from localfeat.methods.head_and_decoder import HeadAndDecoder
 from localfeat.methods.local_module import weighted_sum
 from localfeat.methods.objective import LocalObjective
 from localfeat.methods.parts.decoders import DECODERS
 from localfeat.methods.parts.losses import RECONSTRUCTION_LOSSES, mse
+from localfeat.methods.site import Site
 from localfeat.utils.errors import UserError
 from tests.helpers.small import LOCAL_METHODS, SPLIT_BACKBONES, batch, gradients, learner, loader, trainer
 
@@ -46,7 +47,7 @@ def objective(
     torch.manual_seed(0)
     site = Site(0, 4, INPUTS, OUTPUTS, image_size=16, num_classes=5, loss_slices=slices)
     settings = {"target": target, "reconstruction_loss": loss, "width": WIDTH, "projection_dim": 8, **changes}
-    method = Method("own", **settings)
+    method = HeadAndDecoder("own", **settings)
     found = method.build(site, DECODERS.get(decoder, decoder))
     assert isinstance(found, LocalObjective)
     return found

@@ -14,7 +14,8 @@ from torch import nn
 
 from localfeat.learner.module import Learner
 from localfeat.learner.optimization import Optimization, undecayed_parameters
-from localfeat.methods.base import METHODS, Method
+from localfeat.methods.head_and_decoder import HeadAndDecoder
+from localfeat.methods.registry import METHODS
 from localfeat.utils.errors import UserError
 from tests.helpers.small import CLASSES, AtStep, Metrics, backbone, batch, gradients, learner, loader, trainer
 
@@ -314,7 +315,7 @@ def test_reconstructions_are_looked_at_in_one_range(family: str) -> None:
     images, _ = batch(2)
     for method, kind in (("image_recon", "image"), ("feature_recon", "features")):
         for loss in ("bce", "mse", "smooth_l1", "cosine"):
-            own = Method("own", target="image" if kind == "image" else "features", reconstruction_loss=loss)
+            own = HeadAndDecoder("own", target="image" if kind == "image" else "features", reconstruction_loss=loss)
             shown = learner(own, 4, family).reconstruct(images)
             assert [(r.module, r.kind) for r in shown] == [(1, kind), (2, kind), (3, kind)], method
             for r in shown:
@@ -352,7 +353,7 @@ def test_soft_labels() -> None:
 
 def test_label_smoothing_reaches_every_cross_entropy_of_training_only() -> None:
     metrics = Metrics()
-    model = learner(Method("smooth", supervision="cross_entropy", label_smoothing=0.2), 2)
+    model = learner(HeadAndDecoder("smooth", supervision="cross_entropy", label_smoothing=0.2), 2)
     with torch.no_grad():
         images, labels = batch()
         log_p = model(images).log_softmax(1)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from localfeat.learner.module import Learner
 from localfeat.learner.nonfinite import statistics
-from localfeat.methods.base import METHODS
+from localfeat.methods.registry import METHODS
 from localfeat.run.callbacks.nonfinite import FILE, StopOnNonFinite, read_batch
 from localfeat.utils.errors import RunFailed, UserError
 from tests.helpers import tiny

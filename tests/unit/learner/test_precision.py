@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 
 from localfeat.efficiency.settings import Efficiency
-from localfeat.methods.base import METHODS
+from localfeat.methods.registry import METHODS
 from tests.helpers.small import AtStep, Metrics, batch, gradients, learner, loader, trainer
 
 

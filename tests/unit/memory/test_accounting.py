@@ -16,7 +16,7 @@ from localfeat.efficiency.settings import Efficiency
 from localfeat.learner.module import Learner
 from localfeat.memory.accounting import MemoryShares, on_meta, step_memory
 from localfeat.memory.tracker import rounded
-from localfeat.methods.base import METHODS, as_method
+from localfeat.methods.registry import METHODS, as_method
 from localfeat.run.callbacks.peak_memory import PeakMemory
 from localfeat.run.checkpoints.callbacks import AveragedWeights
 from localfeat.utils.errors import UserError

@@ -13,8 +13,8 @@ from localfeat.memory.accounting import step_memory
 from localfeat.memory.bare import without_data
 from localfeat.memory.fitted import fitted
 from localfeat.memory.planner import STEP, Option, Planner, Workload
-from localfeat.methods.base import as_method
 from localfeat.methods.parts.decoders import as_decoder
+from localfeat.methods.registry import as_method
 from tests.helpers.small import IMAGE_SIZE, backbone
 
 EFFICIENCIES = {

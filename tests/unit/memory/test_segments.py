@@ -19,8 +19,9 @@ from localfeat.memory.bare import without_data
 from localfeat.memory.emulation import Emulation
 from localfeat.memory.segments import SegmentCosts, Setting
 from localfeat.memory.standing import Keeping, Standing
-from localfeat.methods.base import METHODS, Method, as_method
+from localfeat.methods.base import Method
 from localfeat.methods.parts.decoders import as_decoder
+from localfeat.methods.registry import METHODS, as_method
 from tests.helpers.small import CLASSES, FAMILIES, IMAGE_SIZE, backbone
 
 SCALARS = 4096  # bytes: losses, means, what small buffers share; the steps take 3 to 20 MiB
@@ -41,10 +42,21 @@ EFFICIENCIES = {
     "some_blocks": Efficiency(recompute="checkpoint", blocks=[1, 3], slices=2),
     "fused_mlp": Efficiency(fused_attention=True, fused_mlp=True),
 }
+FIRST = [name for name, method in METHODS.items() if method.by_shapes][:5]
 CASES = [
-    (family, name, list(METHODS)[number % len(METHODS)], *DEVICES[(number // 2) % len(DEVICES)])
+    (family, name, FIRST[number % len(FIRST)], *DEVICES[(number // 2) % len(DEVICES)])
     for number, (family, name) in enumerate((family, name) for family in FAMILIES for name in EFFICIENCIES)
     if (family, EFFICIENCIES[name].slices > 1) != ("resnet", True)  # batch normalisation needs the whole batch
+]
+CASES += [
+    (family, name, method, *DEVICES[number % len(DEVICES)])
+    for number, family in enumerate(FAMILIES)
+    for method, names in (
+        ("greedy_linear", ("none", "checkpoint")),
+        ("auglocal", ("lean", "checkpoint")),
+        ("trgl", ("none", "lean")),
+    )
+    for name in names
 ]
 
 

@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localfeat.backbones.layout import FeatureShape
-from localfeat.methods.base import METHODS, Method, Site, as_method
+from localfeat.methods.head_and_decoder import HeadAndDecoder
 from localfeat.methods.parts.decoders import DeconvDecoder, OneLayerDecoder
+from localfeat.methods.registry import METHODS, as_method
+from localfeat.methods.site import Site
 from localfeat.utils.errors import UserError
 
 SHAPE = FeatureShape("NHWC", 16, 8, 8)
@@ -109,7 +111,7 @@ def test_wrong_values_are_refused_in_one_line(changes: dict[str, Any], message: 
 
 def test_methods_by_name_by_value_and_changed() -> None:
     assert as_method("image_recon") is not None
-    own = Method("mine", supervision="cross_entropy", target="features")
+    own = HeadAndDecoder("mine", supervision="cross_entropy", target="features")
     assert as_method(own) == own
     assert as_method("e2e", label_smoothing=0.1) == dataclasses.replace(METHODS["e2e"], label_smoothing=0.1)
     with pytest.raises(UserError, match="method=infopro: it is one of e2e, "):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from localfeat.backbones.layout import FeatureShape
-from localfeat.methods.base import IMAGENET_MEAN, IMAGENET_STD
 from localfeat.methods.parts.targets import FeatureTarget, ImageTarget
+from localfeat.methods.site import IMAGENET_MEAN, IMAGENET_STD
 
 CHANNELS, HEIGHT, WIDTH, PREFIX = 6, 2, 3, 5
 

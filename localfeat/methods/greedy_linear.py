@@ -1,0 +1,34 @@
+"""Every local module by cross entropy at the lightest head there is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from localfeat.methods.base import Method, register
+from localfeat.methods.site import Site
+
+if TYPE_CHECKING:
+    from localfeat.methods.objective import Objective
+    from localfeat.methods.parts.decoders import DecoderFactory
+
+
+@register()
+@dataclass(frozen=True)
+class GreedyLinear(Method):
+    """``L = CE(W · mean_xy LN(h) + b, y)``: LayerNorm, mean over space, linear.
+
+    Source: the "VanGL" baseline of Karkar et al., *Module-wise Training of Neural Networks via the Minimizing Movement
+    Scheme* (NeurIPS 2023).
+    """
+
+    name: str = "greedy_linear"
+
+    by_shapes: ClassVar[bool] = True
+
+    def build(self, site: Site, decoder: DecoderFactory) -> Objective:
+        """The head at the module's output features."""
+        from localfeat.methods.objective import HeadObjective
+        from localfeat.methods.parts.heads import NormMeanLinear
+
+        return HeadObjective(NormMeanLinear(site.outputs, site.num_classes), self.label_smoothing)

@@ -1,0 +1,58 @@
+"""The blocks above a cut and the classifier, for objectives: copied, or read only. No gradient crosses a cut."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator
+from typing import cast
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from localfeat.backbones.decompose import Part
+from localfeat.methods.site import Site
+
+
+def path(site: Site, chosen: Collection[int]) -> Iterator[nn.Module]:
+    """Yield the backbone's blocks of these numbers, and of those between what changes the shape.
+
+    Args:
+        chosen: numbers in the whole backbone, from 0, all above the site.
+    """
+    first = len(site.shapes) - 1 - len(site.above)
+    for number in range(first, max(chosen, default=-1) + 1):
+        block = site.above[number - first]
+        if number in chosen:
+            yield block
+        elif site.shapes[number] != site.shapes[number + 1]:
+            yield block[0] if isinstance(block, nn.Sequential) else block
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """Return a trainable copy of a block or of the classifier, which begins at the weights of the original.
+
+    A :class:`Part` runs a method of its backbone: its copy holds a backbone of the part's own children only.
+    """
+    if isinstance(module, Part):
+        module, shell = copy.copy(module), copy.copy(module._model[0])
+        shell._modules, shell._parameters, shell._buffers = dict(module._modules), dict(module._parameters), {}
+        module._model = (shell,)
+    return copy.deepcopy(module).requires_grad_()
+
+
+class ReadOnly(nn.Module):
+    """A block or classifier of the backbone as it is at every call, without gradients to its parameters.
+
+    Its statistics (BatchNorm) stay as they are. It registers nothing: the original belongs to another module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._original = (module,)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """What the original makes of the features; the gradient reaches the features only."""
+        original = self._original[0]
+        state = {name: parameter.detach() for name, parameter in original.named_parameters()}
+        state |= {name: buffer.clone() for name, buffer in original.named_buffers()}
+        return cast(Tensor, functional_call(original, state, (features,)))
