@@ -46,7 +46,7 @@ class AugLocal(Method):
         from torch import nn
 
         from localfeat.methods.objective import HeadObjective
-        from localfeat.methods.parts.above import copied, path
+        from localfeat.methods.parts.above import copied, path, picked
         from localfeat.methods.parts.heads import NormMeanLinear
 
         blocks = len(site.shapes) - 1
@@ -59,10 +59,3 @@ class AugLocal(Method):
         """How many blocks module ``index`` of ``modules`` copies."""
         ratio = index / (modules - 2) if modules > 2 else 0.0
         return max(1, round(self.depth * (1 - self.pyramid * ratio) + self.pyramid * ratio))
-
-
-def picked(blocks: int, last: int, depth: int) -> list[int]:
-    """Numbers of ``depth`` of ``blocks`` blocks, evenly after block ``last``, the very last always among them."""
-    above = blocks - last - 1
-    depth = min(depth, above)
-    return [round(last + above / depth * i) for i in range(1, depth + 1)]

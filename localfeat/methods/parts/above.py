@@ -13,6 +13,13 @@ from localfeat.backbones.decompose import Part
 from localfeat.methods.site import Site
 
 
+def picked(blocks: int, last: int, depth: int) -> list[int]:
+    """Numbers of ``depth`` of ``blocks`` blocks, evenly after block ``last``, the very last always among them."""
+    above = blocks - last - 1
+    depth = min(depth, above)
+    return [round(last + above / depth * i) for i in range(1, depth + 1)]
+
+
 def path(site: Site, chosen: Collection[int]) -> Iterator[nn.Module]:
     """Yield the backbone's blocks of these numbers, and of those between what changes the shape.
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from localfeat.learner.optimization import undecayed_parameters
-from localfeat.methods.auglocal import AugLocal, picked
-from localfeat.methods.parts.above import ReadOnly, copied
+from localfeat.methods.auglocal import AugLocal
+from localfeat.methods.parts.above import ReadOnly, copied, picked
 from tests.helpers.small import backbone, batch, disturbed, learner
 
 
