@@ -328,7 +328,9 @@ def test_a_sweep_that_cannot_be_composed_runs_nothing(
 ) -> None:
     assert call(monkeypatch, "run", "-m", *SHORT, "method=e2e,foo", "output_dir=out") == 2
     printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.startswith("error: method=foo: it is one of e2e, feature_recon, ")
+    assert printed.out == "" and printed.err.startswith(
+        "error: method=foo: it is one of auglocal, e2e, feature_recon, "
+    )
     assert {path.name for path in (here / "out").rglob("*") if path.is_file()} == {"multirun.yaml"}
 
 

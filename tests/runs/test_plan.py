@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from localfeat.memory.accounting import step_memory
+from localfeat.methods.registry import METHODS
 from localfeat.run.build import build_datamodule, build_learner
 from localfeat.run.plan.command import parse_bytes
 from tests.adversarial.test_bad_input import HEAVY, python
@@ -102,7 +103,9 @@ def test_what_is_typed_is_kept(
     value = found["recommended"][key]
     assert (len(value) if isinstance(expected, int) else value) == expected
     if "dataset.mixup=0.5" in typed:
-        assert {option["method"] for option in found["options"]} == {"e2e", "greedy_ce"}  # no contrast
+        assert {option["method"] for option in found["options"]} == {
+            name for name, method in METHODS.items() if not method.contrasts
+        }
     else:
         check_command(found)
 
@@ -157,7 +160,7 @@ LINES = {
     "budget=8GiB json=no/plan.json": "json=no/plan.json: there is no such folder",
     "budget=8GiB json=": "json=: give a file",
     "budget=8GiB epoch=3": "epoch: there is no such key; did you mean epochs?",
-    "budget=8GiB method=foo": "method=foo: it is one of e2e, feature_recon, ",
+    "budget=8GiB method=foo": "method=foo: it is one of auglocal, e2e, feature_recon, ",
     "budget=8GiB efficiency=compile": "efficiency.compile=true: ",
     "budget=8GiB split=balanced split.k=9": "split.k=9: this backbone has 4 blocks",
     "budget=8GiB seed=0,1": "seed=0,1: several values make a sweep",

@@ -43,13 +43,18 @@ def bce(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def mse(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error."""
-    return F.mse_loss(prediction, target)
+    """Return the mean squared error."""
+    return _compact(F.mse_loss(prediction, target))
 
 
 def smooth_l1(prediction: Tensor, target: Tensor) -> Tensor:
-    """Squared error up to 1, absolute error beyond."""
-    return F.smooth_l1_loss(prediction, target)
+    """Return the mean of squared errors up to 1, absolute errors beyond."""
+    return _compact(F.smooth_l1_loss(prediction, target))
+
+
+def _compact(loss: Tensor) -> Tensor:
+    """Return the same scalar in memory of its own: torch's stands in that of all the errors that it averages."""
+    return loss.clone()
 
 
 def cosine(prediction: Tensor, target: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ def test_no_weight_decay_on_norms_biases_tables_and_tokens() -> None:
         "convnext": (),
     }.items():
         model = learner("feature_recon", 4, family)
-        never = undecayed_parameters(model.backbone)
+        never = undecayed_parameters(model.backbone, model.local_modules)
         decayed: dict[int, float] = {}
         for module in model.local_modules:
             for group in model.optimization.build(module, never, fused=False).param_groups:
@@ -261,9 +261,8 @@ def test_logged_figures(method: str) -> None:
     modules = 1 if method == "e2e" else 4
     expected = {"train/loss", "train/accuracy", "train/lr", "train/skipped_steps", "loss"}
     expected |= {f"train/module_{n}/loss" for n in range(1, modules + 1)} | {f"train/module_{modules}/cross_entropy"}
-    terms = {"contrast": {"contrast"}, "cross_entropy": {"cross_entropy"}}[METHODS[method].supervision]
-    terms = terms | ({"reconstruction"} if METHODS[method].target else set())
-    expected |= {f"train/module_{n}/{term}" for n in range(1, modules) for term in terms}
+    for number, module in enumerate(model.local_modules, start=1):
+        expected |= {f"train/module_{number}/{term}" for term in module.objective.weights}
     assert set(metrics.steps[0]) == expected
     assert set(run.callback_metrics) == expected | {"val/loss", "val/accuracy"}
     assert all(math.isfinite(value) for step in metrics.steps for value in step.values())

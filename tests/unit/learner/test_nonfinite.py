@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from localfeat.learner.module import Learner
@@ -23,19 +23,11 @@ from tests.helpers.small import Metrics, batch, learner, loader, trainer
 from tests.unit.learner.test_precision import fp16
 
 NAN, INF = math.nan, math.inf
-TERMS = {
-    "e2e": [],
-    "greedy_ce": ["cross_entropy"],
-    "greedy_contrast": ["contrast"],
-    "image_recon": ["contrast", "reconstruction"],
-    "feature_recon": ["contrast", "reconstruction"],
-}
 PLACES = [
-    (method, module, term)
+    (method, number, term)
     for method in METHODS
-    for module in range(1 if method == "e2e" else 3)
-    for term in (TERMS.get(method, ["cross_entropy", "reconstruction"]) if method != "e2e" and module < 2 else [])
-    + (["cross_entropy"] if module == (0 if method == "e2e" else 2) else [])
+    for number, module in enumerate(learner(method, 3).local_modules)
+    for term in module.objective.weights
 ]
 
 
@@ -49,24 +41,25 @@ class Spoil(Callback):
         self.now = False
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        pl_module.local_modules[self.module].objective.register_forward_hook(self.spoil)
+        objective = pl_module.local_modules[self.module].objective
+        objective.register_forward_hook(lambda _, inputs, output: (self.spoil(output[0]), output[1]))
+        watched = objective.watched_terms
+        objective.watched_terms = lambda: self.spoil(watched())
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.now = self.when(trainer.global_step)
 
-    def spoil(self, objective: nn.Module, inputs: Any, output: Any) -> Any:
-        terms, logits = output
-        if not self.now:
-            return output
-        return {**terms, self.term: terms[self.term] * self.value}, logits
+    def spoil(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not self.now or self.term not in terms:
+            return terms
+        return {**terms, self.term: terms[self.term] * self.value}
 
 
 class Added(Spoil):
     """Adds infinity to it: the gradient stays as it was."""
 
-    def spoil(self, objective: nn.Module, inputs: Any, output: Any) -> Any:
-        terms, logits = output
-        return {**terms, self.term: terms[self.term] + (INF if self.now else 0.0)}, logits
+    def spoil(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**terms, self.term: terms[self.term] + (INF if self.now else 0.0)} if self.term in terms else terms
 
 
 class Overflow(Callback):
