@@ -330,8 +330,6 @@ def test_a_sweep_that_cannot_be_composed_runs_nothing(
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("error: method=foo: it is one of auglocal, e2e, feature_recon, ")
-        "error: method=foo: it is one of auglocal, e2e, feature_recon, "
-    )
     assert {path.name for path in (here / "out").rglob("*") if path.is_file()} == {"multirun.yaml"}
 
 
