@@ -80,14 +80,20 @@ def _without_noise(figures: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in figures.items() if not any(part in key for part in NOISE)}
 
 
-def compare(before: Path, after: Path) -> int:
-    """Print what differs; the exit status."""
-    had, has = results(before), results(after)
+def compare(first: Path, second: Path) -> int:
+    """Print what differs; return the exit status."""
+    had, has = results(first), results(second)
     differing = [name for name in had if had[name] != has[name]]
     for name in differing:
-        print(f"differs: {name}\n  {had[name]}\n  {has[name]}")
+        print(f"differs: {name}")
+        for before, after in zip(_rows(had[name]), _rows(has[name]), strict=False):
+            print(*(f"  {key}: {before[key]} -> {after.get(key)}" for key in before if before[key] != after.get(key)))
     print(f"{len(had) - len(differing)} of {len(had)} results are identical")
     return 1 if differing else 0
+
+
+def _rows(found: Any) -> list[dict[str, Any]]:
+    return found if isinstance(found, list) else [found if isinstance(found, dict) else {"it": found}]
 
 
 if __name__ == "__main__":
