@@ -160,7 +160,7 @@ def test_other_batches_within_an_epoch_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.ckpt"
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(make_trainer(Save("on_train_batch_end", 2, path)), Tiny(), make())
-    with pytest.raises(UserError, match=r"batch_size=100 cannot continue.*batch_size=200"):
+    with pytest.raises(UserError, match=r"batch_size=100 cannot resume.*batch_size=200"):
         fit(make_trainer(), Tiny(), make(batch_size=100), path)
     make_trainer().test(Tiny(), datamodule=make(batch_size=100), ckpt_path=path, verbose=False)
 
@@ -263,7 +263,7 @@ class _SaveAfter(lightning.Callback):
         ({"image_size": 0}, "image_size=0"),
         ({"num_workers": -1}, "num_workers=-1"),
         ({"mean": [0.5]}, r"mean=\[0.5\]"),
-        ({"std": [0.5, 0.5, 0.0]}, "std above 0"),
+        ({"std": [0.5, 0.5, 0.0]}, "std must be above 0"),
     ],
 )
 def test_mistakes_are_named_at_construction(changes: dict[str, Any], message: str) -> None:
