@@ -31,7 +31,7 @@ LossOf = Callable[[Tensor, slice], Tensor]
 def pooled_and_loss(
     hidden: Tensor, loss_of: LossOf | None, parameters: Iterable[nn.Parameter], slices: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute ``maps.mean((2, 3))`` and ``loss_of(maps, slice(None))``, ``maps = gelu(hidden)``, in slices of the batch.
+    """Compute ``maps.mean((2, 3))`` and ``loss_of(maps, slice(None))`` in batch slices, with ``maps = gelu(hidden)``.
 
     The gradient of the loss exists when this returns. The backward pass can run only once: it computes the gradient of
     ``hidden`` in the memory of that gradient or, without a loss, of ``hidden`` itself, which nothing else may need
