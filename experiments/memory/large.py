@@ -16,7 +16,7 @@ ACCUMULATED_PROBES = (2, 6)  # images per part
 
 
 def measure(plan: Plan) -> dict[str, Any]:
-    """All networks in all precisions."""
+    """Measure all networks in all precisions."""
     return {
         "budgets_gib": list(plan.budgets),
         "precisions": {p: [_network(plan, network, p) for network in plan.large] for p in plan.precisions},
@@ -58,7 +58,7 @@ def _cases(network: Network, composition: Composition) -> list[Case]:
 
 
 def _largest(peaks: Peaks, case: Case, budget: int) -> int:
-    """The largest batch by interpolation; slices of the batch are of one size."""
+    """Return the largest batch by interpolation; all slices of a batch have the same size."""
     batch = peaks.largest_batch(budget)
     batch -= batch % case.efficiency.slices
     least = 2 if case.method == METHOD else 1  # a contrastive loss needs two images
@@ -66,7 +66,7 @@ def _largest(peaks: Peaks, case: Case, budget: int) -> int:
 
 
 def _accumulated(network: Network, precision: Precision, budgets: list[int]) -> dict[str, Any]:
-    """E2E, lean, in accumulated parts: the largest part, on the line through two whole steps; checked by a third."""
+    """Return the largest part of accumulated E2E, lean, on the line through two whole steps, checked by a third."""
     case = Case("e2e", efficiency=efficiencies()["lean"], accumulate=2)
 
     def peak(part: int) -> int:
@@ -86,7 +86,7 @@ def _accumulated(network: Network, precision: Precision, budgets: list[int]) -> 
 
 
 def render(found: dict[str, Any]) -> str:
-    """Markdown."""
+    """Render the results as Markdown."""
     text = []
     budgets = [f"{budget:g} GiB" for budget in found["budgets_gib"]]
     for precision, networks in found["precisions"].items():
