@@ -93,9 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The memory of local learning: tables, plots, step times.")
     parser.add_argument("parts", nargs="*", metavar="part", help=f"some of {', '.join(MEASURE)}; none: all")
     parser.add_argument("--rounds", type=int, help="number of rounds in the part time")
-    parser.add_argument(
-        "--settings", nargs="+", default=[], metavar="TEXT", help="time only cases with it in the key"
-    )
+    parser.add_argument("--settings", nargs="+", default=[], metavar="TEXT", help="time only cases with it in the key")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for figures, tables and plots")
     parser.add_argument("--render", action="store_true", help="measure nothing, only rewrite tables and plots")
     arguments = parser.parse_args()

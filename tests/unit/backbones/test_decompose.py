@@ -1,4 +1,4 @@
-"""Decomposition: the parts are the plain timm model, exactly, with every parameter in one part."""
+"""Decomposition: the parts equal the plain timm model exactly, with every parameter in one part."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_parts_give_the_models_output_and_gradients_exactly(family: str, trainin
 
 
 def test_drop_path_makes_a_difference() -> None:
-    """The comparison above would mean little if training mode did not drop anything."""
+    """Check that training mode drops something, or the comparison above would mean little."""
     network = backbone("swin", drop_path_rate=0.3).train()
     images, _ = batch()
     assert not torch.equal(network(images), network(images))

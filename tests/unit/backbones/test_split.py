@@ -1,4 +1,4 @@
-"""Splits, over all shapes of networks."""
+"""Splits of networks of all shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The datamodule: options, batches, and exact resume under a real Trainer."""
+"""The datamodule: options, batches and exact resume under a real Trainer."""
 
 import warnings
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.helpers.formats import write_image_folder
 
 
 class Tiny(lightning.LightningModule):
-    """A linear classifier that records the batches it saw."""
+    """Linear classifier that records the batches it saw."""
 
     def __init__(self, fail_at: int | None = None, asks_for_steps: bool = False) -> None:
         super().__init__()
@@ -237,7 +237,7 @@ def test_files_resume_exactly(workers: int, tmp_path: Path) -> None:
 
 
 class _SaveAfter(lightning.Callback):
-    """Like `Save`, for a model that takes no optimizer steps."""
+    """`Save` for a model that takes no optimizer steps."""
 
     def __init__(self, batches: int, path: Path) -> None:
         self.left, self.path = batches, path
