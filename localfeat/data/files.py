@@ -68,7 +68,7 @@ def _visible_entries(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _refuse(entry: os.DirEntry[str], bad: BadFiles | None) -> None:
-    what = "a broken link" if entry.is_symlink() else "a pipe, socket or device"
+    what = "a link that does not lead to a file" if entry.is_symlink() else "a pipe, socket or device"
     error = BadImage(f"cannot read the image {shown(entry.path)}: it is {what}; replace or delete it")
     if bad is None:
         raise error

@@ -287,7 +287,7 @@ def replace_image(kind: str, image: Path) -> None:
 
 HOSTILE = {
     "pipe": "broken/train/cat/0.png: it is a pipe, socket or device; replace or delete it",
-    "link": "broken/train/cat/0.png: it is a broken link; replace or delete it",
+    "link": "broken/train/cat/0.png: it is a link that does not lead to a file; replace or delete it",
     "ghostscript": "broken/train/cat/0.png: it is none of PNG, JPEG, BMP, WEBP, TIFF, PPM, GIF",
     "bomb": r"broken/train/cat/\n\x1b[31m.png: it has more than 100,000,000 pixels, which is the limit",
 }
