@@ -3,8 +3,8 @@
     python experiments/benchmarks/data_path.py [folder of CIFAR-10 as images]
 
 Trains `e2e` (the shortest step, so the largest share) for some epochs on the digits and, if a folder is given, on
-CIFAR-10 at 32 px, through the command line's own path, and reads what the run logged: speed/outside_step, the time
-between the end of one training step and the beginning of the next (loader, logging, hooks) over the epoch's.
+CIFAR-10 at 32 px, by the command line, and reads the logged speed/outside_step: the time between the end of one
+training step and the beginning of the next (loader, logging, hooks) as a share of the epoch's.
 Augmentation and resizing happen inside the step and count as step. Results: experiments/results/data_path.{json,md}.
 """
 
@@ -26,7 +26,7 @@ RESULTS = ROOT / "experiments" / "results"
 
 
 def shares(overrides: list[str]) -> list[float]:
-    """The share of every epoch but the first, which warms up."""
+    """Return the share of every epoch but the first, which warms up."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "localfeat.run", "method=e2e", f"hydra.run.dir={folder}", *overrides]
         subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -35,7 +35,7 @@ def shares(overrides: list[str]) -> list[float]:
 
 
 def main() -> None:
-    """Measure and write down."""
+    """Measure and write the results."""
     jobs: dict[str, list[str]] = {"digits, 16 px, fp32": ["epochs=6"]}
     if len(sys.argv) > 1:
         root = Path(sys.argv[1]).expanduser().resolve()

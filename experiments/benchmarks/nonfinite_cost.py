@@ -1,11 +1,11 @@
-"""What looking for losses and gradients that are not finite costs: step time with it against step time without.
+"""Cost of checking for non-finite losses and gradients: step time with the check against step time without.
 
     python experiments/benchmarks/nonfinite_cost.py [config overrides, e.g. dataset=cifar10 batch_size=8]
 
-The two learners have the same weights and take their steps in turn on the same random batch. "Without" clips as ever
-and does nothing else; "with" does all that a run does at every batch, on the CPU also the look at the counters. Quoted:
-the median of the ratios of neighbouring steps, over both orders; on the CPU of their processor time, which other
-processes on the machine change less than the wall's. Results: experiments/results/nonfinite_cost.{json,md}.
+The two learners have the same weights and take their steps in turn on the same random batch. "Without" only clips;
+"with" does everything that a run does at every batch, on the CPU including reading the counters. The figure is the
+median of the ratios of neighbouring steps, over both orders; on the CPU the ratios are of processor time, which other
+processes disturb less than wall time. Results: experiments/results/nonfinite_cost.{json,md}.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SETTINGS = {
 
 
 class Unwatched(NonFinite):
-    """Nothing is looked at: the step as it would be without this."""
+    """A stand-in that checks nothing: the step as it would be without the check."""
 
     def begin(self, module: int) -> None:
         pass
@@ -54,7 +54,7 @@ class Unwatched(NonFinite):
 
 
 class WatchedSteps(Steps):
-    """Steps with what the learner does once per batch under a Trainer."""
+    """Steps with the work that the learner does once per batch under a Trainer."""
 
     def seconds(self, images: Tensor, labels: Tensor) -> float:
         taken = super().seconds(images, labels)
@@ -67,13 +67,13 @@ class WatchedSteps(Steps):
 
 
 def without(learner: Learner) -> Learner:
-    """The same learner, unwatched."""
+    """Return the same learner without the check."""
     learner.nonfinite = Unwatched(list(learner.local_modules))
     return learner
 
 
 def ratios(config: RunConfiguration, images: Tensor, labels: Tensor) -> tuple[float, list[float]]:
-    """Median seconds of a step without, and step with / step without for every neighbouring pair."""
+    """Return the median seconds of a step without the check, and the with / without ratios of neighbouring steps."""
     bf16 = config.trainer.precision == "bf16-mixed"
     device = images.device
     torch.manual_seed(0)
@@ -97,7 +97,7 @@ def ratios(config: RunConfiguration, images: Tensor, labels: Tensor) -> tuple[fl
 
 
 def main() -> None:
-    """Measure and write down."""
+    """Measure and write the results."""
     settings = {"own": sys.argv[1:]} if sys.argv[1:] else SETTINGS
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines = [

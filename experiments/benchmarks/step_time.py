@@ -2,9 +2,9 @@
 
     python experiments/benchmarks/step_time.py [config overrides, e.g. split=k2 dataset=cifar10 batch_size=8]
 
-Every round runs one training step of each method on the same random batch, in turn and each right after one of the
-reference, so that a machine with other work slows both alike. The first rounds are left out. Quoted: the median step
-and the median of these ratios. Results: experiments/results/step_time.{json,md}.
+Every round runs one training step of each method on the same random batch, each right after a step of the reference,
+so that other work on the machine slows both alike. The first rounds are left out. The figures are the median step and
+the median of these ratios. Results: experiments/results/step_time.{json,md}.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Steps:
     """One learner and its optimizers, a batch at a time: the learner's own loop without a Trainer around it.
 
     Args:
-        learner: on the device that is measured.
-        bf16: autocast as in Lightning's ``bf16-mixed``.
-        accumulate: equal parts of the batch that share one optimizer step.
+        learner: the learner, on the measured device.
+        bf16: whether to use autocast as in Lightning's ``bf16-mixed``.
+        accumulate: number of equal parts of the batch that share one optimizer step.
     """
 
     def __init__(self, learner: Learner, *, bf16: bool, accumulate: int = 1) -> None:
@@ -52,7 +52,7 @@ class Steps:
         self.accumulate = accumulate
 
     def seconds(self, images: Tensor, labels: Tensor) -> float:
-        """Wall time of one step: every module forward, backward, update."""
+        """Return the wall time in seconds of one step: every module's forward, backward and update."""
         parts = zip(images.tensor_split(self.accumulate), labels.tensor_split(self.accumulate), strict=True)
         synchronize(images.device)
         started = time.perf_counter()
@@ -75,19 +75,19 @@ class Steps:
 
 
 def _no_update(index: int) -> None:
-    """What a part of a batch does that only accumulates."""
+    """Do nothing: this part of the batch only accumulates gradients."""
 
 
 Taken = tuple[float, float]
-"""Seconds of one step, and of the reference's step just before it."""
+"""Seconds of one step and of the reference's step just before it."""
 
 
 def in_turn(
     steps: Mapping[str, Steps], images: Tensor, labels: Tensor, *, reference: str, warm_up: int, rounds: int
 ) -> list[dict[str, Taken]]:
-    """Seconds of every learner's step, round by round, each beside the reference's; warm-up rounds are left out.
+    """Return the seconds of every learner's step, round by round, each with the reference's, without warm-up rounds.
 
-    The reference runs before each of the others: a machine's speed may change within a round.
+    The reference runs before each of the others, as a machine's speed may change within a round.
     """
 
     def beside(name: str) -> Taken:
@@ -98,7 +98,7 @@ def in_turn(
 
 
 def figures(rounds: Sequence[Mapping[str, Sequence[float]]], reference: str) -> dict[str, dict[str, float]]:
-    """Median seconds of every step, and the median of its ratios to the step of ``reference`` beside it."""
+    """Return the median seconds of every step, and its median ratio to the step of ``reference`` before it."""
     return {
         name: {
             "step_seconds": median(taken[name][0] for taken in rounds),
@@ -109,7 +109,7 @@ def figures(rounds: Sequence[Mapping[str, Sequence[float]]], reference: str) -> 
 
 
 def configure(overrides: list[str]) -> dict[str, RunConfiguration]:
-    """The configuration of every method."""
+    """Compose the configuration of every method."""
     register_resolvers()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return {m: _configured([*overrides, f"method={m}"]) for m in METHODS}
@@ -120,7 +120,7 @@ def _configured(overrides: list[str]) -> RunConfiguration:
 
 
 def main() -> None:
-    """Measure and write down."""
+    """Measure and write the results."""
     overrides = sys.argv[1:] or ["experiment=cifar10_small", "dataset.root=unused", "split=k4"]
     configs = configure(overrides)
     config = configs["e2e"]

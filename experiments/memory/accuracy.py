@@ -2,10 +2,10 @@
 
     python experiments/memory/accuracy.py
 
-Predicted: a whole step on the meta device (``localfeat.memory.accounting``). Measured: a run of four batches in a
-Trainer, with the callback that every run has (``PeakMemory``): CUDA's own statistics on a GPU, the allocations of the
-third batch on a CPU. Without a GPU also the process's resident memory, which knows nothing of our accounting: a process
-of its own for each setting, the most it ever held less what it held before the network was built.
+Predicted: a whole step on the meta device (``localfeat.memory.accounting``). Measured: four batches in a Trainer with
+the ``PeakMemory`` callback of every run: CUDA's own statistics on a GPU, the allocations of the third batch on a CPU.
+Without a GPU, also the process's resident memory, which is independent of our accounting: each setting runs in its own
+process, and the figure is its peak minus its value before the network was built.
 Results: experiments/memory/results/accuracy.{json,md}.
 """
 
@@ -60,7 +60,7 @@ GPU = [
 
 
 def measure(case: tuple[Any, ...]) -> dict[str, Any]:
-    """One setting, in this process."""
+    """Predict and measure one setting in this process."""
     import lightning
     import torch
     from hydra import compose, initialize_config_dir
@@ -80,7 +80,7 @@ def measure(case: tuple[Any, ...]) -> dict[str, Any]:
         config = plain(compose("config", overrides=[f"method={method}", f"efficiency={efficiency}"]))
     cuda = torch.cuda.is_available()
     torch.manual_seed(0)
-    torch.nn.Linear(64, 64)(torch.randn(64, 64)).sum().backward()  # the libraries' own memory is not the network's
+    torch.nn.Linear(64, 64)(torch.randn(64, 64)).sum().backward()  # the libraries' own memory shall not count
     before = _resident("VmRSS")
     learner = Learner(
         build_backbone(network, 10, image_size=size, drop_path_rate=0.1, arguments=arguments),
@@ -120,14 +120,14 @@ def measure(case: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def _resident(field: str) -> int:
-    """Of this process, in bytes: VmRSS now, VmHWM at most so far."""
+    """Return this process's resident memory in bytes: VmRSS is the current value, VmHWM the peak."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return 1024 * next((int(line.split()[1]) for line in lines if line.startswith(field)), 0)
 
 
 def main() -> None:
-    """Every setting in a process of its own."""
+    """Measure every setting in its own process and write the results."""
     if len(sys.argv) > 1:
         print(json.dumps(measure(json.loads(sys.argv[1]))))
         return
@@ -135,7 +135,7 @@ def main() -> None:
 
     from localfeat.run.summary import environment
 
-    # glibc would keep freed blocks of up to 32 MiB: let it give back what is larger than 64 KiB at once.
+    # glibc would keep freed blocks of up to 32 MiB: let it return those above 64 KiB at once.
     variables = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_WAIT_POLICY": "PASSIVE"}
     rows = []
     for case in GPU if torch.cuda.is_available() else CPU:
@@ -152,7 +152,7 @@ def main() -> None:
 
 
 def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
-    """As Markdown."""
+    """Render the rows as Markdown."""
     lines = [
         "| network | batch | method | cuts | decoder | precision | efficiency | predicted | measured | predicted / "
         "measured | predicted / resident |",

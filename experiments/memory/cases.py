@@ -1,4 +1,4 @@
-"""What the study compares: networks, and ways to train them; the memory of a step of each, without a GPU."""
+"""The networks that the study compares, the ways to train them, and the memory of a step of each, without a GPU."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Network:
     """A timm model and the batch it is trained on.
 
     Args:
-        label: in tables and plots.
-        name: timm's.
-        image_size: side in pixels of what the network sees.
+        label: name in tables and plots.
+        name: timm's name.
+        image_size: side in pixels of the network's input.
         batch_size: images per optimizer step.
-        source: side in pixels of the uint8 images that arrive; ``None``: ``image_size``.
+        source: side in pixels of the uint8 source images; ``None`` means ``image_size``.
         arguments: further constructor arguments of the model, as pairs, so that networks can be keys.
     """
 
@@ -47,7 +47,7 @@ class Network:
     arguments: tuple[tuple[str, Any], ...] = ()
 
     def build(self) -> nn.Module:
-        """The model, on torch's current default device."""
+        """Build the model on torch's current default device."""
         return build_backbone(
             self.name,
             CLASSES,
@@ -58,16 +58,16 @@ class Network:
 
     @property
     def source_side(self) -> int:
-        """Side in pixels of the images as they arrive."""
+        """Side in pixels of the source images."""
         return self.source or self.image_size
 
     def stage_depths(self) -> list[int]:
-        """Blocks per stage."""
+        """Number of blocks per stage."""
         with torch.device("meta"):
             return list(decompose(self.build(), self.image_size).stage_depths)
 
     def facts(self) -> dict[str, Any]:
-        """For the results."""
+        """Return the network's values for the results."""
         return {
             **asdict(self),
             "arguments": dict(self.arguments),
@@ -81,8 +81,8 @@ class Case:
     """One way to train a network.
 
     Args:
-        cuts: numbers of the blocks after which it is cut; none: one module.
-        accumulate: parts of the batch that share one optimizer step.
+        cuts: numbers of the blocks after which the network is cut; empty for one module.
+        accumulate: number of parts of the batch that share one optimizer step.
     """
 
     method: str
@@ -92,7 +92,7 @@ class Case:
     accumulate: int = 1
 
     def learner(self, network: Network) -> Learner:
-        """On torch's current default device."""
+        """Build the learner on torch's current default device."""
         return Learner(
             network.build(),
             self.method,
@@ -103,7 +103,7 @@ class Case:
         )
 
     def facts(self) -> dict[str, Any]:
-        """For the results; ``key`` names the case."""
+        """Return the case's values for the results; ``key`` names the case."""
         return {
             "key": self.key,
             "method": self.method,
@@ -116,20 +116,20 @@ class Case:
 
     @property
     def key(self) -> str:
-        """A short text that tells cases apart."""
+        """A short text that identifies the case."""
         parts = [self.method, self.decoder, "-".join(map(str, self.cuts)) or "uncut", described(self.efficiency)]
         return ", ".join([*parts, *([f"accumulate {self.accumulate}"] if self.accumulate > 1 else [])])
 
 
 def memory_row(network: Network, case: Case, precision: Precision) -> dict[str, Any]:
-    """The case, and its figures from a whole step on the meta device that behaves like CUDA, in bytes."""
+    """Return the case with the figures, in bytes, of a whole step on a meta device that behaves like CUDA."""
     found = _step_memory(network, case, precision)
     peaks = [module.peak_bytes for module in found.modules]
     shares = asdict(found.total)
     return {**case.facts(), "peak_bytes": found.peak_bytes, **shares, "hungriest": found.hungriest, "modules": peaks}
 
 
-@cache  # several parts ask for the same step
+@cache  # several parts need the same step
 def _step_memory(network: Network, case: Case, precision: Precision) -> StepMemory:
     with torch.device("meta"):
         learner = case.learner(network)
@@ -147,7 +147,7 @@ def _step_memory(network: Network, case: Case, precision: Precision) -> StepMemo
 
 @cache
 def efficiencies() -> dict[str, Efficiency]:
-    """The settings of conf/efficiency by name, except ``compile``, whose memory nothing here can count."""
+    """Return the settings of conf/efficiency by name, except ``compile``, whose memory cannot be counted here."""
     names = ("none", "lean", "selective", "checkpoint", "slices")
     return {name: Efficiency(**_settings(name)) for name in names}
 
@@ -160,7 +160,7 @@ def _settings(name: str) -> dict[str, Any]:
 
 
 def described(efficiency: Efficiency) -> str:
-    """The name in conf/efficiency, or what is recomputed beside what ``lean`` does."""
+    """Return the settings' name in conf/efficiency, or say what they recompute in addition to ``lean``."""
     for name, setting in efficiencies().items():
         if efficiency == setting:
             return name
@@ -172,7 +172,7 @@ def described(efficiency: Efficiency) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """``1–4, 7``."""
+    """Format numbers as ranges: ``1–4, 7``."""
     ordered, runs = sorted(numbers), list[list[int]]()
     for number in ordered:
         if runs and number == runs[-1][-1] + 1:
@@ -183,7 +183,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def mixed(blocks: Sequence[int] | None, recompute: str = "checkpoint", slices: int = 8) -> Efficiency:
-    """``lean``, with some blocks computed again; ``None`` for all."""
+    """Return ``lean`` with some blocks recomputed; ``None`` means all."""
     chosen: Any = recompute
     return replace(
         efficiencies()["lean"], recompute=chosen, blocks=None if blocks is None else tuple(blocks), slices=slices

@@ -1,7 +1,7 @@
-"""Memory and work of any division of a network from the costs of its pieces: fast enough to search with.
+"""Memory and work of any split of a network, composed from the costs of its pieces: fast enough for a search.
 
-Exact up to a few KiB (see the part ``paper``, which compares); work is counted in floating-point operations of matrix
-products, convolutions and attention, two per multiply-add, and in bytes read and written by all operations.
+Exact up to a few KiB (the part ``paper`` compares); work is counted in floating-point operations of matrix products,
+convolutions and attention, two per multiply-add, and in bytes read and written by all operations.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from localfeat.methods.registry import as_method
 
 
 class Total(NamedTuple):
-    """Of a whole step: bytes at its peak, FLOPs, bytes read and written."""
+    """Figures of a whole step: peak bytes, FLOPs, bytes read and written."""
 
     peak_bytes: int
     flops: float
     traffic: float
 
     def facts(self) -> dict[str, float]:
-        """For the results."""
+        """Return the figures for the results."""
         return {"flops": self.flops, "traffic": self.traffic}
 
 
 @dataclass
 class Composition:
-    """One network in one precision; what is measured once serves all settings."""
+    """One network in one precision; measurements are shared by all settings."""
 
     network: Network
     precision: Precision
@@ -45,7 +45,7 @@ class Composition:
     _costs: dict[str, SegmentCosts] = field(default_factory=dict)
 
     def costs(self, case: Case, batch_size: int | None = None) -> SegmentCosts:
-        """Costs of all modules under the case's method and efficiency; its cuts play no part."""
+        """Return the costs of all modules under the case's method and efficiency; its cuts are ignored."""
         size = batch_size or self.network.batch_size // case.accumulate
         key = repr((replace(case, cuts=(), accumulate=1), size))
         if key not in self._costs:
@@ -62,14 +62,14 @@ class Composition:
         return self._costs[key]
 
     def _backbone(self, efficiency: Efficiency) -> nn.Module:
-        fused = efficiency.fused_attention, efficiency.fused_mlp  # changes the backbone itself
+        fused = efficiency.fused_attention, efficiency.fused_mlp  # these change the backbone itself
         if fused not in self._backbones:
             with torch.device("meta"):
                 self._backbones[fused] = self.network.build()
         return self._backbones[fused]
 
     def total(self, case: Case) -> Total:
-        """Of the case at the network's batch size; without accumulation."""
+        """Return the figures of the case at the network's batch size, without accumulation."""
         if case.accumulate > 1:
             raise ValueError("gradients of all modules stay alive between accumulated batches: not composed here")
         costs = self.costs(case)
@@ -79,16 +79,16 @@ class Composition:
         return Total(round(peak), sum(s.flops for s in segments), sum(s.traffic for s in segments))
 
     def work(self, case: Case) -> Total:
-        """As ``total``, for accumulated batches too: their work is that of one large batch. The peak is that one's."""
+        """Return ``total`` for accumulated batches too: work and peak are those of one large batch."""
         return self.total(replace(case, accumulate=1))
 
     def balanced(self, case: Case, modules: int) -> Case:
-        """The case with the cuts whose peak is lowest; all blocks on their own if there are only that many."""
+        """Return the case with the cuts of the lowest peak; every block is a module if there are only that many."""
         costs = self.costs(case)
         return replace(case, cuts=tuple(balanced_cuts(costs.segment, costs.blocks, modules)))
 
     def peaks(self, case: Case, sizes: tuple[int, ...]) -> Peaks:
-        """The peak at any batch size, through two sizes that are measured (three, if the square is to count)."""
+        """Return the peak at any batch size, from two measured sizes, or three for a quadratic term."""
         found = {size: self.costs(case, size) for size in sizes}
         some = next(iter(found.values()))
         bounds = [0, *case.cuts, some.blocks]
@@ -101,15 +101,15 @@ class Peaks:
     """The peak of a step as a function of the batch size."""
 
     standing: int
-    parts: list[dict[int, Parts]]  # of every module: by measured batch size
+    parts: list[dict[int, Parts]]  # per module: by measured batch size
 
     def at(self, batch_size: int) -> float:
-        """Bytes."""
+        """Return the peak in bytes at a batch size."""
         segments = [Parts.at(batch_size, samples).combined() for samples in self.parts]
         return self.standing + sum(s.standing for s in segments) + max(s.peak for s in segments)
 
     def largest_batch(self, budget: int) -> int:
-        """The most images whose step stays within ``budget`` bytes; 0 if one image is too many."""
+        """Return the largest number of images whose step fits into ``budget`` bytes; 0 if one image does not."""
         low, high = 0, 1
         while self.at(high) <= budget:
             low, high = high, 2 * high

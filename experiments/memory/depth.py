@@ -25,7 +25,7 @@ LABELS = {
 
 
 def measure(plan: Plan) -> dict[str, Any]:
-    """All networks in all precisions."""
+    """Measure all networks in all precisions."""
     return {
         "precisions": {p: [_network(network, p) for network in plan.depth] for p in plan.precisions},
     }
@@ -46,7 +46,7 @@ def _network(network: Network, precision: Precision) -> dict[str, Any]:
 
 
 def _figures(network: Network, case: Case, precision: Precision, composition: Composition) -> dict[str, Any]:
-    """A whole step on meta; what computes in slices would take minutes in deep networks, and is composed."""
+    """Measure a whole step on the meta device; steps in slices take minutes in deep networks, so they are composed."""
     if case.efficiency.slices == 1:
         return {**memory_row(network, case, precision), "counted": "step", **composition.work(case).facts()}
     total = composition.total(case)
@@ -54,7 +54,7 @@ def _figures(network: Network, case: Case, precision: Precision, composition: Co
 
 
 def render(found: dict[str, Any]) -> str:
-    """Markdown."""
+    """Render the results as Markdown."""
     text = []
     for precision, networks in found["precisions"].items():
         first = networks[0]["network"]
@@ -85,7 +85,7 @@ def render(found: dict[str, Any]) -> str:
 
 
 def plot(found: dict[str, Any], folder: Path) -> None:
-    """Peaks of all networks."""
+    """Plot the peaks of all networks."""
     for precision, networks in found["precisions"].items():
         groups = {
             f"{item['network']['label']} ({item['blocks']} blocks)": {

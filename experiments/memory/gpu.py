@@ -1,9 +1,9 @@
-"""Step times and measured peaks on a GPU, beside the predictions: the settings of the part ``time`` at full batch.
+"""Step times and measured peaks on a GPU next to the predictions: the settings of the part ``time`` at full batch.
 
     python experiments/memory/gpu.py [rounds]
 
-fp32 and bf16, all settings in turn, medians of the ratios round by round; a setting's peak is that of CUDA's allocator
-while nothing else is on the device. Results: experiments/memory/results/gpu.{json,md}.
+fp32 and bf16, all settings in turn, medians of the ratios of each round; a setting's peak is that of CUDA's allocator
+with nothing else on the device. Results: experiments/memory/results/gpu.{json,md}.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ WARM_UP = 3
 
 
 def prepared(case: Case, plan: Plan, precision: str, device: str) -> Steps:
-    """A learner on the device, ready to step."""
+    """Build a learner on the device, ready to step."""
     learner = case.learner(plan.main).to(device)
     return Steps(learner, bf16=precision == "bf16-mixed", accumulate=case.accumulate)
 
 
 def batch(plan: Plan, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and labels of the network's own batch size."""
+    """Return images and labels of the network's own batch size."""
     side, size = plan.main.image_size, plan.main.batch_size
     return torch.randn(size, 3, side, side, device=device), torch.arange(size, device=device) % 10
 
 
 def peak(case: Case, plan: Plan, precision: str, device: str) -> int | None:
-    """Bytes allocated at most in the third step; ``None`` off CUDA."""
+    """Return the peak of allocated bytes in the third step; ``None`` without CUDA."""
     if device != "cuda":
         return None
     gc.collect()
@@ -56,7 +56,7 @@ def peak(case: Case, plan: Plan, precision: str, device: str) -> int | None:
 
 
 def measure(plan: Plan, rounds: int, device: str) -> list[dict[str, Any]]:
-    """One row per precision and setting."""
+    """Measure one row per precision and setting."""
     rows = []
     for precision in plan.precisions:
         measured = {case.key: peak(case, plan, precision, device) for case in plan.timed}
@@ -73,7 +73,7 @@ def measure(plan: Plan, rounds: int, device: str) -> list[dict[str, Any]]:
 
 
 def render(rows: list[dict[str, Any]], reference: str) -> str:
-    """Markdown."""
+    """Render the rows as Markdown."""
     header = ["precision", "method", "after blocks", "efficiency", "step (s)", "relative", "GiB predicted", "measured"]
     lines = []
     for row in rows:
@@ -84,9 +84,9 @@ def render(rows: list[dict[str, Any]], reference: str) -> str:
 
 
 def main() -> None:
-    """Measure and write down."""
+    """Measure and write the results."""
     if not torch.cuda.is_available():
-        sys.exit("there is no GPU that this torch can use")
+        sys.exit("this torch finds no GPU to use")
     plan = Plan()
     rows = measure(plan, int(sys.argv[1]) if len(sys.argv) > 1 else 10, "cuda")
     facts = environment()

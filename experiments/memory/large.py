@@ -16,7 +16,7 @@ ACCUMULATED_PROBES = (2, 6)  # images per part
 
 
 def measure(plan: Plan) -> dict[str, Any]:
-    """All networks in all precisions."""
+    """Measure all networks in all precisions."""
     return {
         "budgets_gib": list(plan.budgets),
         "precisions": {p: [_network(plan, network, p) for network in plan.large] for p in plan.precisions},
@@ -58,7 +58,7 @@ def _cases(network: Network, composition: Composition) -> list[Case]:
 
 
 def _largest(peaks: Peaks, case: Case, budget: int) -> int:
-    """The largest batch by interpolation; slices of the batch are of one size."""
+    """Return the largest batch by interpolation; all slices of a batch have the same size."""
     batch = peaks.largest_batch(budget)
     batch -= batch % case.efficiency.slices
     least = 2 if case.method == METHOD else 1  # a contrastive loss needs two images
@@ -66,7 +66,7 @@ def _largest(peaks: Peaks, case: Case, budget: int) -> int:
 
 
 def _accumulated(network: Network, precision: Precision, budgets: list[int]) -> dict[str, Any]:
-    """E2E, lean, in accumulated parts: the largest part, on the line through two whole steps; checked by a third."""
+    """Return the largest part of accumulated E2E, lean, on the line through two whole steps, checked by a third."""
     case = Case("e2e", efficiency=efficiencies()["lean"], accumulate=2)
 
     def peak(part: int) -> int:
@@ -86,7 +86,7 @@ def _accumulated(network: Network, precision: Precision, budgets: list[int]) -> 
 
 
 def render(found: dict[str, Any]) -> str:
-    """Markdown."""
+    """Render the results as Markdown."""
     text = []
     budgets = [f"{budget:g} GiB" for budget in found["budgets_gib"]]
     for precision, networks in found["precisions"].items():
@@ -106,8 +106,8 @@ def render(found: dict[str, Any]) -> str:
             parts = [f"{n}, any batch" if n else "0" for n in item["accumulated"]["batches"]]
             lines.append(["`e2e`, accumulated parts of", "1", "–", "lean", "1.00", *parts])
             name = f"{item['network']['label']}, {PRECISION_NAMES[precision]}"
-            standing = item["standing_bytes"] / GIB
-            text += [f"## {name}\n", f"Weights and optimizer states alone: {standing:.2f} GiB.\n"]
+            persistent = item["standing_bytes"] / GIB
+            text += [f"## {name}\n", f"Weights and optimizer states alone: {persistent:.2f} GiB.\n"]
             text += [table(["method", "K", "after blocks", "efficiency", "work", *budgets], lines)]
     text.append(
         "Largest number of images per step whose predicted peak on CUDA stays within the budget, to within one image: "

@@ -1,4 +1,4 @@
-"""Memory against work: local modules, what computes less or again, and their strongest rival, accumulation."""
+"""Memory against work: local modules, lean computation and recomputation, and their strongest rival, accumulation."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ TARGETS = {
     "one block per module, nothing computed again": 72.0,
     "best local setting with no more work than E2E with checkpointing": 80.0,
 }
-"""Least saving against plain E2E in per cent, set before anything was measured."""
+"""Minimal saving against plain E2E in per cent, set before anything was measured."""
 
 
 def measure(plan: Plan) -> dict[str, Any]:
-    """Everything, by precision."""
+    """Measure everything in every precision."""
     return {"network": plan.main.facts(), "precisions": {p: _in_precision(plan, p) for p in plan.precisions}}
 
 
@@ -32,7 +32,7 @@ def _in_precision(plan: Plan, precision: Precision) -> dict[str, Any]:
     composition = Composition(plan.main, precision)
 
     def row(case: Case) -> dict[str, Any]:
-        if case.efficiency == efficiencies()["slices"] and case.cuts:  # minutes as whole steps, in all those rows
+        if case.efficiency == efficiencies()["slices"] and case.cuts:  # whole steps would take minutes in these rows
             total = composition.total(case)
             return {**case.facts(), "peak_bytes": total.peak_bytes, "counted": "composition", **total.facts()}
         work = composition.work(case).facts()
@@ -45,7 +45,7 @@ def _in_precision(plan: Plan, precision: Precision) -> dict[str, Any]:
             grid += [row(composition.balanced(Case(method, efficiency=efficiency), k)) for k in plan.modules]
     parts = [plan.main.batch_size // size for size in plan.micro_batches]
     bases = [Case("e2e"), Case("e2e", efficiency=efficiencies()["lean"])]
-    # A contrastive loss compares the images of one part only: with accumulation it is another loss.
+    # With accumulation a contrastive loss compares only the images of one part, which makes it a different loss.
     bases.append(composition.balanced(Case("greedy_ce", efficiency=efficiencies()["lean"]), ACCUMULATED_MODULES))
     accumulated = [row(replace(base, accumulate=count)) for base in bases for count in parts]
     plain = grid[0]["flops"]
@@ -63,7 +63,7 @@ def _in_precision(plan: Plan, precision: Precision) -> dict[str, Any]:
 
 
 def render(found: dict[str, Any], times: dict[str, Any] | None) -> str:
-    """Markdown; ``times``: results of the part time, whose measured ratios are shown where there are any."""
+    """Render as Markdown; ``times``, the results of the part time, adds measured ratios where they exist."""
     network = found["network"]
     text = [f"## {network['label']}, {network['image_size']} px, batch {network['batch_size']}\n", _about_work(times)]
     for precision, part in found["precisions"].items():
@@ -100,12 +100,12 @@ def _about_work(times: dict[str, Any] | None) -> str:
 
 
 def measured(times: dict[str, Any] | None) -> dict[str, float]:
-    """Step time relative to plain E2E by case."""
+    """Return the step time relative to plain E2E by case."""
     return {} if times is None else {row["key"]: row["relative_to_e2e"] for row in times["rows"]}
 
 
 def targets(part: dict[str, Any]) -> str:
-    """Which ones are met."""
+    """Render the targets and which of them are met."""
     plain, local = part["grid"][0], [row for row in part["grid"] if row["method"] != "e2e"]
     again_not = [row for row in local if row["efficiency"]["recompute"] == "none"]
     most = max(len(row["cuts"]) for row in local)
@@ -156,12 +156,12 @@ def _budget_table(budgets: list[dict[str, Any]], plain: Row, ratios: dict[str, f
 
 
 def _doubled(row: Row) -> bool:
-    """Whether a point lies beside one of the same label."""
+    """Return whether a point lies next to one with the same label."""
     return bool(row["method"] == "e2e" and row["efficiency_name"] != "none")
 
 
 def plot(found: dict[str, Any], folder: Path) -> None:
-    """Memory against work, one plot per precision."""
+    """Plot memory against work, one plot per precision."""
     for precision, part in found["precisions"].items():
         searched = [row for budget in part["budgets"] for row in budget["rows"]]
         plain = part["grid"][0]

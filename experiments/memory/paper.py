@@ -1,4 +1,4 @@
-"""The paper's memory column, and what better cuts and lean computation make of it."""
+"""The paper's memory column, and the effect of better cuts and lean computation on it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from experiments.memory.tables import Row, cuts, find, gib, saving, table
 from localfeat.memory.emulation import Precision
 
 PAPER_MB = 14769
-"""Of E2E, Swin-T at 224 px: ``torch.cuda.max_memory_allocated`` over 1024²."""
+"""Peak memory of E2E, Swin-T at 224 px: ``torch.cuda.max_memory_allocated`` over 1024²."""
 PAPER_SAVING = {"paper, K=2": "36 %", "paper, K=4": "45 %"}
-"""Of feature_recon against E2E."""
+"""Saving of feature_recon against E2E."""
 METHODS = ("image_recon", "feature_recon")
 
 
 def measure(plan: Plan, precision: Precision) -> dict[str, Any]:
-    """All rows under the plan's efficiency settings."""
+    """Measure all rows under the plan's efficiency settings."""
     composition = Composition(plan.main, precision)
     found: dict[str, Any] = {"network": plan.main.facts(), "precision": precision, "efficiency": {}}
     for name in plan.paper_efficiencies:
@@ -48,7 +48,7 @@ def _cases(plan: Plan, composition: Composition, efficiency: str) -> Iterator[tu
 
 
 def render(found: dict[str, Any]) -> str:
-    """Markdown."""
+    """Render the results as Markdown."""
     network, plain = found["network"], found["efficiency"]["none"][0]
     mib = plain["peak_bytes"] / 1024**2
     text = [
@@ -98,5 +98,5 @@ def _compares(row: Row) -> bool:
 
 
 def _same(row: Row) -> dict[str, Any]:
-    """What the image_recon row to compare with has in common; best cuts may differ."""
+    """Return the values that the image_recon row to compare with must share; best cuts may differ."""
     return {"decoder": row["decoder"], "cut": row["cut"]}

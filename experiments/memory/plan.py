@@ -1,4 +1,4 @@
-"""What the study covers. Tests replace it by something small."""
+"""The networks and settings of the study. Tests replace them by small ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from experiments.memory.search import WAYS, Way
 from localfeat.memory.emulation import Precision
 
 SWIN_TINY = Network("Swin-T", "swin_tiny_patch4_window7_224", source=32)
-"""The paper's setting: batch 128, 224 px made from images of 32 px."""
+"""The paper's setting: batch 128, 224 px resized from images of 32 px."""
 
 
 def _depth() -> tuple[Network, ...]:
@@ -57,18 +57,18 @@ class Plan:
     """Networks, settings and budgets of all parts.
 
     Args:
-        main: of the parts paper, bf16, ours and time.
-        efficiencies: names of those compared in the part ours; ``none`` is the first, ``checkpoint`` among them.
-        paper_efficiencies: names of those of the parts paper and bf16; ``none`` is the first.
+        main: network of the parts paper, bf16, ours and time.
+        efficiencies: names of the settings compared in the part ours, ``none`` first, with ``checkpoint`` among them.
+        paper_efficiencies: names of the settings in the parts paper and bf16, ``none`` first.
         modules: numbers K of local modules.
-        micro_batches: images per part of an accumulated batch.
-        ways: of computing blocks again, that the search tries.
-        work_limits: of the search, relative to plain end-to-end training.
-        budgets: bytes of devices, in GiB.
+        micro_batches: numbers of images per part of an accumulated batch.
+        ways: ways to recompute blocks that the search tries.
+        work_limits: limits on the work in the search, relative to plain end-to-end training.
+        budgets: memory of the devices in GiB.
         probes: batch sizes between which the largest batch is interpolated.
-        timed: what is timed; the first is the reference.
+        timed: cases to time; the first is the reference.
         timed_batch: images per timed step.
-        rounds, warm_up: of all timed settings in turn.
+        rounds, warm_up: number of timed and of warm-up rounds over all timed cases.
     """
 
     main: Network = SWIN_TINY

@@ -31,7 +31,7 @@ class Point(NamedTuple):
 
 
 def trade(points: Sequence[Point], title: str, axis: str, file: Path) -> None:
-    """Memory against cost with the Pareto fronts of E2E and of local modules, without and with accumulation."""
+    """Plot memory against cost with the Pareto fronts of E2E and of local modules, without and with accumulation."""
     figure, axes = plt.subplots(figsize=(9.5, 6.2), dpi=110, layout="constrained")
     whole = [p for p in points if p.accumulate == 1]
     parts = [p for p in points if p.accumulate > 1]
@@ -74,18 +74,18 @@ def _scatter(axes: plt.Axes, points: Sequence[Point], **style: Any) -> None:
 
 
 def beats(one: Point, other: Point) -> bool:
-    """Whether it is better in one and not worse in the other."""
+    """Return whether ``one`` is better in one figure and not worse in the other."""
     better = one.cost < other.cost or one.peak_bytes < other.peak_bytes
     return better and one.cost <= other.cost and one.peak_bytes <= other.peak_bytes
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """Those that no other one beats."""
+    """Return the points that no other point beats."""
     return [p for p in points if not any(beats(other, p) for other in points)]
 
 
 def bars(groups: Mapping[str, Mapping[str, float]], title: str, axis: str, file: Path) -> None:
-    """Groups of horizontal bars: group -> label -> value."""
+    """Plot groups of horizontal bars: group -> label -> value."""
     labels = list(next(iter(groups.values())))
     height = 0.8 / len(labels)
     figure, axes = plt.subplots(figsize=(9.5, 1.2 + 0.95 * len(groups)), dpi=110, layout="constrained")

@@ -1,7 +1,7 @@
-"""The best trade of memory against work: which cuts, which blocks computed again, in how many slices.
+"""Search for the best trade of memory against work: which cuts, which recomputed blocks, in how many slices.
 
-Every module computes its first blocks again, as many as it must (in a hierarchical backbone the first ones are the
-largest), all in one way. For a limit on a module's peak the division with the least work is a shortest path over
+Every module recomputes as many of its first blocks as it must (in a hierarchical backbone the first ones are the
+largest), all in one way. For a limit on a module's peak, the split with the least work is a shortest path over
 blocks; limits from the lowest possible to the highest give the Pareto front. Work is FLOPs.
 """
 
@@ -17,11 +17,11 @@ from experiments.memory.composition import Composition
 from localfeat.memory.segments import Segment
 
 LIMITS = 60
-"""Limits on a module's peak that are tried for every way of computing again, evenly spread in the logarithm."""
+"""Number of limits on a module's peak tried for every way of recomputing, evenly spaced on a log scale."""
 
 
 class Way(NamedTuple):
-    """How blocks are computed again."""
+    """A way to recompute blocks."""
 
     recompute: str
     slices: int
@@ -32,7 +32,7 @@ WAYS = (Way("selective", 1), *(Way("checkpoint", slices) for slices in (1, 2, 4,
 
 @dataclass(frozen=True)
 class Found:
-    """A setting and what its pieces add up to."""
+    """A setting and the figures composed from its pieces."""
 
     case: Case
     peak_bytes: int
@@ -40,13 +40,13 @@ class Found:
 
 
 def front(composition: Composition, method: str, ways: Iterable[Way] = WAYS) -> list[Found]:
-    """Settings of a method of which none is worse than another in both peak and work, by falling peak."""
+    """Return the settings of a method that no other setting beats in both peak and work, by falling peak."""
     found = [setting for way in ways for setting in _Search(composition, method, way).settings()]
     return pareto(found)
 
 
 def pareto(found: Sequence[Found]) -> list[Found]:
-    """Those that no other one beats."""
+    """Return the settings that no other setting beats."""
     best: list[Found] = []
     for setting in sorted(found, key=lambda s: (s.flops, s.peak_bytes)):
         if not best or setting.peak_bytes < best[-1].peak_bytes:
@@ -55,12 +55,12 @@ def pareto(found: Sequence[Found]) -> list[Found]:
 
 
 def within(settings: Sequence[Found], flops: float) -> Found | None:
-    """The one with the least memory among those with at most so much work."""
+    """Return the setting with the least memory among those that need at most ``flops``."""
     return min((s for s in settings if s.flops <= flops), key=lambda s: s.peak_bytes, default=None)
 
 
 class _Search:
-    """One method, one way of computing again."""
+    """The search over one method and one way of recomputing."""
 
     def __init__(self, composition: Composition, method: str, way: Way) -> None:
         self.composition, self.way = composition, way
@@ -74,16 +74,16 @@ class _Search:
         self.variants = {edge: self._variants(*edge) for edge in edges}
 
     def _variants(self, start: int, stop: int) -> list[Segment]:
-        """The module with its first 0, 1, 2 … blocks computed again."""
+        """Return the module with its first 0, 1, 2 … blocks recomputed."""
         kept, again = self.kept.parts(start, stop), self.again.parts(start, stop)
-        stem = len(kept.chain) - (stop - start)  # the first module begins with the stem, which is never recomputed
+        stem = len(kept.chain) - (stop - start)  # the first module starts with the stem, which is never recomputed
         return [
             replace(kept, chain=[*again.chain[: stem + count], *kept.chain[stem + count :]]).combined()
             for count in range(stop - start + 1)
         ]
 
     def settings(self) -> list[Found]:
-        """The best division for every limit."""
+        """Return the best division for every limit."""
         peaks = [segment.peak for variants in self.variants.values() for segment in variants]
         low, high = math.log(min(peaks)), math.log(max(peaks))
         limits = [math.exp(low + (high - low) * step / LIMITS) * (1 + 1e-9) for step in range(LIMITS + 1)]
@@ -91,11 +91,11 @@ class _Search:
         return [self._found(division) for division in sorted(divisions)]
 
     def _least_work(self, limit: float) -> tuple[tuple[int, int, int], ...] | None:
-        """Modules (start, stop, blocks computed again) with the fewest FLOPs, none of them above the limit."""
+        """Return the modules (start, stop, recomputed blocks) with the fewest FLOPs, all within the limit."""
         best: dict[int, tuple[float, tuple[tuple[int, int, int], ...]]] = {0: (0.0, ())}
         for start, stop in sorted(self.variants):
             count = next((n for n, s in enumerate(self.variants[start, stop]) if s.peak <= limit), None)
-            whole_network = self.local and stop - start == self.blocks  # a local method has two modules at least
+            whole_network = self.local and stop - start == self.blocks  # a local method has at least two modules
             if start not in best or count is None or whole_network:
                 continue
             flops, before = best[start]

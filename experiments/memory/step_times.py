@@ -19,10 +19,10 @@ REFERENCE = "e2e"
 
 
 def chosen(cases: Sequence[Case], wanted: Sequence[str]) -> tuple[Case, ...]:
-    """The reference, and cases whose key has one of the texts in it; all if there is none.
+    """Return the reference and the cases whose key contains one of the texts; all cases if no text is given.
 
     Raises:
-        ValueError: a text that no key has in it.
+        ValueError: no key contains one of the texts.
     """
     for text in wanted:
         if not any(text in case.key for case in cases):
@@ -32,7 +32,7 @@ def chosen(cases: Sequence[Case], wanted: Sequence[str]) -> tuple[Case, ...]:
 
 
 def measure(plan: Plan) -> dict[str, Any]:
-    """Times in bf16 on this machine; memory as predicted for CUDA at the network's own batch."""
+    """Measure times in bf16 on this machine; memory is predicted for CUDA at the network's own batch size."""
     network = plan.main
     torch.manual_seed(0)
     images = torch.randn(plan.timed_batch, 3, network.image_size, network.image_size)
@@ -56,13 +56,13 @@ def measure(plan: Plan) -> dict[str, Any]:
 
 
 def _named(found: Mapping[str, dict[str, float]], reference: str) -> dict[str, dict[str, float]]:
-    """The ratio under a name without the reference's settings in it."""
+    """Put the ratio under a key that does not name the reference's settings."""
     old, new = f"relative_to_{reference}", f"relative_to_{REFERENCE}"
     return {key: {new if name == old else name: value for name, value in f.items()} for key, f in found.items()}
 
 
 def render(found: dict[str, Any]) -> str:
-    """Markdown."""
+    """Render the results as Markdown."""
     plain, precisions = found["rows"][0], list(found["rows"][0]["peak_bytes"])
     header = ["method", "K", "after blocks", "efficiency", "step (s)", "time relative to plain E2E"]
     for precision in precisions:
@@ -88,7 +88,7 @@ def _memory(row: Row, precision: str) -> dict[str, float]:
 
 
 def plot(found: dict[str, Any], folder: Path) -> None:
-    """Memory against measured time."""
+    """Plot memory against measured time."""
     for precision, name in PRECISION_NAMES.items():
         if precision not in found["rows"][0]["peak_bytes"]:
             continue
@@ -114,5 +114,5 @@ def _label(row: Row) -> str:
 
 
 def with_rounds(plan: Plan, rounds: int | None, wanted: Sequence[str]) -> Plan:
-    """The plan with fewer rounds or settings."""
+    """Return the plan with fewer rounds or settings."""
     return replace(plan, rounds=rounds or plan.rounds, timed=chosen(plan.timed, wanted))

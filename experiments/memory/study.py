@@ -2,8 +2,8 @@
 
     python experiments/memory/study.py [paper bf16 ours depth large time] [--rounds 7] [--settings TEXT …] [--render]
 
-Without the name of a part: all of them. Results: experiments/memory/results/. ``--render`` writes tables and plots
-again from the figures that are there. What it is about: experiments/memory/README.md.
+Without the name of a part, all parts run. Results: experiments/memory/results/. ``--render`` rewrites tables and plots
+from the existing figures. The study is described in experiments/memory/README.md.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MEASURE: dict[str, Callable[[Plan], dict[str, Any]]] = {
 
 
 def run(plan: Plan, parts: Sequence[str], results: Path) -> None:
-    """Measure parts and write them down."""
+    """Measure parts and write their results."""
     results.mkdir(parents=True, exist_ok=True)
     for part in parts:
         started = time.perf_counter()
@@ -52,7 +52,7 @@ def run(plan: Plan, parts: Sequence[str], results: Path) -> None:
 
 
 def render(results: Path) -> None:
-    """Tables and plots of all parts that have been measured."""
+    """Write the tables and plots of all parts that have been measured."""
     found = {part: load(results, part) for part in MEASURE}
     for part, content in found.items():
         if content is not None:
@@ -64,13 +64,13 @@ def render(results: Path) -> None:
 
 
 def load(results: Path, part: str) -> dict[str, Any] | None:
-    """The figures of a part; ``None`` if it has not been measured."""
+    """Return the figures of a part; ``None`` if it has not been measured."""
     file = results / f"{part}.json"
     return cast("dict[str, Any]", json.loads(file.read_text())) if file.exists() else None
 
 
 def markdown(part: str, found: dict[str, Any], times: dict[str, Any] | None) -> str:
-    """Tables of a part; ``times``: the figures of the part time."""
+    """Return the tables of a part; ``times`` holds the figures of the part time."""
     if part == "ours":
         return ours.render(found, times)
     renderers = {"depth": depth.render, "large": large.render, "time": step_times.render}
@@ -78,7 +78,7 @@ def markdown(part: str, found: dict[str, Any], times: dict[str, Any] | None) -> 
 
 
 def footer(found: dict[str, Any]) -> str:
-    """What made it."""
+    """Return the lines that say how the figures were made."""
     about = found["about"]
     versions, commit = about["versions"], about["commit"]
     made = f"commit {commit['id'][:10]}{' with changes' if commit['dirty'] else ''}" if commit else "no commit"
@@ -89,17 +89,17 @@ def footer(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="The memory of local learning: tables, plots, step times.")
     parser.add_argument("parts", nargs="*", metavar="part", help=f"some of {', '.join(MEASURE)}; none: all")
-    parser.add_argument("--rounds", type=int, help="of the part time")
-    parser.add_argument("--settings", nargs="+", default=[], metavar="TEXT", help="time only what has it in its key")
+    parser.add_argument("--rounds", type=int, help="number of rounds in the part time")
+    parser.add_argument("--settings", nargs="+", default=[], metavar="TEXT", help="time only cases with it in the key")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for figures, tables and plots")
-    parser.add_argument("--render", action="store_true", help="measure nothing, write tables and plots again")
+    parser.add_argument("--render", action="store_true", help="measure nothing, only rewrite tables and plots")
     arguments = parser.parse_args()
     unknown = [part for part in arguments.parts if part not in MEASURE]
     if unknown:
-        parser.error(f"there is no part {unknown[0]}: it is one of {', '.join(MEASURE)}")
+        parser.error(f"there is no part {unknown[0]}: choose from {', '.join(MEASURE)}")
     try:
         plan = step_times.with_rounds(Plan(), arguments.rounds, arguments.settings)
     except ValueError as error:

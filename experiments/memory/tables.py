@@ -1,4 +1,4 @@
-"""Markdown tables and the figures in them."""
+"""Markdown tables and the formatting of their figures."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ Row = Mapping[str, Any]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def gib(size: float) -> str:
-    """Bytes in units of 1024³."""
+    """Format bytes in GiB, units of 1024³."""
     return f"{size / GIB:.2f}"
 
 
 def saving(row: Row, reference: Row) -> str:
-    """How much less memory than the reference, in per cent; below zero: more."""
+    """Format how much less memory than the reference a row takes, in per cent; negative means more."""
     return f"{round(saved(row, reference), 1) + 0.0:.1f} %"  # + 0.0: no minus before zero
 
 
 def saved(row: Row, reference: Row) -> float:
-    """As :func:`saving`, a number."""
+    """Return :func:`saving` as a number."""
     return 100.0 * (1 - row["peak_bytes"] / reference["peak_bytes"])
 
 
 def ratio(row: Row, reference: Row, figure: str = "flops") -> str:
-    """One figure relative to the reference's."""
+    """Format one figure relative to the reference's."""
     return f"{row[figure] / reference[figure]:.2f}"
 
 
 def cuts(row: Row) -> str:
-    """Numbers of the blocks after which the network is cut; long runs of them shortened."""
+    """Format the numbers of the blocks after which the network is cut; long runs are shortened."""
     values = row["cuts"]
     if not values:
         return "–"
@@ -47,16 +47,16 @@ def cuts(row: Row) -> str:
 
 
 def settings(row: Row) -> str:
-    """Efficiency and accumulation in words."""
+    """Describe efficiency and accumulation in words."""
     parts = f", in {row['accumulate']} accumulated parts" if row["accumulate"] > 1 else ""
     return f"{row['efficiency_name']}{parts}"
 
 
 def find(rows: Sequence[Row], **wanted: Any) -> Row:
-    """The first row with these values.
+    """Return the first row with these values.
 
     Raises:
-        LookupError: there is none.
+        LookupError: no row has them.
     """
     for row in rows:
         if all(row[key] == value for key, value in wanted.items()):

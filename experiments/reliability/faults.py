@@ -1,13 +1,13 @@
-"""Real faults in real runs: what each costs, and whether anything is lost when it is gone.
+"""Real faults in real runs: how each run ends, and whether anything is lost once the fault is gone.
 
     python experiments/reliability/faults.py <folder> [only=<text>] [processes=2]
 
-Every row of the table is one fault, made to happen in small runs of the command line's entry, each in a process of its
-own: full and read-only disks, errors of single system calls, signals, numbers that are not finite, a dead W&B, damaged
-files, runs side by side, killed workers. A run that a fault ends must say so in one line; then the fault is taken away,
-and the same command must end bit for bit as a run that met none (``forks.differences``). Writes faults.json and
-faults.md into experiments/reliability/results unless only some rows were asked for (only=<text>: those whose name has
-it). Ends with 1 if a row is not as expected. Disks are mounted, which needs root: without it these rows say "not run".
+Every row of the table is one fault, injected into small runs of the command line, each in its own process: full and
+read-only disks, errors of single system calls, signals, non-finite numbers, a dead W&B, damaged files, runs side by
+side, killed workers. A run that ends by a fault must say so in one line; then the fault is removed, and the same
+command must end bit for bit like a run without faults (``forks.differences``). Writes faults.json and faults.md into
+experiments/reliability/results, unless only=<text> selects the rows whose name contains it. Exits with 1 if a row is
+not as expected. Mounting disks needs root: without it these rows say "not run".
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from localfeat.run.summary import environment
 from localfeat.utils.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
-GROUPS = [calls, numbers, loggers, disks, signals, damage, images, processes]  # those that take long come first
+GROUPS = [calls, numbers, loggers, disks, signals, damage, images, processes]  # the longest come first
 Fault = tuple[str, str, Callable[[Path], str]]
 FAULTS: list[Fault] = [fault for group in GROUPS for fault in group.FAULTS]
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     given = [f"folder={a}" if "=" not in a and not a.startswith("-") else a for a in sys.argv[1:]]
     values = parse_arguments(__doc__ or "", {"folder": ..., "only": "", "processes": "2"}, given)
     chosen = [fault for fault in FAULTS if values["only"] in fault[0]]
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def inject(chosen: list[Fault], folder: Path, processes: int = 1) -> list[Row]:
-    """One row for each fault, in the order of the list; prints them as they come."""
+    """Inject each fault and return its row, in the order of the list; print the rows as they come."""
     warm(folder)
     with ProcessPoolExecutor(processes, mp_context=get_context("fork")) as pool:
         places = [folder / f"{FAULTS.index(fault):03}" for fault in chosen]
@@ -78,7 +78,7 @@ def inject(chosen: list[Fault], folder: Path, processes: int = 1) -> list[Row]:
 
 
 def warm(folder: Path) -> None:
-    """One run in this process imports everything that its forks need; they also inherit no garbage to collect."""
+    """Import everything that the forks need by one run in this process, and leave them no garbage to collect."""
     torch.set_num_threads(1)
     before = sys.argv
     sys.argv = ["localfeat.run", *QUICK, "epochs=1", f"hydra.run.dir={folder}/warm_{os.getpid()}_{time.time_ns()}"]
@@ -91,7 +91,7 @@ def warm(folder: Path) -> None:
 
 
 def attempt(number: int, place: Path) -> Row:
-    """One fault."""
+    """Inject one fault and return its row."""
     fault, expected, make = FAULTS[number]
     begun = time.perf_counter()
     ok: bool | None = False
@@ -107,13 +107,13 @@ def attempt(number: int, place: Path) -> Row:
 
 
 def line_of(row: Row) -> str:
-    """A row of the table."""
+    """Format a row of the table."""
     cells = (text.replace("|", "/") for text in (row.fault, row.expected, row.seen))
     return f"| {' | '.join(cells)} |"
 
 
 def write_results(rows: list[Row]) -> None:
-    """The table and the same for programs."""
+    """Write the table and its JSON version."""
     versions = environment()["versions"]
     wrong, left_out = (sum(row.ok is ok for row in rows) for ok in (False, None))
     lines = [

@@ -1,4 +1,4 @@
-"""Runs in forks of a process that has imported everything, and what two runs' folders have in common."""
+"""Run commands in forks of a process that has imported everything, and compare the folders of two runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SMALL = [
 ]
 TIMED_COLUMNS = {"speed/images_per_second", "speed/outside_step"}
 OWN_TO_A_PROCESS = {"seconds", "images_per_second", "commit", "command", "overrides"}
-"""What no two runs can share: wall time, the command as typed, and its folder."""
+"""Figures that differ between any two runs: wall time, the command as typed and its folder."""
 
 
 def start(
@@ -46,12 +46,14 @@ def start(
     prepare: Callable[[], object] = lambda: None,
     entry: Callable[[], None] = run_main,
 ) -> int:
-    """``python -m localfeat.run <arguments>`` in a fork of this process; returns its number.
+    """Run ``python -m localfeat.run <arguments>`` in a fork of this process; return the child's process id.
 
     Args:
-        log: gets stdout, at its end, and stderr unless it has a file of its own, ``errors``.
-        prepare: called in the fork before anything else.
-        entry: of another command line.
+        arguments: the command-line arguments.
+        log: file to which stdout is appended, and stderr unless ``errors`` is given.
+        errors: file to which stderr is appended.
+        prepare: function called in the fork before anything else.
+        entry: entry function of the command line.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     child = os.fork()
@@ -61,7 +63,7 @@ def start(
     try:
         for number, file in ((1, log), (2, errors or log)):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), number)
-        sys.stdout = os.fdopen(1, "w", closefd=False)  # not what a test has put there
+        sys.stdout = os.fdopen(1, "w", closefd=False)  # a test may have replaced it
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
         torch.set_num_threads(1)
         sys.argv = ["localfeat.run", *arguments]
@@ -79,17 +81,17 @@ def start(
 
 
 def end_of(child: int) -> int:
-    """How it ended: its exit code, or minus the number of the signal that killed it."""
+    """Wait for the child; return its exit code, or minus the number of the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def rows_of(file: Path) -> int:
-    """Lines below the first."""
+    """Return the number of lines below the first."""
     return max(0, file.read_bytes().count(b"\n") - 1) if file.exists() else 0
 
 
 def unreadable(folder: Path) -> Iterator[str]:
-    """Every file of a run's folder that is there and cannot be read."""
+    """Yield every file of a run's folder that exists but cannot be read."""
     readers = {
         "config.yaml": lambda file: RunFolder(file.parent).read_config(),
         "summary.json": lambda file: json.loads(file.read_text()),
@@ -116,7 +118,7 @@ def whole_rows(file: Path) -> None:
 
 
 def differences(whole: Path, killed: Path, *, but: str = "nothing") -> Iterator[str]:
-    """What is not bit for bit the same in two runs' folders. Files below the folder ``but`` do not count."""
+    """Yield every bit-level difference between two runs' folders; ignore files below the folder ``but``."""
     ours, theirs = (set(_files(folder, but)) for folder in (whole, killed))
     if ours != theirs:
         yield f"files: {sorted(ours ^ theirs)}"
@@ -141,12 +143,12 @@ def _files(folder: Path, but: str) -> Iterator[str]:
 
 
 def figures(folder: Path) -> list[dict[str, str]]:
-    """Rows of metrics.csv as text, without what is measured by a clock."""
+    """Return the rows of metrics.csv as text, without clock readings."""
     return [{k: v for k, v in row.items() if k not in TIMED_COLUMNS} for row in read_rows(folder / "metrics.csv")]
 
 
 def same(ours: Any, theirs: Any) -> bool:
-    """Whether nested values are equal, tensors bit for bit."""
+    """Return whether nested values are equal, tensors bit for bit."""
     if isinstance(ours, torch.Tensor):
         return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
     if isinstance(ours, dict):

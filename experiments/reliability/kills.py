@@ -1,14 +1,14 @@
-"""Kill -9 at random moments: every run resumed afterwards ends bit for bit as the one that nobody killed.
+"""Kill -9 at random moments: every run resumed afterwards ends bit for bit like the uninterrupted one.
 
     python experiments/reliability/kills.py <folder> [kills=50] [seed=0]
 
 Twelve small runs over all methods, in fp32 and bf16, with one, two and four local modules, averaged weights and
 accumulated gradients. Each is trained once without interruption, then again by the same command with resume=auto, which
-is killed at a random moment, begun again, up to three times, and in the end left alone; and all this over until there
-are enough kills. Every third moment is uniform over the time that the uninterrupted run took, from the process's
-beginning; the others come some milliseconds after a row of metrics.csv, chosen among those still to be written. After
-every kill each file of the folder is read. Writes kills.json and kills.md into experiments/reliability/results, and
-leaves the runs in <folder>.
+is killed at a random moment and started again, up to three times, before it may finish; this repeats until there are
+enough kills. Every third moment is uniform over the duration of the uninterrupted run, from the process's start; the
+others come a few milliseconds after a row of metrics.csv, chosen among those still to be written. After every kill each
+file of the folder is read. Writes kills.json and kills.md into experiments/reliability/results, and leaves the runs in
+<folder>.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ CASES = {
 }
 
 LONGEST_CHAIN = 3  # kills of one run
-ROWS = 22  # of metrics.csv in the end: 21 batches and the test
+ROWS = 22  # rows of the final metrics.csv: 21 batches and the test
 
 
 @dataclass
 class Kill:
-    """One moment: seconds after the process began, batches logged by then, files that it was writing."""
+    """One kill: seconds after the process started, batches logged by then, files being written."""
 
     seconds: float
     rows: int
@@ -81,7 +81,7 @@ class Kill:
 
 @dataclass
 class Outcome:
-    """What became of one case."""
+    """The outcome of one case."""
 
     case: str
     overrides: list[str]
@@ -92,7 +92,7 @@ class Outcome:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     values = parse_arguments(__doc__ or "", {"folder": ..., "kills": "50", "seed": "0"}, _named_folder(sys.argv[1:]))
     folder, kills = Path(values["folder"]), int(values["kills"])
     generator = random.Random(int(values["seed"]))
@@ -110,7 +110,7 @@ def _named_folder(arguments: list[str]) -> list[str]:
 
 
 def attack(case: str, overrides: list[str], folder: Path, kills: int, generator: random.Random) -> Outcome:
-    """Train ``case`` once left alone, and as often killed as it takes to have ``kills``."""
+    """Train ``case`` once without interruption, then kill it as often as it takes to have ``kills``."""
     command = [*SMALL, *overrides]
     begun = time.perf_counter()
     assert end_of(start([*command, f"hydra.run.dir={folder}/whole"], folder / "whole.log")) == 0, folder / "whole.log"
@@ -121,7 +121,7 @@ def attack(case: str, overrides: list[str], folder: Path, kills: int, generator:
         again = [*command, "resume=auto", f"hydra.run.dir={killed}"]
         for _ in range(min(LONGEST_CHAIN, kills - len(outcome.kills))):
             if RunFolder(killed).has_ended() or rows_of(killed / "metrics.csv") >= ROWS - 1:
-                break  # all that is left are tests and pictures
+                break  # only tests and pictures remain
             kill_once(again, killed, outcome, generator)
         if not RunFolder(killed).has_ended():
             assert end_of(start(again, killed.with_suffix(".log"))) == 0, killed
@@ -130,7 +130,7 @@ def attack(case: str, overrides: list[str], folder: Path, kills: int, generator:
 
 
 def kill_once(command: list[str], folder: Path, outcome: Outcome, generator: random.Random) -> None:
-    """Start the command and kill it at a random moment, if it does not end before."""
+    """Start the command and kill it at a random moment, unless it ends before."""
     begun = time.perf_counter()
     child = start(command, folder.with_suffix(".log"))
     if wait_for_moment(child, folder, outcome, generator):
@@ -140,7 +140,7 @@ def kill_once(command: list[str], folder: Path, outcome: Outcome, generator: ran
 
 
 def wait_for_moment(child: int, folder: Path, outcome: Outcome, generator: random.Random) -> bool:
-    """Return at the next moment to kill at; False if the process has ended before."""
+    """Wait for the next moment to kill; return False if the process has ended before."""
     if len(outcome.kills) % 3 == 0:
         time.sleep(generator.uniform(0, outcome.seconds))
         return os.waitpid(child, os.WNOHANG)[0] == 0
@@ -155,14 +155,14 @@ def wait_for_moment(child: int, folder: Path, outcome: Outcome, generator: rando
 
 
 def look(folder: Path, seconds: float) -> Kill:
-    """What a kill has left."""
+    """Inspect what a kill has left behind."""
     parts = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.part")) if folder.is_dir() else []
     rows = len(read_rows(folder / "metrics.csv")) if folder.is_dir() else 0
     return Kill(seconds, rows, parts, list(unreadable(folder)))
 
 
 def line_of(outcome: Outcome) -> str:
-    """A row of the table."""
+    """Format a row of the table."""
     rows = ", ".join(str(kill.rows) for kill in outcome.kills)
     writing = sum(bool(kill.unfinished_files) for kill in outcome.kills)
     unreadable_files = sum(len(kill.unreadable) for kill in outcome.kills)
@@ -171,7 +171,7 @@ def line_of(outcome: Outcome) -> str:
 
 
 def write_results(outcomes: list[Outcome], seed: int) -> None:
-    """The table and everything behind it."""
+    """Write the table and its JSON version."""
     found = environment()
     total = sum(len(outcome.kills) for outcome in outcomes)
     lines = [

@@ -1,10 +1,10 @@
-"""Does a refactor leave every result as it was? Ten configurations, compared bit for bit between two checkouts.
+"""Check that a refactor changes no result: ten configurations, compared bit for bit between two checkouts.
 
     python experiments/reliability/refactor.py record <checkout> <folder>
     python experiments/reliability/refactor.py compare <folder> <folder>
 
-``record`` trains them with the code of a checkout (some minutes on a CPU) and makes a report of them; ``compare`` looks
-at the metrics, the exported weights, ``summary.json`` and the report's figures, and exits with status 1 if one differs.
+``record`` trains them with the code of a checkout (some minutes on a CPU) and makes a report; ``compare`` compares
+the metrics, the exported weights, ``summary.json`` and the report's figures, and exits with status 1 if any differ.
 Times, memory of the process, commits, versions and commands are left out: they differ between runs.
 """
 
@@ -54,7 +54,7 @@ def record(checkout: Path, folder: Path) -> None:
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """Everything of a recorded folder that a refactor must leave as it is, by name."""
+    """Return, by name, everything in a recorded folder that a refactor must not change."""
     found: dict[str, Any] = {}
     for name in CONFIGURATIONS:
         run = folder / "runs" / name
@@ -68,7 +68,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def _digest(file: Path) -> str:
-    """Of names, numbers and metadata; the order in which a safetensors file holds them differs between runs."""
+    """Hash names, numbers and metadata; their order in a safetensors file differs between runs."""
     with safe_open(file, "np") as weights:
         digest = hashlib.sha256(repr(sorted(weights.metadata().items())).encode())
         for name in sorted(weights.keys()):

@@ -2,16 +2,16 @@
 
     python experiments/reliability/soak.py <folder> [batches=2000] [seed=0]
 
-A run on the digits: 40 batches to an epoch, each with validation; checkpoints at every epoch and every 10 batches;
-averaged weights, early stopping that never comes, a progress bar (its output goes to <folder>/output.txt), best
+A run on the digits: 40 batches per epoch, each epoch with validation; checkpoints every epoch and every 10 batches;
+averaged weights, early stopping that never triggers, a progress bar (its output goes to <folder>/output.txt), best
 checkpoint, peak memory, metrics.csv with a row per batch, W&B offline with pictures of reconstructions every 4 epochs.
 
-The kernel is asked at the end of every 20th batch, before anything of that batch is written: resident memory
-(/proc/self/smaps_rollup: Rss, and of it the anonymous part, which leaves out files mapped), open descriptors
-(/proc/self/fd), threads. Nothing is collected or given back for the reading. A single reading depends on what happens
-to be alive, so the beginning is the median of the five from batch 200 on, the end that of the last five. W&B's service
-is a process of its own; its memory is read, too. Writes soak.json and soak.md into experiments/reliability/results.
-Ends with 1 if memory differs by 1 % or more, or descriptors at all.
+Readings are taken from the kernel at the end of every 20th batch, before anything of that batch is written: resident
+memory (/proc/self/smaps_rollup: Rss, and its anonymous part, which excludes mapped files), open descriptors
+(/proc/self/fd), threads. No garbage is collected for a reading. As a single reading depends on what happens to be
+alive, the beginning is the median of five readings from batch 200 on, and the end that of the last five. The memory of
+W&B's service, a separate process, is read too. Writes soak.json and soak.md into experiments/reliability/results. Exits
+with 1 if memory differs by 1 % or more, or if descriptors differ.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from localfeat.utils.files import write_whole
 RESULTS = Path(__file__).parent / "results"
 EVERY, WARM_UP, READINGS = 20, 200, 5
 EPOCH = 40  # batches
-LIMIT = 0.01  # of the resident memory
+LIMIT = 0.01  # share of the resident memory
 OVERRIDES = [
     "method=feature_recon",
     "split=k4",
@@ -68,7 +68,7 @@ OVERRIDES = [
 
 @dataclass
 class Reading:
-    """What the process holds after ``batch`` batches; memory in KiB."""
+    """The process's resources after ``batch`` batches; memory in KiB."""
 
     batch: int
     resident: int
@@ -80,7 +80,7 @@ class Reading:
 
 
 class Watch(Callback):
-    """Takes a reading at the end of every ``EVERY``-th batch."""
+    """Callback that takes a reading at the end of every ``EVERY``-th batch."""
 
     def __init__(self) -> None:
         self.readings: list[Reading] = []
@@ -91,7 +91,7 @@ class Watch(Callback):
 
 
 def reading(batch: int) -> Reading:
-    """Of this process, now."""
+    """Take a reading of this process."""
     return Reading(
         batch=batch,
         resident=memory("self", "Rss"),
@@ -104,13 +104,13 @@ def reading(batch: int) -> Reading:
 
 
 def memory(process: str, kind: str) -> int:
-    """A line of the kernel's account of a process, in KiB."""
+    """Return a line of the kernel's record of a process, in KiB."""
     lines = Path("/proc", process, "smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:"))
 
 
 def services() -> Iterator[str]:
-    """W&B's service among the children of this process."""
+    """Yield W&B's services among the children of this process."""
     for task in Path("/proc/self/task").iterdir():
         for child in (task / "children").read_text().split():
             if Path("/proc", child, "comm").read_text().startswith("wandb-core"):
@@ -119,7 +119,7 @@ def services() -> Iterator[str]:
 
 @contextmanager
 def watched(watch: Watch) -> Iterator[None]:
-    """Every run is built with ``watch`` before its other callbacks."""
+    """Build every run with ``watch`` before its other callbacks."""
     build: Callable[..., list[Callback]] = training.build_callbacks
     training.build_callbacks = lambda *given, **named: [watch, *build(*given, **named)]
     try:
@@ -144,7 +144,7 @@ def soak(folder: Path, batches: int, seed: int) -> list[Reading]:
 
 
 def compared(readings: list[Reading]) -> dict[str, tuple[float, float]]:
-    """Figure -> its medians at the beginning and at the end."""
+    """Map each figure to its medians at the beginning and at the end."""
     begin, end = [r for r in readings if r.batch >= WARM_UP][:READINGS], readings[-READINGS:]
     if begin[-1].batch >= end[0].batch:
         raise ValueError(f"{readings[-1].batch} batches are too few: the beginning reaches to {begin[-1].batch}")
@@ -153,13 +153,13 @@ def compared(readings: list[Reading]) -> dict[str, tuple[float, float]]:
 
 
 def holds(found: dict[str, tuple[float, float]]) -> bool:
-    """Whether neither memory nor descriptors have grown (or shrunk)."""
+    """Return whether neither memory nor descriptors have changed beyond the limit."""
     before, after = found["resident"]
     return abs(after - before) < LIMIT * before and found["descriptors"][0] == found["descriptors"][1]
 
 
 def table(readings: list[Reading]) -> str:
-    """The comparison, and a line of readings for every tenth of the run."""
+    """Format the comparison, and a line of readings for every tenth of the run."""
     found = compared(readings)
     lines = ["| | from batch 200 | at the end | change |", "|---|---|---|---|"]
     for name, (before, after) in found.items():
@@ -174,7 +174,7 @@ def table(readings: list[Reading]) -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     given = [f"folder={a}" if "=" not in a and not a.startswith("-") else a for a in sys.argv[1:]]
     values = parse_arguments(__doc__ or "", {"folder": ..., "batches": "2000", "seed": "0"}, given)
     readings = soak(Path(values["folder"]), int(values["batches"]), int(values["seed"]))

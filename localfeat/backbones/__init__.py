@@ -1,1 +1,1 @@
-"""timm models: built, decomposed into stem, blocks and tail, and split."""
+"""Build timm models, decompose them into stem, blocks and tail, and split them."""

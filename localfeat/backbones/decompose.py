@@ -1,7 +1,7 @@
 """A timm backbone as stem, indivisible blocks and tail, checked against the model itself.
 
 Each family has one small adapter. To add a family, write a function ``model -> Decomposition`` and add its
-class to ``_ADAPTERS``; :func:`decompose` proves it right (same output, every parameter in exactly one part).
+class to ``_ADAPTERS``; :func:`decompose` proves it correct (same output, every parameter in exactly one part).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _Run = Callable[[nn.Module, Tensor], Tensor]
 
 
 class Part(nn.Module):
-    """A piece of a backbone that is no module of its own there: some of its children, run by a method of it.
+    """A part of a backbone that is not a module there: some of the backbone's children and the function that runs them.
 
     The children and parameters are the backbone's own objects, so training a part trains the backbone. The
-    backbone itself is deliberately not registered (it would bring all other parts' parameters along).
+    backbone itself is deliberately not registered, as that would register the parameters of all other parts too.
     """
 
     def __init__(self, model: nn.Module, names: list[str], run: _Run) -> None:
@@ -49,7 +49,7 @@ class Part(nn.Module):
 
 @dataclass
 class Decomposition:
-    """A backbone cut into its pieces: ``tail(blocks[-1](… blocks[0](stem(images))))`` are the model's logits."""
+    """A backbone in parts: ``tail(blocks[-1](… blocks[0](stem(images))))`` are the model's logits."""
 
     stem: nn.Module
     blocks: list[nn.Module]
@@ -58,7 +58,7 @@ class Decomposition:
     stage_depths: list[int]  # blocks per stage; a columnar network (ViT) has one block per stage
     prefix_tokens: int = 0
     grid: tuple[int, int] | None = None
-    shapes: list[FeatureShape] = field(default_factory=list)  # shapes[i]: input of block i; shapes[-1]: of the tail
+    shapes: list[FeatureShape] = field(default_factory=list)  # shapes[i]: input of block i; shapes[-1]: tail's
 
     def __call__(self, images: Tensor) -> Tensor:
         x = self.stem(images)
@@ -68,7 +68,7 @@ class Decomposition:
 
 
 def _staged_blocks(stages: nn.Module) -> tuple[list[nn.Module], list[int]]:
-    """Blocks of stages that begin with a ``downsample``, which joins the block after it."""
+    """Return the blocks and the depths of stages; a stage's leading ``downsample`` joins its first block."""
     blocks: list[nn.Module] = []
     depths = []
     for stage in stages.children():
@@ -134,20 +134,20 @@ _ADAPTERS: dict[type[nn.Module], Callable[[nn.Module], Decomposition]] = {
 def decompose(model: nn.Module, image_size: int) -> Decomposition:
     """Cut ``model`` into stem, blocks and tail and prove that nothing was lost.
 
-    Runs the model twice on one random image of ``image_size`` pixels (evaluation mode, no gradients, the
+    Run the model and its parts on one random image of ``image_size`` pixels (evaluation mode, no gradients, the
     global random state untouched) to record the shapes between blocks and to compare the outputs; on the meta
-    device, which has no numbers, only their shapes.
+    device, which has no values, compare only their shapes.
 
     Raises:
-        UserError: no adapter knows the model, or the pieces do not add up to the model.
+        UserError: no adapter knows the model, or the parts do not add up to the model.
     """
     adapter = next((a for family, a in _ADAPTERS.items() if type(model) is family), None)
     if adapter is None:
         known = ", ".join(family.__name__ for family in _ADAPTERS)
-        raise UserError(f"cannot split a {type(model).__name__}: the families known are {known}")
+        raise UserError(f"cannot split a {type(model).__name__}: supported families are {known}")
     if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
         raise UserError(
-            "this backbone has grad_checkpointing set, which has no effect on blocks that are run one by one: "
+            "this backbone has grad_checkpointing set, which has no effect when blocks run one by one: "
             "call set_grad_checkpointing(False) first"
         )
     pieces = adapter(model)
@@ -182,7 +182,7 @@ def _check_output(model: nn.Module, pieces: Decomposition, image_size: int) -> N
         logits = pieces.tail(x)
         same = logits.shape == expected.shape if device.type == "meta" else torch.equal(logits, expected)
         if not same:
-            raise UserError(f"cannot split this {type(model).__name__}: its parts give other logits than the whole")
+            raise UserError(f"cannot split this {type(model).__name__}: its parts give different logits from the whole")
 
 
 def _shape(pieces: Decomposition, x: Tensor) -> FeatureShape:

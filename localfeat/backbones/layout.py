@@ -1,4 +1,4 @@
-"""How feature maps lie in memory between blocks, and how to read them as images of channels."""
+"""The layout of feature maps between blocks, and how to read them as channel-first or channel-last images."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class FeatureShape:
     prefix_tokens: int = 0
 
     def to_nchw(self, features: Tensor) -> Tensor:
-        """Patch features as (B, C, H, W); prefix tokens are left out. A view where the layout allows it."""
+        """Return the patch features as (B, C, H, W) without prefix tokens, as a view where the layout allows it."""
         if self.layout == "NCHW":
             return features
         return self.to_nhwc(features).permute(0, 3, 1, 2)
 
     def to_nhwc(self, features: Tensor) -> Tensor:
-        """Patch features as (B, H, W, C); prefix tokens are left out."""
+        """Return the patch features as (B, H, W, C) without prefix tokens."""
         if self.layout == "NHWC":
             return features
         if self.layout == "NCHW":
@@ -43,7 +43,7 @@ class FeatureShape:
     def of(
         cls, features: Tensor, layout: Layout, *, prefix_tokens: int = 0, grid: tuple[int, int] | None = None
     ) -> FeatureShape:
-        """The shape of a batch of features; ``grid`` (patch rows, columns) is needed for ``NLC`` only."""
+        """Return the shape of a batch of features; only ``NLC`` needs ``grid`` (patch rows, columns)."""
         if layout == "NHWC":
             _, height, width, channels = features.shape
         elif layout == "NCHW":

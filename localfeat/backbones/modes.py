@@ -1,4 +1,4 @@
-"""Evaluation mode for a while."""
+"""Temporary evaluation mode."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` into evaluation mode, and every module of it back into its own mode (a frozen BatchNorm's)."""
+    """Put ``model`` into evaluation mode for the block, then restore each submodule's own mode (frozen BatchNorms)."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

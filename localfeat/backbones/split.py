@@ -1,4 +1,4 @@
-"""Where a backbone is cut: how many consecutive blocks each local module gets."""
+"""Splits: how many consecutive blocks each local module gets."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Split:
     """A rule that divides any number of blocks into local modules.
 
     ``by="stages"`` gives every module the same number of whole stages (the paper's cuts: K=2 is {1, 2 | 3, 4},
-    K=4 one stage per module; in a ViT every block counts as a stage). ``by="blocks"`` gives every module as
-    equal a number of blocks as possible; what is left over goes to the last modules, whose features are the
-    smallest in a hierarchical network. ``cuts`` names the cuts themselves: a cut c lies after the c-th block.
+    K=4 one stage per module; in a ViT every block counts as a stage). ``by="blocks"`` divides the blocks as
+    equally as possible; the last modules, whose features are the smallest in a hierarchical network, get one
+    more where K does not divide them. ``cuts`` lists the cuts themselves: a cut c lies after the c-th block.
     """
 
     modules: int | None = None
@@ -26,14 +26,14 @@ class Split:
 
     def __post_init__(self) -> None:
         if (self.modules is None) == (self.cuts is None):
-            raise UserError("a split has either modules=K or cuts=[…], and not both")
+            raise UserError("a split takes either modules=K or cuts=[…], not both")
         if self.modules is not None and self.modules < 1:
             raise UserError(f"split.modules={self.modules}: a network has at least 1 local module")
         if self.by not in ("stages", "blocks"):
-            raise UserError(f"split.by={self.by}: it is stages or blocks")
+            raise UserError(f"split.by={self.by}: it must be stages or blocks")
 
     def blocks_per_module(self, stage_depths: Sequence[int]) -> list[int]:
-        """Number of blocks in each local module, first to last, for stages of the given depths."""
+        """Return the number of blocks in each local module, first to last, for stages of the given depths."""
         total = sum(stage_depths)
         if self.cuts is not None:
             return _from_cuts(self.cuts, total)
@@ -56,15 +56,15 @@ class Split:
 
 @runtime_checkable
 class ResolvableSplit(Protocol):
-    """A split that depends on the backbone and on what its modules learn from."""
+    """A split that depends on the backbone, the method and the efficiency settings."""
 
     def resolve(self, backbone: Any, method: Any, decoder: Any, *, image_size: int | None, efficiency: Any) -> Split:
-        """Return the split for a backbone, a method, a decoder's factory and efficiency settings."""
+        """Return the split for a backbone, a method, a decoder factory and efficiency settings."""
         ...
 
 
 def as_split(split: Split | int | Sequence[int], stage_depths: Sequence[int]) -> Split:
-    """A :class:`Split` from a shorthand: K (by stages where K divides them, else by blocks) or a list of cuts."""
+    """Return the :class:`Split` for a shorthand: K (by stages if K divides them, else by blocks) or a list of cuts."""
     if isinstance(split, Split):
         return split
     if isinstance(split, int):
@@ -81,6 +81,6 @@ def _from_cuts(cuts: Sequence[int], total: int) -> list[int]:
     edges = [0, *cuts, total]
     if any(after <= before for before, after in pairwise(edges)):
         raise UserError(
-            f"split.cuts={list(cuts)}: cuts rise and lie between 1 and {total - 1} (after that many blocks)"
+            f"split.cuts={list(cuts)}: cuts must rise and lie between 1 and {total - 1} (after that many blocks)"
         )
     return [after - before for before, after in pairwise(edges)]

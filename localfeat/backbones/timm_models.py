@@ -1,4 +1,4 @@
-"""Backbones come from timm; this only turns its failures into one line and checks image sizes against windows."""
+"""Build backbones with timm, turn its failures into one line and check image sizes against windows."""
 
 from __future__ import annotations
 
@@ -32,24 +32,25 @@ def build_backbone(
     drop_path_rate: float | None = None,
     arguments: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """A timm model with a classifier of ``num_classes`` outputs.
+    """Build a timm model with a classifier of ``num_classes`` outputs.
 
     Args:
         name: a timm model name, e.g. ``swin_tiny_patch4_window7_224``.
-        image_size: side of the square input in pixels; ``None`` keeps the model's own.
-        variants: image size -> the timm model to take instead of ``name`` at that size.
-        pretrained: download timm's ImageNet weights (the classifier is new when its size differs).
-        drop_path_rate: stochastic depth; ``None`` keeps the model's own.
+        num_classes: number of the classifier's outputs.
+        image_size: side of the square input in pixels; ``None`` keeps the model's default.
+        variants: image size -> the timm model to use instead of ``name`` at that size.
+        pretrained: whether to download timm's ImageNet weights (the classifier is new if its size differs).
+        drop_path_rate: rate of stochastic depth; ``None`` keeps the model's default.
         arguments: further constructor arguments of the model, e.g. ``{"depths": [2, 2, 2, 2]}``.
 
     Raises:
-        UserError: unknown name or argument, one by which timm would read a file or download, weights that cannot be
-            downloaded, an image size that the model's patches or windows cannot take.
+        UserError: an unknown name or argument, an argument that makes timm read a file or download, weights that
+            cannot be downloaded, an image size that the model's patches or windows cannot tile.
     """
     name = model_name(name, image_size, variants)
     check_arguments(arguments or {})
     if drop_path_rate is not None and not 0 <= drop_path_rate < 1:
-        raise UserError(f"backbone.drop_path_rate={drop_path_rate}: it lies in [0, 1)")
+        raise UserError(f"backbone.drop_path_rate={drop_path_rate}: it must lie in [0, 1)")
     options: dict[str, Any] = {**(arguments or {}), "num_classes": num_classes}
     if drop_path_rate is not None:
         options["drop_path_rate"] = drop_path_rate
@@ -57,7 +58,7 @@ def build_backbone(
         options["img_size"] = image_size
     try:
         with warnings.catch_warnings(), _hub_offline_without_network() if pretrained else nullcontext():
-            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # what is refused is one line
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # a refusal is one line
             model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:
         explained = _explained(error, name, pretrained, bool(arguments))
@@ -70,13 +71,13 @@ def build_backbone(
 
 
 def model_name(name: str, image_size: int | None, variants: Mapping[int, str] | None = None) -> str:
-    """The timm model for an image size: a variant made for it, else ``name``.
+    """Return the timm model for an image size: the variant for that size, else ``name``.
 
     Raises:
-        UserError: timm does not know it.
+        UserError: timm has no such model.
     """
     chosen = (variants or {}).get(image_size or 0, name)
-    architecture, _, tag = chosen.partition(".")  # a tag names pretrained weights; hf-hub:… and paths are no names
+    architecture, _, tag = chosen.partition(".")  # a tag names pretrained weights; hf-hub:… and paths are refused
     if not timm.is_model(architecture) or (tag and chosen not in timm.list_pretrained(f"{architecture}.*")):
         raise UserError(f"backbone.name={chosen}: timm has no such model (see timm.list_models())")
     return chosen
@@ -95,35 +96,35 @@ _OVERLAY = ("input_size", "fixed_input_size", "mean", "std", "crop_pct", "crop_m
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse arguments of ``timm.create_model`` by which it reads files, downloads, or makes no plain model.
+    """Refuse arguments that make ``timm.create_model`` read files, download, or build anything but a plain model.
 
-    Of ``pretrained_cfg_overlay`` what says how images are to be prepared is left.
+    ``pretrained_cfg_overlay`` may hold only the keys that say how to prepare images.
 
     Raises:
-        UserError: names the argument.
+        UserError: an argument is refused; the message names it.
     """
     for name, value in arguments.items():
         if name == "pretrained_cfg_overlay" and isinstance(value, Mapping):
             if other := [key for key in value if key not in _OVERLAY]:
-                raise UserError(f"backbone.arguments.{name}: {other[0]} is not to be set, only {', '.join(_OVERLAY)}")
+                raise UserError(f"backbone.arguments.{name}: {other[0]} cannot be set, only {', '.join(_OVERLAY)}")
         elif name in _NO_ARGUMENTS or str(name).startswith("pretrained"):
             raise UserError(
-                f"backbone.arguments.{name}: it is no argument of a network's own; initial weights come from "
+                f"backbone.arguments.{name}: not an argument of the network itself; for initial weights use "
                 "backbone.pretrained=true or backbone.weights=<file>"
             )
 
 
 def _takes_img_size(name: str) -> bool:
-    """Transformers fix their input size when built; convolutional networks take any."""
+    """Return whether the model fixes its input size when built, as transformers do; convolutional networks do not."""
     return timm.models.get_arch_name(name).startswith(("swin", "vit", "deit"))
 
 
 @contextmanager
 def _hub_offline_without_network() -> Iterator[None]:
-    """Let the hub client use its cache alone when its host has no address, instead of retrying for a minute."""
+    """Restrict the hub client to its cache when its host has no address, instead of retrying for a minute."""
     before = hub.constants.HF_HUB_OFFLINE
     try:
-        if not getproxies():  # behind a proxy names need not resolve here
+        if not getproxies():  # behind a proxy, names need not resolve here
             socket.getaddrinfo(urlsplit(hub.constants.ENDPOINT).hostname, 443)
     except OSError:
         hub.constants.HF_HUB_OFFLINE = True
@@ -134,12 +135,12 @@ def _hub_offline_without_network() -> Iterator[None]:
 
 
 def _explained(error: Exception, name: str, pretrained: bool, arguments: bool) -> UserError | None:
-    """What the user can mend; ``None`` for a fault of timm's or ours."""
+    """Return the error as one that the user can fix; ``None`` for a bug in timm or here."""
     if found := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
         return UserError(f"backbone: timm's {name} takes no argument {found[1]}")
     if (arguments or isinstance(error, TypeError | AssertionError | ValueError)) and not pretrained:
         reason = next(iter(str(error).strip().splitlines()), "")
-        return UserError(f"backbone: timm's {name} cannot be built so: {type(error).__name__} {reason}".rstrip())
+        return UserError(f"backbone: timm's {name} cannot be built like this: {type(error).__name__} {reason}".rstrip())
     if pretrained:
         return UserError(
             f"backbone.pretrained=true: the weights of {name} cannot be downloaded ({type(error).__name__}); "
@@ -155,7 +156,7 @@ def _check_windows(model: SwinTransformer | SwinTransformerV2) -> None:
     stages: list[Any] = list(model.layers)
     if not all(len(stage.blocks) for stage in stages):
         raise UserError(
-            f"backbone.arguments.depths={[len(s.blocks) for s in stages]}: every stage has a block at least"
+            f"backbone.arguments.depths={[len(s.blocks) for s in stages]}: every stage needs at least one block"
         )
     window = max(stage.blocks[0].window_size[0] for stage in stages)  # a stage smaller than the window is one window
 
@@ -175,13 +176,13 @@ def _check_windows(model: SwinTransformer | SwinTransformerV2) -> None:
 
 
 def image_size_of(backbone: nn.Module, wanted: int | None = None) -> int:
-    """Side in pixels of the square images that a timm model is trained on.
+    """Return the side in pixels of the square images that a timm model is trained on.
 
-    A transformer's size is fixed when it is built. A convolutional network takes any: the ``wanted`` one, else
-    that of its pretrained weights.
+    A transformer's size is fixed when it is built. A convolutional network takes any size: ``wanted`` if given, else
+    the size of its pretrained weights.
 
     Raises:
-        UserError: a size other than the fixed one, or one that is not square.
+        UserError: ``wanted`` differs from the fixed size, or the model's images are not square.
     """
     embed: Any = getattr(backbone, "patch_embed", None)
     fixed = getattr(embed, "img_size", None)
@@ -196,7 +197,7 @@ def image_size_of(backbone: nn.Module, wanted: int | None = None) -> int:
 
 
 def normalisation_of(backbone: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel (pixels in [0, 1]) that a timm model expects of its images."""
+    """Return the mean and standard deviation per channel (pixels in [0, 1]) that normalise a timm model's input."""
     config = _pretrained_config(backbone)
     return tuple(config.get("mean", IMAGENET_MEAN)), tuple(config.get("std", IMAGENET_STD))
 

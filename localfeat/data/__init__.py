@@ -1,4 +1,4 @@
-"""Images in, batches out: sources, the datamodule and the device-side transforms."""
+"""Data: sources, the datamodule and the device-side transforms."""
 
 from localfeat.data.datamodule import ImageDataModule
 

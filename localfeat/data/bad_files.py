@@ -1,4 +1,4 @@
-"""Image files that cannot be decoded: the error, and the list of those that are left out."""
+"""Image files that cannot be decoded: the error, and the record of skipped files."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from localfeat.utils.errors import UserError
 
 
 class BadImage(UserError):
-    """A file that is no image that can be decoded, whoever reads it and when; the message names it in one line.
+    """A file that can never be decoded as an image; the one-line message names it.
 
-    A file that the system does not hand over (gone, forbidden, a failing disk) is no ``BadImage``: it may be there
-    again for the next run.
+    A file that the system cannot read (missing, forbidden, a failing disk) is not a ``BadImage``: the next run may
+    be able to read it.
     """
 
 
 class BadFiles:
-    """Bad image files of one split that are left out, each named once on stderr by the main process.
+    """Bad image files of one split that are left out, each reported once on stderr by the main process.
 
-    A worker process of a loader collects its lines; they travel to the main process with the batch.
+    A loader's worker process collects its messages, which travel to the main process with the batch.
     """
 
     def __init__(self) -> None:
@@ -28,19 +28,19 @@ class BadFiles:
         self._unsaid: list[str] = []
 
     def leave_out(self, error: BadImage) -> None:
-        """Name the file, or keep its name for the main process."""
+        """Report the file, or keep the message for the main process if this is a worker."""
         if get_worker_info() is None:
             self.say([str(error)])
         else:
             self._unsaid.append(str(error))
 
     def take_unsaid(self) -> list[str]:
-        """What this worker process has found since the last call."""
+        """Return the messages that this worker process has collected since the last call."""
         lines, self._unsaid = self._unsaid, []
         return lines
 
     def say(self, lines: list[str]) -> None:
-        """One line on stderr for every file that has not been named yet."""
+        """Print one line on stderr for every file that has not been reported yet."""
         for line in lines:
             if line not in self._said:
                 self._said.add(line)

@@ -1,8 +1,8 @@
-"""Transforms of a whole batch in which every image has its own parameters.
+"""Batch transforms with separate random parameters for every image.
 
-torchvision's random transforms draw one set of parameters per batch. Here parameters are (B,) tensors, drawn on the CPU
-from the global generator whatever the device of the images, so that a seed gives the same crops on every
-device and no draw makes the host wait for the GPU.
+torchvision's random transforms draw one set of parameters per batch. Here parameters are (B,) tensors, always drawn on
+the CPU from the global generator, so that a seed gives the same crops on every device and the host never waits for the
+GPU.
 
 Images are (B, C, H, W); boxes are four (B,) int64 tensors top, left, height, width in pixels.
 """
@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ATTEMPTS = 10  # as torchvision's RandomResizedCrop and timm's RandomErasing
+_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop and timm's RandomErasing
 
 
 class Boxes(NamedTuple):
-    """One rectangle per image, (B,) int64 each."""
+    """One rectangle per image in pixels, (B,) int64 each."""
 
     top: Tensor
     left: Tensor
@@ -27,7 +27,7 @@ class Boxes(NamedTuple):
 
 
 def draw_flips(count: int) -> Tensor:
-    """(B,) bool, true for half of the images on average."""
+    """Draw (B,) bool, true for half of the images on average."""
     return torch.rand(count) < 0.5
 
 
@@ -38,10 +38,10 @@ def draw_crops(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Boxes:
-    """Boxes of RandomResizedCrop (Szegedy et al. 2015).
+    """Draw the boxes of RandomResizedCrop (Szegedy et al. 2015).
 
-    The area's share is uniform in ``scale``, the aspect (width / height) log-uniform in ``ratio``. The first of ten
-    draws that lies within the image counts; if none does, the central square.
+    The share of the area is uniform in ``scale``, the aspect (width / height) log-uniform in ``ratio``. The first of
+    ten draws that fits into the image is used, or the central square if none does.
     """
     areas = height * width * torch.empty(count, _ATTEMPTS).uniform_(*scale)
     aspects = torch.empty(count, _ATTEMPTS).uniform_(math.log(ratio[0]), math.log(ratio[1])).exp()
@@ -54,7 +54,7 @@ def draw_crops(
 def draw_erasures(
     count: int, height: int, width: int, area: tuple[float, float] = (0.02, 1 / 3), max_aspect: float = 1 / 0.3
 ) -> Boxes:
-    """Boxes of random erasing (Zhong et al. 2017) as timm draws them; empty for an image for which ten draws fail."""
+    """Draw the boxes of random erasing (Zhong et al. 2017) as timm does; empty for an image whose ten draws fail."""
     areas = height * width * torch.empty(count, _ATTEMPTS).uniform_(*area)
     aspects = torch.empty(count, _ATTEMPTS).uniform_(-math.log(max_aspect), math.log(max_aspect)).exp()
     heights = (areas * aspects).sqrt().round().long()
@@ -63,7 +63,7 @@ def draw_erasures(
 
 
 def _place(heights: Tensor, widths: Tensor, valid: Tensor, height: int, width: int, fallback: int) -> Boxes:
-    """First valid of the (B, attempts) sizes at a uniform position; a square of side ``fallback``, centred, if none."""
+    """Place each image's first valid size of (B, attempts) at random, or a central square of side ``fallback``."""
     count = len(valid)
     rows, first, found = torch.arange(count), valid.int().argmax(1), valid.any(1)
     h = torch.where(found, heights[rows, first], fallback)
@@ -75,7 +75,7 @@ def _place(heights: Tensor, widths: Tensor, valid: Tensor, height: int, width: i
 
 
 def padded_crop(images: Tensor, padding: int, flips: Tensor | None = None) -> Tensor:
-    """Random crop of the original size after padding with zeros, mirrored where ``flips`` (B,) is true; any dtype."""
+    """Pad with zeros and crop randomly to the original size, mirrored where ``flips`` (B,) is true; any dtype."""
     batch, channels, height, width = images.shape
     offsets = torch.randint(0, 2 * padding + 1, (2, batch, 1, 1))
     ys = offsets[0] + torch.arange(height)[:, None]
@@ -89,7 +89,7 @@ def padded_crop(images: Tensor, padding: int, flips: Tensor | None = None) -> Te
 
 
 def centre_square(images: Tensor) -> Tensor:
-    """The central square of side min(H, W), as a view."""
+    """Return the central square of side min(H, W) as a view."""
     height, width = images.shape[-2:]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
@@ -97,10 +97,10 @@ def centre_square(images: Tensor) -> Tensor:
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Antialiased bicubic resize of float images (B, C, H, W) in 0..255 to (B, C, size, size), kept in 0..255.
+    """Resize float images (B, C, H, W) in 0..255 to (B, C, size, size), bicubic and antialiased, clamped to 0..255.
 
-    The same operator as ``F.interpolate(mode="bicubic", antialias=True)``. It is linear and separable, so it is two
-    matrix products: 1.7 times as fast as interpolate from 32 to 224 px on one CPU core.
+    The same operator as ``F.interpolate(mode="bicubic", antialias=True)``. As it is linear and separable, two matrix
+    products compute it: 1.7 times as fast as interpolate from 32 to 224 px on one CPU core.
     """
     height, width = images.shape[-2:]
     if height == width == size:
@@ -112,9 +112,9 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 def crop_and_resize(images: Tensor, boxes: Boxes, size: int, flips: Tensor | None = None) -> Tensor:
-    """Each image's own box resized (antialiased bicubic) to (size, size), mirrored where ``flips`` is true.
+    """Resize each image's own box (antialiased bicubic) to (size, size), mirrored where ``flips`` is true.
 
-    Float images in 0..255; equals torchvision's ``resized_crop`` followed by ``horizontal_flip`` for each image.
+    Takes float images in 0..255; equals torchvision's ``resized_crop`` followed by ``horizontal_flip`` for each image.
     """
     height, width = images.shape[-2:]
     boxes = Boxes(*(edge.to(images.device) for edge in boxes))
@@ -126,7 +126,7 @@ def crop_and_resize(images: Tensor, boxes: Boxes, size: int, flips: Tensor | Non
 
 
 def _resampling(start: Tensor, length: Tensor, source: int, target: int) -> Tensor:
-    """Matrices (B, target, source) that resample the pixels start..start+length-1 to ``target`` pixels.
+    """Return matrices (B, target, source) that resample the pixels start..start+length-1 to ``target`` pixels.
 
     Keys' cubic kernel with a = -0.5, widened by the scale when shrinking, as in PIL and ``F.interpolate``.
     """
@@ -141,13 +141,13 @@ def _resampling(start: Tensor, length: Tensor, source: int, target: int) -> Tens
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(x / 255 - mean) / std for float images in 0..255, in place; mean and std (C,)."""
+    """Compute (x / 255 - mean) / std for float images in 0..255, in place; mean and std are (C,)."""
     mean, std = mean.view(-1, 1, 1), std.view(-1, 1, 1)
     return images.mul_((1 / (255 * std)).to(images.device)).sub_((mean / std).to(images.device))
 
 
 def random_erasing(images: Tensor, probability: float = 0.25) -> Tensor:
-    """Replace one rectangle by standard normal noise, in place, in a share ``probability`` of the normalised images."""
+    """Replace a rectangle by standard normal noise, in place, in a share ``probability`` of the normalised images."""
     height, width = images.shape[-2:]
     chosen = (torch.rand(len(images)) < probability).nonzero()[:, 0]
     boxes = draw_erasures(len(chosen), height, width)
@@ -159,7 +159,7 @@ def random_erasing(images: Tensor, probability: float = 0.25) -> Tensor:
 
 
 def box_mask(boxes: Boxes, height: int, width: int) -> Tensor:
-    """(B, height, width) bool, true inside each image's box."""
+    """Return (B, height, width) bool, true inside each image's box."""
     y, x = torch.arange(height), torch.arange(width)
     bottom, right = boxes.top + boxes.height, boxes.left + boxes.width
     rows = (y >= boxes.top[:, None]) & (y < bottom[:, None])

@@ -1,4 +1,4 @@
-"""The datamodule: one source, its loaders, exact resume within an epoch, and the device-side `prepare`."""
+"""The datamodule: one source, its loaders, exact resume within an epoch and the device-side `prepare`."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,17 +19,17 @@ _ORDER = ("seed", "batch_size", "val_fraction")  # what the order of training ba
 
 
 class StageLoader:
-    """What the trainer iterates: the batches of a `BatchLoader` behind the smallest possible interface.
+    """The loader that the trainer sees: the batches of a `BatchLoader` behind a minimal interface.
 
-    It is not a DataLoader, so that Lightning neither replaces its sampler (the training batches are divided among
-    processes already; every process evaluates all images, without the duplicates that a DistributedSampler
-    adds) nor advises more workers for data that lie in memory.
+    It is not a DataLoader, so that Lightning neither replaces its sampler (the training batches are already divided
+    among processes; every process evaluates all images, without a DistributedSampler's duplicates) nor advises more
+    workers for data held in memory.
     """
 
     def __init__(self, loader: BatchLoader, sampler: EpochBatches | None = None) -> None:
         self.loader = loader
         if sampler is not None:
-            self.sampler = sampler  # Lightning calls its `set_epoch`; evaluation loaders must not have one
+            self.sampler = sampler  # Lightning calls its `set_epoch`; evaluation loaders must have no sampler
         self.dataset = loader.dataset
 
     def __len__(self) -> int:
@@ -39,39 +39,39 @@ class StageLoader:
         yield from self.loader
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty: the datamodule keeps the position. Its presence tells Lightning that resuming is exact."""
+        """Return nothing, as the datamodule keeps the position; the method tells Lightning that resuming is exact."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore, see `state_dict`."""
+        """Restore nothing, see `state_dict`."""
 
 
 class ImageDataModule(lightning.LightningDataModule):
-    """Images of one source as uint8 batches, and `prepare`, which makes network inputs of them on the device.
+    """Images of one source as uint8 batches, and `prepare`, which turns them into network inputs on the device.
 
-    Training batches are shuffled by a permutation that depends on ``seed`` and epoch alone; the last batch of an epoch
-    is dropped if it is incomplete. Evaluation batches come in fixed order and nothing is dropped. The test split is
-    read only when a test loader is asked for.
+    Training batches are shuffled by a permutation that depends only on ``seed`` and epoch; an incomplete last batch is
+    dropped. Evaluation batches come in fixed order and nothing is dropped. The test split is read only when a test
+    loader is requested.
 
     Args:
         source: "digits", "cifar10", "cifar100", "stl10", "svhn" or "image_folder".
         root: folder of the files (not used by "digits"); for "image_folder" the one with train/ and test/.
-        download: fetch missing files in `prepare_data`.
-        image_size: side in pixels of what `prepare` returns.
+        download: whether `prepare_data` downloads missing files.
+        image_size: side in pixels of the images that `prepare` returns.
         batch_size: training images per batch and process.
-        eval_batch_size: images per evaluation batch; None: ``batch_size``.
+        eval_batch_size: images per evaluation batch; None means ``batch_size``.
         augmentation, horizontal_flip, mixup, cutmix, mean, std: see `Preparation`.
-        val_fraction: share of the training images held out for validation, stratified, drawn by ``seed``; 0: no
-            validation. An image folder with a val folder uses that instead.
-        seed: of the validation split and of the order of training batches.
-        shuffle: whether every epoch has another order; otherwise all have that of the first.
+        val_fraction: share of the training images held out for validation, stratified, drawn with ``seed``; 0 means
+            no validation. An image folder's own val folder takes precedence.
+        seed: seed of the validation split and of the order of training batches.
+        shuffle: whether every epoch has its own order; otherwise all use that of the first.
         num_workers: processes that decode files; data held in memory are batched in the main process,
             which is faster.
-        in_memory: image_folder only; None decides by size, see `ImageFolder`.
-        skip_bad_images: image_folder only; leave out files that cannot be decoded, see `ImageFolder`.
+        in_memory: image_folder only: whether to hold the images in memory; None decides by size, see `ImageFolder`.
+        skip_bad_images: image_folder only: whether to leave out files that cannot be decoded, see `ImageFolder`.
 
     Raises:
-        UserError: for values out of range at construction; for missing files in `prepare_data`.
+        UserError: values out of range at construction; missing files in `prepare_data`.
     """
 
     def __init__(
@@ -119,20 +119,20 @@ class ImageDataModule(lightning.LightningDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """One name per class in the order of the labels; the torchvision sources read their files for it."""
+        """One name per class, in the order of the labels; torchvision sources read their files for it."""
         if "train" not in self._splits:
             self.prepare_data()
         return self.source.class_names()
 
     def prepare(self, images: Tensor, labels: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
-        """Make network inputs of a batch; call it inside the step, under any autocast.
+        """Turn a batch into network inputs; call it inside the step, under any autocast.
 
         Random parameters come from the global CPU generator, one set per image.
 
         Args:
-            images: uint8 (B, 3 or 1, h, w) on the device; of non-square ones the central square is used.
+            images: uint8 (B, 3 or 1, h, w) on the device; non-square images are cropped to the central square.
             labels: (B,) int64.
-            training: augment and mix as configured; otherwise only resize and normalise.
+            training: whether to augment and mix as configured; otherwise only resize and normalise.
 
         Returns:
             float32 (B, 3, image_size, image_size), normalised, and the labels: (B,) int64, or float32
@@ -146,16 +146,16 @@ class ImageDataModule(lightning.LightningDataModule):
         self._prepared = True
 
     def setup(self, stage: str) -> None:
-        """Read the training images (and cut the validation split from them); Lightning calls it in every process."""
+        """Read the training images and hold out the validation split; Lightning calls it in every process."""
         if stage in ("fit", "validate"):
             self._split("train")
         self._resume, self._sampler = (0, 0), None  # a checkpoint's position is restored after this
 
     def train_dataloader(self) -> StageLoader:
-        """Shuffled training batches, starting within the epoch after a resume.
+        """Return the shuffled training batches, starting within the epoch after a resume.
 
         Raises:
-            UserError: if a checkpoint lies within an epoch and the batches of that epoch would be others now.
+            UserError: the checkpoint lies within an epoch whose batches would be different now.
         """
         self._check_order()
         dataset = self._required("train")
@@ -167,32 +167,32 @@ class ImageDataModule(lightning.LightningDataModule):
         return StageLoader(batch_loader(dataset, self._workers(), batch_sampler=sampler), sampler)
 
     def val_dataloader(self) -> StageLoader | list[StageLoader]:
-        """The validation images in fixed order; an empty list without validation."""
+        """Return the validation images in fixed order, or an empty list if there are none."""
         self._split("train")
         return [] if self._splits["val"] is None else StageLoader(self.ordered_loader("val"))
 
     def test_dataloader(self) -> StageLoader:
-        """The test images in fixed order."""
+        """Return the test images in fixed order."""
         return StageLoader(self.ordered_loader("test"))
 
     def ordered_loader(self, split: str) -> BatchLoader:
-        """All images of "train", "val" or "test" once, in fixed order.
+        """Return all images of "train", "val" or "test" once, in fixed order.
 
         Raises:
-            UserError: for another name, or "val" when there is no validation split.
+            UserError: an unknown split, or "val" when there is no validation split.
         """
         return batch_loader(self._required(split), self._workers(), batch_size=self.eval_batch_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the training data: the next batch is number ``batch`` of epoch ``epoch``.
+        """Return the position in the training data: the next batch is number ``batch`` of epoch ``epoch``.
 
-        It also holds what the order of batches depends on, to be compared on loading.
+        The settings that the order of batches depends on are included, to be compared on loading.
         """
         epoch, batch = self._position()
         return {"epoch": epoch, "batch": batch, **{name: getattr(self, name) for name in _ORDER}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue at the saved position with the next training loader."""
+        """Let the next training loader resume at the saved position."""
         self._resume = (state_dict["epoch"], state_dict["batch"])
         self._saved_order = {name: state_dict[name] for name in _ORDER}
 
@@ -217,7 +217,7 @@ class ImageDataModule(lightning.LightningDataModule):
     def _split(self, split: str) -> LabelledImages | None:
         if split not in self._splits:
             if not self._prepared:
-                # Other processes than the first were not asked to download.
+                # Lightning calls `prepare_data`, which downloads, in the first process only.
                 self.source.prepare(self.download and self.trainer is None)
                 self._prepared = True
             if split == "test":
@@ -241,7 +241,7 @@ class ImageDataModule(lightning.LightningDataModule):
         for name, before in self._saved_order.items():
             if self._resume[1] > 0 and getattr(self, name) != before:
                 raise UserError(
-                    f"{name}={getattr(self, name)} cannot continue the checkpoint, which lies within an epoch trained "
+                    f"{name}={getattr(self, name)} cannot resume the checkpoint, which lies within an epoch trained "
                     f"with {name}={before}"
                 )
 

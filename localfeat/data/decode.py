@@ -1,4 +1,4 @@
-"""One image file to one uint8 RGB array; every way a file can be bad ends in one line that names it."""
+"""Decode image files to uint8 RGB arrays; every bad file ends in one line that names it."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 import torch
 
-# Image.open would import them when it first needs them, in several threads at once.
+# Image.open would import the plugins on first use, in several threads at once.
 from PIL import (  # noqa: F401
     BmpImagePlugin,
     GifImagePlugin,
@@ -33,13 +33,13 @@ from localfeat.utils.text import shown
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
-"""What a file with one of these suffixes may hold. PIL goes by content: it would hand an EPS called .png to
+"""Formats that a file with one of these suffixes may have. PIL goes by content: it would hand an EPS called .png to
 ghostscript."""
 MAX_PIXELS = 100_000_000
-"""Of one image: 300 MB as RGB, and eight are decoded at a time. A small file can claim any size."""
+"""Limit for one image: 300 MB as RGB, and eight are decoded at a time. A small file can claim any size."""
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit above is an error
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of tags that no pixel depends on
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # about tags that no pixel depends on
 
 _DECODE_THREADS = 8  # PIL releases the GIL while it decodes
 _CHUNK = 256
@@ -50,12 +50,12 @@ def read_image(path: Path, size: int | None = None) -> np.ndarray:
     """Decode ``path`` to a writable uint8 RGB array (H, W, 3).
 
     With ``size`` the shorter side is resized to it (bicubic, antialiased) and the centre square is kept, so the
-    result is (size, size, 3). Grey, palette, RGBA (alpha dropped), CMYK and 16-bit files become RGB; of an
-    animation the first frame is taken.
+    result is (size, size, 3). Grey, palette, RGBA (alpha dropped), CMYK and 16-bit files become RGB; animations give
+    their first frame.
 
     Raises:
-        BadImage: of none of the ``FORMATS``, damaged, truncated, of more than ``MAX_PIXELS``, no regular file.
-        RunFailed: the system does not hand the file over: gone, forbidden, a failing disk.
+        BadImage: none of the ``FORMATS``, damaged, truncated, more than ``MAX_PIXELS``, or not a regular file.
+        RunFailed: the system cannot read the file: missing, forbidden, a failing disk.
     """
     with _opened(path) as file:
         image = _to_rgb(file)
@@ -63,15 +63,15 @@ def read_image(path: Path, size: int | None = None) -> np.ndarray:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) from the file's header; raises as `read_image` does."""
+    """Return (height, width) from the file's header; raise as `read_image` does."""
     with _opened(path) as file:
         return file.height, file.width
 
 
 def common_size(paths: Sequence[Path], skip_bad: bool = False) -> tuple[int, int] | None:
-    """The (height, width) that all files share, or None if they differ.
+    """Return the (height, width) that all files share, or None if they differ.
 
-    With ``skip_bad`` files whose header cannot be read do not count.
+    With ``skip_bad``, ignore files whose header cannot be read.
     """
     found = _in_threads(_keeping_errors(image_size) if skip_bad else image_size, paths)
     sizes = {size for size in found if not isinstance(size, BadImage)}
@@ -81,16 +81,16 @@ def common_size(paths: Sequence[Path], skip_bad: bool = False) -> tuple[int, int
 def read_images(
     paths: Sequence[Path], height: int, width: int, resize: bool, bad: BadFiles | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Files as one uint8 tensor (M, 3, height, width), and the positions (M,) in ``paths`` of those that are in it.
+    """Read files into one uint8 tensor (M, 3, height, width), and return it with their positions (M,) in ``paths``.
 
-    ``resize`` brings each to the square height == width; without it each must have that size already. Those that
-    cannot be decoded are left out and named by ``bad``; without it the first of them is an error.
+    With ``resize`` each becomes a square of height == width; otherwise each must already have that size. Files that
+    cannot be decoded are left out and reported by ``bad``; without ``bad`` the first of them is an error.
     """
 
     def decoded(path: Path) -> np.ndarray:
         pixels = read_image(path, height if resize else None)
         if pixels.shape != (height, width, 3):
-            raise BadImage(f"{shown(path)} has {pixels.shape[1]} x {pixels.shape[0]} pixels, its header said otherwise")
+            raise BadImage(f"{shown(path)} has {pixels.shape[1]} x {pixels.shape[0]} pixels, unlike its header")
         return pixels
 
     images = torch.empty(len(paths), 3, height, width, dtype=torch.uint8)
@@ -105,7 +105,7 @@ def read_images(
 
 
 def _keeping_errors(function: Callable[[Path], _Result]) -> Callable[[Path], _Result | BadImage]:
-    """``function`` with a ``BadImage`` as its result instead of as an exception."""
+    """Wrap ``function`` so that it returns a ``BadImage`` instead of raising it."""
 
     def attempt(path: Path) -> _Result | BadImage:
         try:
@@ -117,7 +117,7 @@ def _keeping_errors(function: Callable[[Path], _Result]) -> Callable[[Path], _Re
 
 
 def _in_threads(function: Callable[[Path], _Result], paths: Sequence[Path]) -> Iterator[_Result]:
-    """``map`` by threads in chunks: a future per small file would cost more than reading it."""
+    """Map ``function`` over ``paths`` in threads, by chunks: a future per small file costs more than reading it."""
     chunks = [paths[i : i + _CHUNK] for i in range(0, len(paths), _CHUNK)]
     pool = ThreadPoolExecutor(_DECODE_THREADS)
     try:
@@ -150,9 +150,9 @@ def _centre_square(image: Image.Image, size: int) -> Image.Image:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """The image in ``path``, its header read and checked, its pixels not decoded yet; errors name the file."""
+    """Open the image in ``path`` and check its header, without decoding its pixels; errors name the file."""
     try:
-        # Given a file and not a name, PIL does not map it into memory: one that is cut short meanwhile would kill us.
+        # PIL does not map a file object into memory: a mapped file truncated meanwhile would kill the process.
         with _regular_file(path) as file, Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
@@ -163,17 +163,17 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise _bad(path, f"it is none of {', '.join(FORMATS)}, or damaged at its beginning") from error
     except Image.DecompressionBombError as error:
         raise _bad(path, f"it has more than {MAX_PIXELS:,} pixels, which is the limit") from error
-    except Exception as error:  # decoders raise nearly everything for the right wrong bytes
-        # A negative position in a damaged header is the system's "invalid argument".
+    except Exception as error:  # decoders raise nearly anything for damaged bytes
+        # EINVAL comes from a damaged header that holds a negative position.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise RunFailed(f"{shown(path)} cannot be read ({error.strerror})") from error
         raise _bad(path, str(error) or type(error).__name__) from error
 
 
 def _regular_file(path: Path) -> BinaryIO:
-    """``path`` opened for reading; never waits for a pipe or wakes a device."""
+    """Open ``path`` for reading, without ever waiting for a pipe or waking a device."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
 
 

@@ -1,7 +1,7 @@
-"""Files fetched and unpacked so that nothing half done is ever found under a file's name.
+"""Download and unpack files so that no incomplete file ever appears under its final name.
 
-One process at a time works on a folder, what it writes gets its name when it is complete, and what a killed process has
-left is removed by the next one.
+One process at a time works on a folder. A file gets its name once it is complete, and the next process removes what a
+killed one left behind.
 """
 
 from __future__ import annotations
@@ -27,38 +27,39 @@ from localfeat.utils.text import shown
 
 LOCK = ".localfeat.lock"
 ERRORS = (OSError, EOFError, RuntimeError, ValueError, tarfile.TarError, zlib.error, http.client.HTTPException)
-"""What can go wrong while files are fetched and unpacked."""
+"""Exceptions that fetching and unpacking may raise."""
 
-_NETWORK_TIMEOUT = 30.0  # seconds without a byte; torchvision itself would wait for ever
+_NETWORK_TIMEOUT = 30.0  # seconds without a byte; torchvision itself would wait forever
 _POLL = 0.2  # seconds between two looks at a lock
 
 
 @contextmanager
 def sole_writer(root: Path, files: Iterable[str]) -> Iterator[None]:
-    """Keep other processes from fetching into ``root``, waiting, and saying so, while one does.
+    """Keep other processes from fetching into ``root``; while one already does, say so and wait.
 
-    The folder is made if need be, and removed again if nothing has come into it. The system takes the lock back from
-    a process that dies.
+    The folder is created if needed, and removed again if it stays empty. The system releases the lock of a process
+    that dies.
 
     Args:
-        files: that may be fetched, relative to ``root``; what a killed process has left of them is removed.
+        root: folder to fetch into.
+        files: paths that may be fetched, relative to ``root``; their leftovers from a killed process are removed.
 
     Raises:
-        OSError: the folder cannot be made or written to.
+        OSError: the folder cannot be created or written to.
     """
     made = [folder for folder in (root, *root.parents) if not folder.exists()]
     lock = root / LOCK
     try:
         descriptor = _wait_for(lock)
         try:
-            if descriptor is not None:  # else another process may be at work on them
+            if descriptor is not None:  # without the lock another process may be writing them
                 for name in files:
                     _remove_left_overs(root / name)
             yield
         finally:
             if descriptor is not None:
                 with suppress(OSError):
-                    lock.unlink()  # whoever waits for it will see that it is gone, and make another
+                    lock.unlink()  # a waiting process will see that it is gone, and create a new one
                 os.close(descriptor)
     finally:
         for folder in made:
@@ -67,27 +68,27 @@ def sole_writer(root: Path, files: Iterable[str]) -> Iterator[None]:
 
 
 def _wait_for(lock: Path) -> int | None:
-    """A descriptor that holds the lock; None, with a warning, on a file system without locks."""
+    """Wait for the lock and return its descriptor; on a file system without locks, warn and return None."""
     said = False
     while True:
         lock.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = try_lock(lock)
-        except FileNotFoundError:  # whoever had it has just removed the empty folder
+        except FileNotFoundError:  # the previous holder has just removed the empty folder
             continue
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise
             print(
                 f"warning: no locks on this file system: two downloads to {shown(lock.parent)} at the same time would "
-                "disturb each other",
+                "damage each other",
                 file=sys.stderr,
             )
             return None
         if descriptor is not None:
             return descriptor
         if not said:
-            print(f"waiting for another process that downloads to {shown(lock.parent)}", file=sys.stderr, flush=True)
+            print(f"waiting for another process to download to {shown(lock.parent)}", file=sys.stderr, flush=True)
             said = True
         time.sleep(_POLL)
 
@@ -101,10 +102,10 @@ def _remove_left_overs(file: Path) -> None:
 
 
 def fetch(url: str, file: Path, md5: str) -> None:
-    """Make sure that ``file`` holds what ``url`` holds; a file of another content is replaced when that has come.
+    """Download ``url`` to ``file`` unless its checksum is already ``md5``; replace it only by a complete download.
 
     Raises:
-        OSError, RuntimeError, http.client.HTTPException: see ``ERRORS``; ``file`` is then as it was.
+        OSError, RuntimeError, http.client.HTTPException: see ``ERRORS``; ``file`` is then unchanged.
     """
     from torchvision.datasets.utils import check_integrity, download_url
 
@@ -122,12 +123,15 @@ def fetch(url: str, file: Path, md5: str) -> None:
 
 
 def unpack(archive: Path, md5: str, root: Path, wanted: dict[str, str | None]) -> None:
-    """Bring the ``wanted`` members (path -> md5) of a .tar.gz, those that are files, to the same paths below ``root``.
+    """Unpack the ``wanted`` members (path -> md5) of a .tar.gz, regular files only, to the same paths below ``root``.
 
-    Nothing else in the archive is looked at, so that no name and no link in it leads anywhere.
+    Nothing else in the archive is read, so that no name or link in it can lead outside ``root``.
 
     Args:
-        md5: of the archive, checked on the bytes that are then unpacked.
+        archive: the .tar.gz file.
+        md5: checksum of the archive, verified on the same bytes that are then unpacked.
+        root: folder to unpack into.
+        wanted: path of each member -> its md5, or None if that is unknown.
 
     Raises:
         OSError, RuntimeError, tarfile.TarError, EOFError, zlib.error: see ``ERRORS``.
@@ -135,7 +139,7 @@ def unpack(archive: Path, md5: str, root: Path, wanted: dict[str, str | None]) -
     missing = dict(wanted)
     with archive.open("rb") as packed:
         if hashlib.file_digest(packed, _md5).hexdigest() != md5:
-            raise RuntimeError(f"{shown(archive)} has another checksum than it should have")
+            raise RuntimeError(f"{shown(archive)} has the wrong checksum")
         packed.seek(0)
         with tarfile.open(fileobj=packed, mode="r:gz") as tar:
             for member in tar:
@@ -155,11 +159,11 @@ def _copy(source: object, file: BinaryIO, md5: str | None, name: str) -> None:
         file.write(chunk)
         digest.update(chunk)
     if md5 is not None and digest.hexdigest() != md5:
-        raise RuntimeError(f"{name} in the archive has another checksum than it should have")
+        raise RuntimeError(f"{name} in the archive has the wrong checksum")
 
 
 def _md5() -> hashlib._Hash:
-    return hashlib.md5(usedforsecurity=False)  # which is allowed on every machine
+    return hashlib.md5(usedforsecurity=False)  # allowed on FIPS machines too
 
 
 @contextmanager

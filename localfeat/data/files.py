@@ -1,4 +1,4 @@
-"""Images of a bare folder, without labels, for prediction."""
+"""Unlabelled images of a folder, for prediction."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -15,10 +15,10 @@ from localfeat.utils.text import shown
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """All image files below ``folder``, sorted by path; hidden files and folders are skipped.
+    """Return all image files below ``folder``, sorted by path; hidden files and folders are skipped.
 
     Raises:
-        UserError: if there is no such folder, or no image in it; for what bears the name of an image and is no file.
+        UserError: the folder does not exist or holds no image, or an entry named like an image is not a file.
     """
     folder = Path(folder)
     if not os.path.isdir(folder):
@@ -30,13 +30,13 @@ def list_images(folder: str | Path) -> list[Path]:
 
 
 def image_paths(folder: Path, bad: BadFiles | None = None) -> list[Path]:
-    """The image files below ``folder``, sorted; hidden ones and folders behind links skipped; possibly empty.
+    """Return the image files below ``folder``, sorted, without hidden ones and linked folders; possibly none.
 
-    What has the name of an image and is neither file nor folder (a link that leads nowhere, a pipe) is left out and
-    named by ``bad``; without it it is an error.
+    An entry that is named like an image but is neither a file nor a folder (a broken link, a pipe) is left out and
+    reported by ``bad``; without ``bad`` it is an error.
 
     Raises:
-        UserError: for such a thing, or a folder that cannot be read.
+        UserError: such an entry, or a folder that cannot be read.
     """
     found = []
     try:
@@ -54,7 +54,7 @@ def image_paths(folder: Path, bad: BadFiles | None = None) -> list[Path]:
 
 
 def _visible_entries(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Everything below ``folder`` that is no folder itself; hidden names and what lies below them are skipped."""
+    """Yield everything below ``folder`` that is not a folder; hidden entries, and all below them, are skipped."""
     pending: list[str | Path] = [folder]
     while pending:
         with os.scandir(pending.pop()) as entries:
@@ -68,7 +68,7 @@ def _visible_entries(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _refuse(entry: os.DirEntry[str], bad: BadFiles | None) -> None:
-    what = "a link that leads to no file" if entry.is_symlink() else "a pipe, socket or device"
+    what = "a link that does not lead to a file" if entry.is_symlink() else "a pipe, socket or device"
     error = BadImage(f"cannot read the image {shown(entry.path)}: it is {what}; replace or delete it")
     if bad is None:
         raise error
@@ -76,10 +76,10 @@ def _refuse(entry: os.DirEntry[str], bad: BadFiles | None) -> None:
 
 
 def image_files_loader(paths: Sequence[Path], image_size: int, batch_size: int, num_workers: int) -> DataLoader[Batch]:
-    """Batches of image files of any size, in the order of ``paths``.
+    """Return a loader of image files of any size, in the order of ``paths``.
 
-    Yields uint8 images (B, 3, image_size, image_size), their shorter side resized and the centre kept, and
-    the positions (B,) int64 in ``paths``. ``num_workers`` processes decode (0: the calling process).
+    It yields uint8 images (B, 3, image_size, image_size), their shorter side resized and the centre kept, and
+    their positions (B,) int64 in ``paths``. ``num_workers`` processes decode; with 0 the calling process does.
     """
     if batch_size < 1 or image_size < 1:
         raise UserError(f"batch_size={batch_size}, image_size={image_size}: both must be at least 1")

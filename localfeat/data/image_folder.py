@@ -1,4 +1,4 @@
-"""Any dataset kept as files: ``train/<class>/...``, ``test/<class>/...`` and optionally ``val/<class>/...``."""
+"""A dataset of image files: ``train/<class>/...``, ``test/<class>/...`` and optionally ``val/<class>/...``."""
 
 import os
 from collections.abc import Iterator
@@ -14,30 +14,30 @@ from localfeat.data.labelled import FileImages, LabelledImages, TensorImages, no
 from localfeat.utils.errors import UserError
 from localfeat.utils.text import prints, shown
 
-MEMORY_LIMIT = 4 * 1024**3  # bytes of decoded pixels kept in memory, at most half of the machine's
+MEMORY_LIMIT = 4 * 1024**3  # bytes of decoded pixels held in memory; never more than half of the machine's
 LAYOUT = "train/<class>/<image> and test/<class>/<image> (val/<class>/<image> is optional)"
 
 
 class ImageFolder:
     """Labelled images in folders; the class names are the folder names, sorted.
 
-    Images that all share one size keep it, provided that they are held in memory. Otherwise the shorter side of
-    each is resized (bicubic, antialiased) to the *store size*, 8/7 of ``image_size`` (256 for 224), and the centre
-    square is kept. They are decoded once into one tensor if that needs no more than ``MEMORY_LIMIT`` or half of
-    the machine's memory, else by the loader's workers for each batch.
+    Images are decoded once into one tensor if that fits into ``MEMORY_LIMIT`` and half of the machine's memory, else
+    by the loader's workers for each batch. Images in memory that all share one size keep it. Otherwise the shorter side
+    of each is resized (bicubic, antialiased) to the *store size*, 8/7 of ``image_size`` (256 for 224), and the centre
+    square is kept.
 
-    With ``skip_bad`` files that cannot be decoded are left out, each named once on stderr: in memory of the images
-    there are, else of the batches they would be in, see `FileImages`. Both depend on the files alone.
+    With ``skip_bad``, files that cannot be decoded are left out, each reported once on stderr: from the tensor, or
+    from the batches they belong to, see `FileImages`. Both depend only on the files.
 
     Args:
         root: the folder with the splits.
-        image_size: side in pixels that the network will see.
-        in_memory: overrides the decision by size.
-        skip_bad: leave bad files out instead of ending with an error.
+        image_size: side in pixels of the network's input.
+        in_memory: whether to hold the images in memory; None decides by size.
+        skip_bad: whether to leave bad files out instead of ending with an error.
 
     Raises:
-        UserError: without train and test folders, for an empty class folder, if splits differ in their classes, for a
-            class whose name does not print; in `load`, for a class of which every file is bad.
+        UserError: missing train or test folders, an empty class folder, splits with different classes, a class whose
+            name does not print; in `load`, a class whose files are all bad.
     """
 
     def __init__(self, root: Path, image_size: int, in_memory: bool | None = None, skip_bad: bool = False) -> None:
@@ -59,18 +59,18 @@ class ImageFolder:
 
     @property
     def in_memory(self) -> bool:
-        """Whether the images are decoded once; reads every file's header at the first call."""
+        """Whether the images are decoded once; the first access reads every file's header."""
         self._decide()
         return self._in_memory
 
     @property
     def image_shape(self) -> tuple[int, int]:
-        """Height and width of the images as they are loaded; reads every file's header at the first call."""
+        """Height and width of the images as they are loaded; the first access reads every file's header."""
         self._decide()
         return self._native if self._in_memory and self._native else (self.store_size, self.store_size)
 
     def prepare(self, download: bool) -> None:
-        """Nothing to fetch: the files were found at construction."""
+        """Do nothing: the files were found at construction."""
 
     def size(self, split: str) -> int | None:
         return sum(len(paths) for paths in self._files[split].values()) if split in self._files else None
@@ -96,7 +96,7 @@ class ImageFolder:
         return TensorImages(images, labels[kept])
 
     def _decide(self) -> None:
-        """Choose once, over all splits together, between memory and files, and the stored size."""
+        """Choose the stored size, and memory or files, once for all splits together."""
         if self._decided:
             return
         paths = [path for classes in self._files.values() for members in classes.values() for path in members]
@@ -109,13 +109,13 @@ class ImageFolder:
 
 
 def _scan(split: Path, bad: BadFiles | None) -> dict[str, list[Path]]:
-    """Class name -> sorted image files of one split, classes sorted by name."""
+    """Map each class name of one split, in sorted order, to its sorted image files."""
     with _readable(split):
         folders = sorted(path for path in split.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
         raise UserError(f"image_folder: {shown(split.absolute())} has no class folders; expected {LAYOUT}")
     for folder in folders:
-        if not prints(folder.name):  # it will stand in tables, files and terminals
+        if not prints(folder.name):  # the name will appear in tables, files and terminals
             where = shown(folder.absolute())
             raise UserError(f"image_folder: the class {where} has a name that does not print; rename it")
     files = {folder.name: image_paths(folder, bad) for folder in folders}

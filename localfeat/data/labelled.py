@@ -1,4 +1,4 @@
-"""Labelled images behind a DataLoader: one tensor in memory, or files decoded on demand."""
+"""Datasets of labelled images (one tensor in memory, or files decoded on demand) and their loader."""
 
 import os
 import signal
@@ -23,17 +23,17 @@ class LabelledImages(Dataset[Batch]):
     """Images of one split; subclasses fetch a whole batch at once."""
 
     labels: Tensor  # (N,) int64
-    bad: BadFiles | None = None  # with it, files that cannot be decoded are left out
+    bad: BadFiles | None = None  # if set, files that cannot be decoded are left out
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def fetch(self, indices: Tensor) -> Batch:
-        """Images (B, 3, h, w) uint8 and labels (B,) int64 at ``indices`` (B,) int64."""
+        """Return the images (B, 3, h, w) uint8 and labels (B,) int64 at ``indices`` (B,) int64."""
         raise NotImplementedError
 
     def subset(self, indices: Tensor) -> "LabelledImages":
-        """The images at ``indices`` (M,), in that order, without copying pixels."""
+        """Return the images at ``indices`` (M,), in that order, without copying pixels."""
         return _Subset(self, indices)
 
     def __getitem__(self, index: int) -> Batch:
@@ -41,8 +41,8 @@ class LabelledImages(Dataset[Batch]):
         return images[0], labels[0]
 
     def __getitems__(self, indices: Sequence[int] | Tensor) -> Any:
-        # A worker process would wrap an error in its own many-line traceback; handed over as a value it
-        # is raised unchanged by `BatchLoader`, which also says what has been left out.
+        # A worker process would wrap an exception in its own many-line traceback, so it is returned as a value and
+        # `BatchLoader` raises it unchanged. `BatchLoader` also reports the files that were left out.
         try:
             batch = self.fetch(torch.as_tensor(indices))
         except (UserError, RunFailed) as error:
@@ -63,16 +63,15 @@ class TensorImages(LabelledImages):
 
 
 class FileImages(LabelledImages):
-    """Image files decoded when asked for, each resized and cropped to ``size`` x ``size`` pixels.
+    """Image files decoded on demand, each resized and cropped to ``size`` x ``size`` pixels.
 
-    With ``bad`` those that cannot be decoded are left out of the batches they belong to. That depends on the files
-    alone, so a resumed run sees the same batches, and costs nothing; finding them before training would take a pass
-    over all images at every start.
+    With ``bad``, files that cannot be decoded are left out of their batches. That costs nothing and depends only on
+    the files, so a resumed run sees the same batches; finding them before training would take a pass over all images
+    at every start.
 
     Raises:
-        UserError: when fetching; a bad file without ``bad``, a batch or a class (of all the files given here) of which
-            nothing can be decoded.
-        RunFailed: when fetching; a file that the system does not hand over.
+        UserError: when fetching: a bad file without ``bad``, or a batch or class in which no file can be decoded.
+        RunFailed: when fetching: the system cannot read a file.
     """
 
     def __init__(self, paths: Sequence[Path], labels: Tensor, size: int, bad: BadFiles | None = None) -> None:
@@ -80,7 +79,7 @@ class FileImages(LabelledImages):
         self.labels = labels
         self.size = size
         self.bad = bad
-        self._sound: set[int] = set()  # classes of which at least one file has been decoded
+        self._sound: set[int] = set()  # classes with at least one file that could be decoded
 
     def fetch(self, indices: Tensor) -> Batch:
         images, kept = [], []
@@ -101,7 +100,7 @@ class FileImages(LabelledImages):
         return torch.stack(images).permute(0, 3, 1, 2).contiguous(), self.labels[kept]
 
     def _check_class(self, bad: int) -> None:
-        """Go through the class of the file numbered ``bad`` until one can be decoded."""
+        """Refuse the class of file number ``bad`` if none of its files can be decoded."""
         label = int(self.labels[bad])
         if label in self._sound:
             return
@@ -112,7 +111,7 @@ class FileImages(LabelledImages):
 
 
 def no_sound_image(path: Path, count: int) -> str:
-    """What is wrong with a class of ``count`` files, all bad, ``path`` one of them."""
+    """Return the message for a class whose ``count`` files are all bad; ``path`` is one of them."""
     return f"none of the {count} images of the class of {shown(path)} can be decoded; replace them or delete the class"
 
 
@@ -136,15 +135,14 @@ class _Subset(LabelledImages):
 
 
 def keep_batch(batch: Any) -> Any:
-    """Collate function for datasets whose ``__getitems__`` already returns a batch."""
+    """Return the batch unchanged: the collate function for datasets whose ``__getitems__`` returns a batch."""
     return batch
 
 
 class BatchLoader(DataLoader[Batch]):
     """A DataLoader that starts working at the first batch, not at ``iter()``, and raises one-line errors.
 
-    Lightning calls ``iter()`` before it has told the sampler the epoch; a loader that prefetches there would
-    draw the wrong epoch.
+    Lightning calls ``iter()`` before it tells the sampler the epoch, so prefetching there would draw the wrong epoch.
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -153,17 +151,17 @@ class BatchLoader(DataLoader[Batch]):
             while (batch := _next_batch(batches)) is not None:
                 if isinstance(batch, UserError | RunFailed):
                     raise batch
-                if len(batch) == 3:  # the names of files that a worker process has left out
+                if len(batch) == 3:  # with the messages about files that a worker process has left out
                     bad = cast(LabelledImages, self.dataset).bad
                     assert bad is not None
                     bad.say(batch[2])
                 yield tuple(batch[:2])
         finally:
-            del batches  # ends the worker processes now; an exception would keep this frame and them alive
+            del batches  # end the worker processes now: an exception would keep this frame, and so them, alive
 
 
 def _next_batch(batches: Iterator[Any]) -> Any:
-    """The next of a DataLoader's batches, None at the end; a worker process that has died is a ``RunFailed``."""
+    """Return the DataLoader's next batch, None at the end; raise ``RunFailed`` if a worker process has died."""
     try:
         return next(batches, None)
     except RuntimeError as error:
@@ -171,16 +169,16 @@ def _next_batch(batches: Iterator[Any]) -> Any:
         if not text.startswith("DataLoader worker"):
             raise
         raise RunFailed(
-            f"a process that reads images has died, often for want of memory: fewer dataset.num_workers need less "
+            f"a process that reads images has died, often for lack of memory: a lower dataset.num_workers needs less "
             f"({text})"
         ) from error
 
 
 def _leave_signals_to_parent(worker: int) -> None:
-    """Keep a worker process alive when Ctrl-C or a scheduler's signal reaches the whole group of processes.
+    """Keep a worker process alive when Ctrl-C or a scheduler's signal reaches the whole process group.
 
-    The main process may want to finish its batch and to write a checkpoint, for which it needs its workers. They end
-    when it says so, by SIGTERM too, or when it dies.
+    The main process may still need its workers to finish its batch and write a checkpoint. They end when it tells them
+    to, by SIGTERM too, or when it dies.
     """
     for signum in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
@@ -195,10 +193,10 @@ def _obey_parent(parent: int) -> None:
 
 
 def batch_loader(dataset: Dataset[Batch], num_workers: int, **batching: Any) -> BatchLoader:
-    """A loader over a dataset with ``__getitems__``; ``batching`` is ``batch_size`` or ``batch_sampler``.
+    """Return a loader for a dataset with ``__getitems__``; ``batching`` is ``batch_size`` or ``batch_sampler``.
 
-    It has its own generator, because a DataLoader otherwise draws from the global one at each epoch, which
-    a resumed run would do at another time.
+    It has its own generator: a DataLoader without one draws from the global generator at each epoch, which a resumed
+    run would do at a different time.
     """
     return BatchLoader(
         dataset,

@@ -1,4 +1,4 @@
-"""From uint8 batches to what the network sees: augment, resize, normalise, mix; all on the batch's device."""
+"""Turn uint8 batches into network inputs: augment, resize, normalise, mix; all on the batch's device."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from localfeat.data.randaugment import rand_augment
 from localfeat.utils.errors import UserError
 
 AUGMENTATIONS = ("swin", "light", "none")
-SMALL_SIDE = 40  # up to this source size "swin" pads and crops; a random resized crop would leave too few pixels
+SMALL_SIDE = 40  # px; up to this size "swin" pads and crops, as a random resized crop would leave too few pixels
 
 
 class Preparation:
@@ -20,18 +20,21 @@ class Preparation:
     Augmentations of training batches:
 
     - ``none``: resize and normalise only.
-    - ``light``: zero padding by an eighth of the side and a random crop back, horizontal flip; then as ``none``.
+    - ``light``: pad with zeros by an eighth of the side, crop randomly to the old size, flip; then as ``none``.
     - ``swin``: the recipe of Swin (Liu et al. 2021, timm): random resized crop (``light``'s crop for sources of at most
       40 px), horizontal flip, RandAugment with 2 operations at magnitude 9 +- 0.5, normalise, random erasing with
-      probability 0.25. RandAugment runs before a resize of small sources, where it costs a fraction.
+      probability 0.25. RandAugment runs before small sources are resized, where it costs a fraction.
 
     Args:
-        image_size: side of the square result.
+        image_size: side in pixels of the square result.
         augmentation: one of the three names.
-        horizontal_flip: off for classes that a mirror changes, such as digits.
-        mixup, cutmix: parameter of the Beta distribution; 0 switches off. Labels become soft if either is on.
+        horizontal_flip: whether to flip; off for classes that a mirror changes, such as digits.
+        mixup, cutmix: parameters of the Beta distributions; 0 switches off. Labels become soft if either is on.
         num_classes: width of soft labels.
         mean, std: three channel values for pixels in 0..1.
+
+    Raises:
+        UserError: values out of range.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class Preparation:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
-        """See `ImageDataModule.prepare`."""
+        """Prepare a batch, see `ImageDataModule.prepare`."""
         images = batched.centre_square(images.expand(-1, 3, -1, -1))
         with torch.autocast(images.device.type, enabled=False):
             images = self._augment(images) if training else images
@@ -64,7 +67,7 @@ class Preparation:
         return images, labels
 
     def _augment(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, h, h) -> augmented images in 0..255, of source or final size."""
+        """Augment uint8 (B, 3, h, h); return images in 0..255, of source or final size."""
         if self.augmentation == "none":
             return images
         flips = batched.draw_flips(len(images)) if self.horizontal_flip else None
@@ -85,7 +88,7 @@ class Preparation:
 def check_options(
     image_size: int, augmentation: str, mixup: float, cutmix: float, mean: Sequence[float], std: Sequence[float]
 ) -> None:
-    """``UserError`` for values outside what `Preparation` describes."""
+    """Raise ``UserError`` for values that `Preparation` does not accept."""
     if image_size < 1:
         raise UserError(f"image_size={image_size}: it must be at least 1 pixel")
     if augmentation not in AUGMENTATIONS:
@@ -94,4 +97,4 @@ def check_options(
         if not 0 <= value < float("inf"):
             raise UserError(f"{name}={value}: the parameter of its Beta distribution must be 0 (off) or positive")
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise UserError(f"mean={list(mean)}, std={list(std)}: three values each are needed, and std above 0")
+        raise UserError(f"mean={list(mean)}, std={list(std)}: each needs three values, and std must be above 0")

@@ -1,10 +1,10 @@
-"""RandAugment (Cubuk et al. 2020) on a uint8 batch, every image with its own operations and magnitudes.
+"""RandAugment (Cubuk et al. 2020) on a uint8 batch, with separate operations and magnitudes for every image.
 
 The operations and their levels are timm's "increasing" set (``rand-m9-mstd0.5-inc1``, the Swin recipe), in which a
 higher level is always a stronger change. Two deviations: geometric operations sample bilinearly (timm: bilinear or
-bicubic by chance), and posterize keeps at least one bit (at level 10 timm's keeps none, a black image).
+bicubic at random), and posterize keeps at least one bit (at level 10 timm's keeps none, which gives a black image).
 
-Images that drew the same operation are brought together and changed at once, so there is no loop over images.
+Images that drew the same operation are grouped and changed at once, so there is no loop over images.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,9 +29,9 @@ def rand_augment(
 
     Args:
         images: (B, 3, H, W) uint8.
-        fill: grey values 0..255 of the three channels for pixels that come from outside the image.
+        fill: values 0..255 of the three channels for pixels that come from outside the image.
         num_ops: operations per image, drawn with replacement.
-        magnitude, std: each level is drawn from a normal distribution and limited to 0..10.
+        magnitude, std: mean and standard deviation of the normal distribution of levels, which are clamped to 0..10.
         probability: chance that a drawn operation is applied at all.
     """
     colour = torch.tensor(fill, dtype=torch.float32, device=images.device)
@@ -62,7 +62,7 @@ def _apply_by_group(images: Tensor, choice: Tensor, drawn: Tensor, fill: Tensor)
 
 
 def auto_contrast(images: Tensor, _: Tensor, fill: Tensor) -> Tensor:
-    """Stretch each channel to 0..255; a constant channel stays."""
+    """Stretch each channel to 0..255; a constant channel stays as it is."""
     x = images.float()
     low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
     stretched = (x - low) * (255 / (high - low).clamp(min=1))
@@ -83,7 +83,7 @@ def equalize(images: Tensor, _: Tensor, fill: Tensor) -> Tensor:
 
 
 def invert(images: Tensor, _: Tensor, fill: Tensor) -> Tensor:
-    """255 - x."""
+    """Return 255 - x."""
     return 255 - images
 
 
@@ -120,7 +120,7 @@ def brightness(images: Tensor, factor: Tensor, fill: Tensor) -> Tensor:
 
 
 def sharpness(images: Tensor, factor: Tensor, fill: Tensor) -> Tensor:
-    """Blend with a smoothed image (3 x 3, centre weight 5 of 13); the border stays."""
+    """Blend with a smoothed image (3 x 3, centre weight 5 of 13); the border stays as it is."""
     if min(images.shape[-2:]) < 3:
         return images
     x = images.float()
@@ -133,25 +133,25 @@ def sharpness(images: Tensor, factor: Tensor, fill: Tensor) -> Tensor:
 
 
 def shear_x(images: Tensor, factor: Tensor, fill: Tensor) -> Tensor:
-    """Output pixel (x, y) shows input pixel (x + factor * y, y); the origin is the upper left corner."""
+    """Map input pixel (x + factor * y, y) to output pixel (x, y); the origin is the upper left corner."""
     one, zero = torch.ones_like(factor), torch.zeros_like(factor)
     return _affine(images, [one, factor, zero, zero, one, zero], fill)
 
 
 def shear_y(images: Tensor, factor: Tensor, fill: Tensor) -> Tensor:
-    """Output pixel (x, y) shows input pixel (x, y + factor * x)."""
+    """Map input pixel (x, y + factor * x) to output pixel (x, y)."""
     one, zero = torch.ones_like(factor), torch.zeros_like(factor)
     return _affine(images, [one, zero, zero, factor, one, zero], fill)
 
 
 def translate_x(images: Tensor, share: Tensor, fill: Tensor) -> Tensor:
-    """Output pixel (x, y) shows input pixel (x + share * width, y)."""
+    """Map input pixel (x + share * width, y) to output pixel (x, y)."""
     one, zero = torch.ones_like(share), torch.zeros_like(share)
     return _affine(images, [one, zero, share * images.shape[-1], zero, one, zero], fill)
 
 
 def translate_y(images: Tensor, share: Tensor, fill: Tensor) -> Tensor:
-    """Output pixel (x, y) shows input pixel (x, y + share * height)."""
+    """Map input pixel (x, y + share * height) to output pixel (x, y)."""
     one, zero = torch.ones_like(share), torch.zeros_like(share)
     return _affine(images, [one, zero, zero, zero, one, share * images.shape[-2]], fill)
 
@@ -165,12 +165,12 @@ def rotate(images: Tensor, degrees: Tensor, fill: Tensor) -> Tensor:
 
 
 def _blend(other: Tensor, images: Tensor, factor: Tensor) -> Tensor:
-    """other + factor * (images - other), limited to 0..255."""
+    """Return other + factor * (images - other), clamped to 0..255."""
     return torch.lerp(other, images.float(), factor.view(-1, 1, 1, 1)).clamp_(0, 255).to(torch.uint8)
 
 
 def _grey(images: Tensor) -> Tensor:
-    """(n, 1, H, W) float luma (ITU-R 601-2), whole numbers."""
+    """Return the luma (ITU-R 601-2) as (n, 1, H, W) float, rounded down to whole numbers."""
     weights = torch.tensor([0.2989, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)
     return (images * weights).sum(1, keepdim=True).floor()
 
@@ -179,8 +179,9 @@ def _affine(images: Tensor, matrix: list[Tensor], fill: Tensor) -> Tensor:
     """Sample bilinearly at x' = a x + b y + c, y' = d x + e y + f, in pixels measured from the upper left corner.
 
     Args:
+        images: (n, 3, H, W) uint8.
         matrix: a, b, c, d, e, f, each (n,).
-        fill: (3,) value of pixels outside.
+        fill: (3,) value of pixels outside the image.
     """
     height, width = images.shape[-2:]
     a, b, c, d, e, f = matrix

@@ -1,4 +1,4 @@
-"""The data sources by name."""
+"""Registry of data sources by name."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +12,10 @@ from localfeat.utils.errors import UserError
 def make_source(
     name: str, root: str | Path, image_size: int, in_memory: bool | None, skip_bad_images: bool = False
 ) -> Source:
-    """The source called ``name``, its files below ``root``; the last two are for image folders only.
+    """Make the source called ``name`` with files below ``root``; the other arguments are for image folders only.
 
     Raises:
-        UserError: for an unknown name, or an image folder without the expected layout.
+        UserError: an unknown name, or an image folder without the expected layout.
     """
     makers: dict[str, Callable[[], Source]] = {
         "digits": Digits,

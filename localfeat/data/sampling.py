@@ -1,4 +1,4 @@
-"""Which images, in which order: the stratified split and the shuffled batches of an epoch."""
+"""The stratified split and the shuffled batches of an epoch."""
 
 from collections.abc import Iterator
 
@@ -11,20 +11,20 @@ from localfeat.utils.errors import UserError
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Divide N images into a kept and a held-out part with the same class shares.
 
-    Every class gives ``fraction`` of its images, rounded down; the images still missing to ``round(fraction * N)``
+    Every class gives ``fraction`` of its images, rounded down; the images still needed for ``round(fraction * N)``
     come from the classes with the largest remainders (ties: the lower class first). At least one image of each
     class is held out and one is kept.
 
     Args:
         labels: (N,) int64.
         fraction: share held out, in (0, 1).
-        seed: the draw depends on nothing else.
+        seed: seed of the random choice within each class.
 
     Returns:
         Sorted indices of the kept and of the held-out images.
 
     Raises:
-        UserError: if a class cannot give an image to both parts.
+        UserError: a class has too few images for both parts.
     """
     counts = torch.bincount(labels)
     quotas = _quotas(counts, fraction)
@@ -55,15 +55,16 @@ def _quotas(counts: Tensor, fraction: float) -> Tensor:
 class EpochBatches:
     """Batches of shuffled indices (batch_size,), a pure function of (seed, epoch); an incomplete last one is dropped.
 
-    ``len()`` is always the number of batches of a whole epoch, also when the first iteration resumes within
-    one: Lightning counts the batches already done itself.
+    ``len()`` is always the number of batches of a whole epoch, even when the first iteration resumes within
+    one: Lightning itself counts the batches already done.
 
     Args:
         size: number of images.
-        batch_size: images per batch (and process).
-        seed: of the permutations.
-        rank, world_size: this process sees every ``world_size``-th image of the permutation.
-        shuffle: whether every epoch has a permutation of its own; otherwise all have the first one's.
+        batch_size: images per batch and process.
+        seed: seed of the permutations.
+        rank, world_size: this process's number and the number of processes; each process sees every
+            ``world_size``-th image of the permutation.
+        shuffle: whether every epoch has its own permutation; otherwise all use the first one's.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class EpochBatches:
         self.begun: int | None = None  # the epoch iterated last
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning at the start of every epoch."""
+        """Choose the epoch to iterate; Lightning calls it at the start of every epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Where images come from: a source gives the two or three labelled splits of one dataset."""
+"""Sources: each gives the two or three labelled splits of one dataset."""
 
 from typing import Protocol
 
@@ -19,33 +19,33 @@ class Source(Protocol):
 
     @property
     def in_memory(self) -> bool:
-        """Whether `load` gives one tensor; image_folder reads the headers of its files to decide."""
+        """Whether `load` returns images held in one tensor; image_folder reads its files' headers to decide."""
 
     @property
     def image_shape(self) -> tuple[int, int]:
-        """Height and width of the images as they are loaded; image_folder reads the headers of its files for it."""
+        """Height and width of the images as they are loaded; image_folder reads its files' headers for it."""
 
     def prepare(self, download: bool) -> None:
-        """Make sure that all files are there and sound; ``UserError`` if they are not."""
+        """Make sure that all files exist and are sound; raise ``UserError`` otherwise."""
 
     def size(self, split: str) -> int | None:
-        """Number of images if it is known before loading, else None."""
+        """Return the number of images if it is known before loading, else None."""
 
     def has_validation(self) -> bool:
-        """Whether the source brings a validation split of its own."""
+        """Return whether the source has its own validation split."""
 
     def load(self, split: str) -> LabelledImages:
-        """The images of "train", "test" or, if there is one, "val"."""
+        """Load the images of "train", "test" or, if it exists, "val"."""
 
     def class_names(self) -> list[str]:
-        """One name per class, in the order of the labels."""
+        """Return one name per class, in the order of the labels."""
 
 
 class Digits:
     """scikit-learn's embedded digits: 1,797 grey 8 x 8 images in 10 classes, no file or network needed.
 
-    Grey values 0..16 become RGB 0..255. The division into 80 % train and 20 % test is stratified and fixed: it
-    does not depend on any seed of the run.
+    Grey values 0..16 become RGB 0..255. The split into 80 % train and 20 % test is stratified and fixed, whatever the
+    run's seed.
     """
 
     num_classes = 10
@@ -53,7 +53,7 @@ class Digits:
     image_shape = (8, 8)
 
     def prepare(self, download: bool) -> None:
-        """Nothing to do: the images are part of scikit-learn."""
+        """Do nothing: the images are part of scikit-learn."""
 
     def size(self, split: str) -> int | None:
         return {"train": 1438, "test": 359}.get(split)
@@ -76,7 +76,7 @@ class Digits:
 
 
 def check_labels(name: str, labels: Tensor, num_classes: int, every_class: bool) -> None:
-    """``UserError`` unless labels lie in 0..num_classes-1 and, with ``every_class``, all of them occur."""
+    """Raise ``UserError`` unless labels lie in 0..num_classes-1 and, with ``every_class``, all of them occur."""
     found = labels.unique()
     outside = bool(found.numel() == 0 or found[0] < 0 or found[-1] >= num_classes)
     if outside or (every_class and len(found) != num_classes):

@@ -1,6 +1,6 @@
-"""CIFAR-10/100, STL-10 and SVHN, as torchvision's dataset classes know them.
+"""CIFAR-10/100, STL-10 and SVHN by torchvision's dataset classes.
 
-torchvision is imported when a source is used. File names and checksums are taken from its classes at that moment.
+torchvision is imported only when a source is used; its classes then give the file names and checksums.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from localfeat.data.sources import check_labels
 from localfeat.utils.errors import UserError
 from localfeat.utils.text import shown
 
-_PICKLED_ARRAYS = {  # what the pickles of CIFAR are made of
+_PICKLED_ARRAYS = {  # the only objects in CIFAR's pickles
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
     ("numpy", "ndarray"),
@@ -33,10 +33,10 @@ Arrays = tuple[np.ndarray, np.ndarray, list[str]]  # images (N, 3, h, w) uint8, 
 
 @dataclass(frozen=True)
 class Files:
-    """What a dataset needs on disk: path relative to its root -> md5, and where the files come from.
+    """The files that a dataset needs on disk (path relative to its root -> md5), and where they come from.
 
-    ``archives`` are (url, file name, md5); of those ending in .tar.gz the wanted files are unpacked into the root. A
-    file whose md5 is None, not published, holds the names of the classes, one in a line.
+    ``archives`` are (url, file name, md5); the wanted files of a .tar.gz are unpacked into the root. A file whose md5
+    is None, because none is published, holds the class names, one per line.
     """
 
     wanted: dict[str, str | None]
@@ -48,12 +48,12 @@ class TorchvisionSource:
     """One of torchvision's datasets as uint8 tensors.
 
     Args:
-        name: for messages.
+        name: name used in messages.
         root: folder that holds (or will hold) the files.
-        num_classes: checked against the labels and class names that the files hold.
+        num_classes: number of classes, checked against the labels and class names in the files.
         image_shape: height and width of the images.
-        files: gives the needed files.
-        read: gives the arrays of split "train" or "test" from a root.
+        files: function that returns the needed files.
+        read: function that reads the arrays of split "train" or "test" from a root.
     """
 
     name: str
@@ -66,9 +66,9 @@ class TorchvisionSource:
     _names: list[str] | None = field(default=None, repr=False)
 
     def prepare(self, download: bool) -> None:
-        """Download what is missing or damaged, if ``download``; ``UserError`` if files stay missing.
+        """Download missing or damaged files if ``download``; raise ``UserError`` if files stay missing.
 
-        Several processes may do that at the same time: one works, the others wait for it.
+        Several processes may call it at the same time: one downloads, the others wait for it.
         """
         missing = self._missing()
         if missing and download:
@@ -87,7 +87,7 @@ class TorchvisionSource:
             images, labels, names = self.read(self.root, split)
         except ImportError:
             raise
-        except Exception as error:  # readers raise nearly everything for a file damaged after it was verified
+        except Exception as error:  # readers raise nearly anything for a file damaged after it was verified
             raise UserError(
                 f"cannot read {self.name} in {shown(self.root)}: {_one_line(error)}; {self._remedy()}"
             ) from error
@@ -102,7 +102,7 @@ class TorchvisionSource:
         return TensorImages(_tensor(images), targets)
 
     def class_names(self) -> list[str]:
-        """Names from the files (loads the test images if nothing was loaded yet)."""
+        """Return the names from the files; load the test images if nothing was loaded yet."""
         if self._names is None:
             self.load("test")
         assert self._names is not None
@@ -118,11 +118,11 @@ class TorchvisionSource:
             if md5 is None:
                 return file.is_file() and len(file.read_bytes().splitlines()) == self.num_classes
             return check_integrity(file, md5)
-        except OSError:  # it is there and cannot be read
+        except OSError:  # it exists but cannot be read
             return False
 
     def _download(self, missing: list[str]) -> list[str]:
-        """Fetch and unpack; returns what is missing then."""
+        """Fetch and unpack; return the files that are still missing."""
         files, url = self.files(), ""
         try:
             with download.sole_writer(self.root, [*(name for _, name, _ in files.archives), *files.wanted]):
@@ -148,24 +148,24 @@ class TorchvisionSource:
 
 
 def cifar10(root: Path) -> TorchvisionSource:
-    """CIFAR-10: 50,000 + 10,000 images of 32 px in 10 classes."""
+    """Return CIFAR-10: 50,000 + 10,000 images of 32 px in 10 classes."""
     return TorchvisionSource("cifar10", root, 10, (32, 32), lambda: _cifar_files("CIFAR10"), _cifar_reader("CIFAR10"))
 
 
 def cifar100(root: Path) -> TorchvisionSource:
-    """CIFAR-100 with its fine labels: 50,000 + 10,000 images of 32 px in 100 classes."""
+    """Return CIFAR-100 with its fine labels: 50,000 + 10,000 images of 32 px in 100 classes."""
     return TorchvisionSource(
         "cifar100", root, 100, (32, 32), lambda: _cifar_files("CIFAR100"), _cifar_reader("CIFAR100")
     )
 
 
 def stl10(root: Path) -> TorchvisionSource:
-    """STL-10, labelled part: 5,000 + 8,000 images of 96 px in 10 classes; the unlabelled file is not needed."""
+    """Return the labelled part of STL-10: 5,000 + 8,000 images of 96 px in 10 classes, without the unlabelled file."""
     return TorchvisionSource("stl10", root, 10, (96, 96), _stl10_files, _read_stl10)
 
 
 def svhn(root: Path) -> TorchvisionSource:
-    """SVHN cropped digits: 73,257 + 26,032 images of 32 px in 10 classes, without the "extra" part."""
+    """Return SVHN's cropped digits: 73,257 + 26,032 images of 32 px in 10 classes, without the "extra" part."""
     return TorchvisionSource("svhn", root, 10, (32, 32), _svhn_files, _read_svhn)
 
 
@@ -179,7 +179,7 @@ def _cifar_files(class_name: str) -> Files:
 
 
 def _cifar_reader(class_name: str) -> Callable[[Path, str], Arrays]:
-    """torchvision's classes verify the files and then open them again to unpickle them; this leaves no time between."""
+    """Return a reader that unpickles the very bytes it verified; torchvision's classes open the files again."""
 
     def read(root: Path, split: str) -> Arrays:
         from torchvision import datasets
@@ -198,23 +198,23 @@ def _cifar_reader(class_name: str) -> Callable[[Path, str], Arrays]:
 
 
 def _unpickled(file: Path, md5: str) -> dict[str, Any]:
-    """What a file of CIFAR holds; nothing of a file with another checksum is looked at.
+    """Unpickle a CIFAR file after verifying its checksum.
 
     Raises:
-        RuntimeError: another checksum.
+        RuntimeError: the checksum is wrong.
     """
     content = file.read_bytes()
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-        raise RuntimeError(f"{file.name} is damaged: it has another checksum than it should have")
+        raise RuntimeError(f"{file.name} is damaged: it has the wrong checksum")
     return _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Refuses code, whatever a checksum says."""
+    """Unpickler that refuses code, even in files with the right checksum."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _PICKLED_ARRAYS:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no array")
+            raise pickle.UnpicklingError(f"it holds {module}.{name}, which is not an array")
         return super().find_class(module, name)
 
 
@@ -222,7 +222,7 @@ def _labelled_stl10() -> Any:
     from torchvision.datasets import STL10
 
     class LabelledSTL10(STL10):
-        """STL10 whose integrity check does not ask for the 2.8 GB of unlabelled images."""
+        """STL10 whose integrity check does not require the 2.8 GB of unlabelled images."""
 
         train_list = STL10.train_list[:2]
 

@@ -1,1 +1,1 @@
-"""How a step is computed: settings that change time and memory, never results."""
+"""Ways to compute a step that change time and memory, never results."""

@@ -1,8 +1,8 @@
 """The second half of an MLP, activation and linear layer, as one operation with a lean backward pass.
 
-Plain backpropagation through ``fc2(gelu(h))`` has three tensors of the hidden width at once beside its weights'
-gradients: h, the gradient of the activation and the gradient of h; and before that the activation itself. Here the
-gradient of h is made slice by slice (over tokens) in the memory of a saved tensor that is not needed any longer.
+Plain backpropagation through ``fc2(gelu(h))`` holds three tensors of the hidden width at once, besides the gradients of
+the weights: h, the gradient of the activation and the gradient of h; before that, the activation itself. Here the
+gradient of h is computed slice by slice (over tokens) in the memory of a saved tensor that is no longer needed.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from localfeat.efficiency.autocast import AutocastState, without_autocast
 
 MOST_SLICES = 8
 SMALLEST_SLICE = 2**20
-"""Elements of the hidden layer below which slicing further saves no memory worth a kernel launch."""
+"""Elements of the hidden layer below which further slicing saves no memory worth a kernel launch."""
 
 APPROXIMATIONS = {timm.layers.GELU: "none", timm.layers.GELUTanh: "tanh"}
-"""timm's activations; ``torch.nn.GELU`` has an attribute that says it."""
+"""The approximation of timm's activations; ``torch.nn.GELU`` has it as an attribute."""
 
 _keeps_activation: ContextVar[bool] = ContextVar("keeps_activation", default=True)
 
 
 @contextmanager
 def activations_computed_again() -> Iterator[None]:
-    """Fused MLPs that run in this context do not keep their activation: the backward pass computes it again."""
+    """Let fused MLPs in this context drop their activation: the backward pass recomputes it."""
     token = _keeps_activation.set(False)
     try:
         yield
@@ -42,11 +42,11 @@ def activations_computed_again() -> Iterator[None]:
 
 
 def fuse_mlps(model: nn.Module) -> None:
-    """Let the second half of every plain MLP of timm's run as one operation.
+    """Let the second half of every plain timm MLP run as one operation.
 
-    Plain are ``timm.layers.Mlp`` itself with linear layers (no 1x1 convolutions), GELU in between, and neither norm
-    nor dropout. All others (gated ones, with global response normalisation, with dropout, subclasses) stay as they
-    are: it is a matter of memory only, and memory that is predicted and measured.
+    A plain MLP is a ``timm.layers.Mlp`` itself with linear layers (no 1x1 convolutions), GELU between them, and neither
+    norm nor dropout. All others (gated MLPs, subclasses, MLPs with global response normalisation or dropout) stay as
+    they are: fusing only saves memory, and that is predicted and measured.
 
     Only the class of the modules changes: parameters, state-dict keys, copies and pickles are as before.
     """
@@ -56,7 +56,7 @@ def fuse_mlps(model: nn.Module) -> None:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether it is an MLP that :class:`FusedMlp` can stand in for."""
+    """Return whether ``module`` is an MLP that :class:`FusedMlp` can replace."""
     return (
         type(module) is Mlp
         and type(module.fc1) is nn.Linear
@@ -70,16 +70,16 @@ def is_plain(module: nn.Module) -> bool:
 class FusedMlp(Mlp):
     """timm's ``Mlp`` with activation and second linear layer as one operation.
 
-    Forward hooks on those two submodules are called only where no graph is built. What a hook on ``fc1`` keeps of its
-    output may be overwritten by the backward pass.
+    Forward hooks on those two submodules run only where no graph is built. The backward pass may overwrite the output
+    of ``fc1`` that a hook has kept.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C)."""
+        """Map (..., C) to (..., C)."""
         if not torch.is_grad_enabled():
             return cast(Tensor, super().forward(x))
         h = self.fc1(x)
-        # Casts of their own, so that gradients of the parameters come back in the parameters' dtype.
+        # Cast explicitly, so that the parameters' gradients have the parameters' dtype.
         weight, bias = (_cast(parameter, h.device) for parameter in (self.fc2.weight, self.fc2.bias))
         keeps = _keeps_activation.get()
         return cast(Tensor, _ActivationAndLinear.apply(h, weight, bias, self._approximate, keeps))
@@ -90,7 +90,7 @@ class FusedMlp(Mlp):
 
 
 def _cast(parameter: Tensor | None, device: torch.device) -> Tensor | None:
-    """As autocast would for a linear layer."""
+    """Cast a parameter as autocast would for a linear layer."""
     autocast = AutocastState.of(device)
     if parameter is None or not autocast.enabled or parameter.dtype == torch.float64:
         return parameter
@@ -100,15 +100,15 @@ def _cast(parameter: Tensor | None, device: torch.device) -> Tensor | None:
 class _ActivationAndLinear(torch.autograd.Function):
     """``gelu(h) @ weight.T + bias``; the backward pass can run only once.
 
-    The gradient of h takes the place of the saved activation, or of h where that was not saved: only the layer before
-    has made h, and a linear layer does not keep its output.
+    The gradient of h overwrites the saved activation, or h itself if the activation was not saved. That is safe, as h
+    is the output of a linear layer, which does not keep it.
 
     Args of ``apply``:
         h: (..., H).
         weight: (C, H).
         bias: (C,) or ``None``.
-        approximate: of :func:`torch.nn.functional.gelu`.
-        keeps: whether the activation is saved (if the gradient of the weight needs it).
+        approximate: argument of :func:`torch.nn.functional.gelu`.
+        keeps: whether to save the activation if the gradient of the weight needs it.
 
     Returns (..., C).
     """
@@ -125,7 +125,7 @@ class _ActivationAndLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.spent:
-            raise RuntimeError("efficiency.fused_mlp: the first backward pass has overwritten what a second one needs")
+            raise RuntimeError("efficiency.fused_mlp: the backward pass runs only once: it overwrites saved tensors")
         ctx.spent = True
         h, activation, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad
@@ -146,7 +146,7 @@ class _ActivationAndLinear(torch.autograd.Function):
 
 
 def _over_slices(given: Tensor, hidden: Tensor, approximate: str) -> Tensor:
-    """Gradient of the weight (C, H), from the activations computed again; summed in at least float32."""
+    """Return the gradient of the weight (C, H) from recomputed activations, summed in at least float32."""
     precise = torch.promote_types(given.dtype, torch.float32)
     total = given.new_zeros((given.shape[1], hidden.shape[1]), dtype=precise)
     for part in _slices(hidden):
@@ -155,12 +155,12 @@ def _over_slices(given: Tensor, hidden: Tensor, approximate: str) -> Tensor:
 
 
 def _gelu_backward(grad: Tensor, hidden: Tensor, approximate: str, into: Tensor) -> None:
-    """Write the gradient of what GELU was given into ``into``, which may be ``hidden`` itself."""
+    """Write the gradient of GELU's input into ``into``, which may be ``hidden`` itself."""
     torch.ops.aten.gelu_backward.grad_input(grad, hidden, approximate=approximate, grad_input=into)
 
 
 def _slices(hidden: Tensor) -> Iterator[slice]:
-    """Ranges of rows of (rows, H)."""
+    """Divide the rows of (rows, H) into ranges."""
     rows, width = hidden.shape
     step = -(-rows // min(MOST_SLICES, max(1, rows * width // SMALLEST_SLICE)))
     return (slice(start, start + step) for start in range(0, rows, step or 1))

@@ -1,11 +1,11 @@
-"""What a local objective reads of its auxiliary features, one slice of the batch at a time on the way forward.
+"""Pooled features and loss of a local objective, one slice of the batch at a time in the forward pass.
 
 Plain backpropagation keeps the features before and after GELU, the prediction, the target and all of the decoder's
-activations of the whole batch until the backward pass, and there makes several gradients of the features' size. But
-the gradient of a loss that is a mean over images needs nothing from above but one factor, so each slice's gradient can
-be taken as soon as its loss is known and everything else freed. What remains of the features' size are two tensors:
-what GELU has read, and that gradient, in whose place the backward pass makes all others. Liger-Kernel's fused linear
-cross entropy takes its gradient forward likewise, for language models (Hsu et al., 2024).
+activations of the whole batch until the backward pass, which then makes several gradients of the features' size. But
+the gradient of a loss that is a mean over images needs only one factor from above, so each slice's gradient can be
+computed as soon as its loss is known, and everything else freed. Only two tensors of the features' size remain: GELU's
+input and that gradient, in whose memory the backward pass computes all others. Liger-Kernel's fused linear cross
+entropy also computes its gradient in the forward pass, for language models (Hsu et al., 2024).
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from localfeat.efficiency.autocast import AutocastState, without_autocast
 from localfeat.utils.errors import UserError
 
 LossOf = Callable[[Tensor, slice], Tensor]
-"""``(maps of a slice, the slice) -> loss``, the mean over the slice's images, scalar."""
+"""``(maps of a slice, the slice) -> loss``, a scalar, the mean over the slice's images."""
 
 
 def pooled_and_loss(
     hidden: Tensor, loss_of: LossOf | None, parameters: Iterable[nn.Parameter], slices: int
 ) -> tuple[Tensor, Tensor | None]:
-    """``maps.mean((2, 3))`` and ``loss_of(maps, slice(None))`` for ``maps = gelu(hidden)``, in slices of the batch.
+    """Compute ``maps.mean((2, 3))`` and ``loss_of(maps, slice(None))`` in batch slices, with ``maps = gelu(hidden)``.
 
-    The gradient of the loss exists when this returns. The backward pass can run only once: it makes the gradient of
+    The gradient of the loss exists when this returns. The backward pass can run only once: it computes the gradient of
     ``hidden`` in the memory of that gradient or, without a loss, of ``hidden`` itself, which nothing else may need
-    then (the layer that has made it may not keep its output; linear layers and convolutions do not).
+    by then (the layer before must not keep its output; linear layers and convolutions do not).
 
     Args:
         hidden: (B, C, H, W).
-        loss_of: calls itself what else a slice needs of the batch. It must treat images independently. ``None``: no
-            loss.
-        parameters: all that ``loss_of`` uses and that are to get gradients.
-        slices: how many, at most B; their sizes differ by one image at most.
+        loss_of: function of a slice's maps and the slice, which fetches whatever else it needs of the batch. It must
+            treat images independently. ``None`` means no loss.
+        parameters: all parameters that ``loss_of`` uses and that shall get gradients.
+        slices: number of slices, at most B; their sizes differ by at most one image.
 
     Returns:
         (B, C), and a scalar or ``None``.
@@ -53,19 +53,19 @@ def pooled_and_loss(
 
 
 def refuse_batch_statistics(decoder: nn.Module, slices: int) -> None:
-    """Raise a :class:`UserError` for a decoder whose output for one image depends on the others'."""
+    """Raise a :class:`UserError` for a decoder whose output for one image depends on the other images."""
     for module in decoder.modules():
         if isinstance(module, _BatchNorm) or (isinstance(module, _NormBase) and module.track_running_stats):
             raise UserError(
-                f"efficiency.loss_slices={slices}: this decoder has a {type(module).__name__}, whose statistics are "
-                "the whole batch's: set efficiency.loss_slices=1"
+                f"efficiency.loss_slices={slices}: this decoder has a {type(module).__name__}, which needs the "
+                "statistics of the whole batch: set efficiency.loss_slices=1"
             )
 
 
 class _Computed(torch.autograd.Function):
-    """A mean and a loss that are known already: ``(pooled, loss, gradients, hidden, *parameters) -> (pooled, loss)``.
+    """A mean and a loss already computed: ``(pooled, loss, gradients, hidden, *parameters) -> (pooled, loss)``.
 
-    ``gradients`` of the loss: of the features after GELU (``None`` without a loss), and of each parameter.
+    ``gradients`` are those of the loss: for the features after GELU (``None`` without a loss), then for each parameter.
     """
 
     @staticmethod
@@ -81,7 +81,7 @@ class _Computed(torch.autograd.Function):
     def backward(ctx: Any, grad_pooled: Tensor, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("the gradients of a loss in slices are gone after the first backward pass")
+            raise RuntimeError("efficiency.loss_slices: the backward pass runs only once: it uses up the gradients")
         hidden = ctx.saved_tensors[0].detach()
         of_maps, *of_parameters = gradients
         with without_autocast(hidden.device):
@@ -97,8 +97,8 @@ class _Computed(torch.autograd.Function):
 def _forward(
     hidden: Tensor, loss_of: LossOf | None, parameters: Sequence[Tensor], slices: int
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
-    """Mean over space, loss and gradients, first that of the features (made once and written slice by slice)."""
-    # Cast copies of weights in autocast's cache would outlive the slice, and belong to a graph that is gone.
+    """Return the mean over space, the loss and its gradients: first the features', written slice by slice."""
+    # Cast copies of weights in autocast's cache would outlive the slice and belong to a graph that is gone.
     autocast = replace(AutocastState.of(hidden.device), cache_enabled=False)
     total: Tensor | None = None
     of_maps: Tensor | None = None

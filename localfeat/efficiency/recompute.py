@@ -1,4 +1,4 @@
-"""How the blocks of a local module are computed: plainly, or partly again in the backward pass to save memory."""
+"""Block runners: run a block plainly, or recompute part of it in the backward pass to save memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from localfeat.efficiency.slices import refuse_slices, run_sliced
 from localfeat.utils.errors import UserError
 
 BlockRunner = Callable[[nn.Module, Tensor], Tensor]
-"""``(block, features) -> features``: how one block is computed."""
+"""``(block, features) -> features``: function that runs one block."""
 
 
 def plainly(block: nn.Module, x: Tensor) -> Tensor:
@@ -28,10 +28,10 @@ def plainly(block: nn.Module, x: Tensor) -> Tensor:
 
 
 def block_runners(blocks: Sequence[nn.Module], efficiency: Efficiency) -> list[BlockRunner]:
-    """One runner per block of the backbone.
+    """Return one runner per block of the backbone.
 
     Raises:
-        UserError: a block number beyond the last block, a block that cannot be computed in slices.
+        UserError: a block number beyond the last block, or a block that cannot be computed in slices.
     """
     beyond = [number for number in efficiency.blocks or () if number > len(blocks)]
     if beyond:
@@ -46,29 +46,29 @@ def block_runners(blocks: Sequence[nn.Module], efficiency: Efficiency) -> list[B
 
 
 def builds_graph(block: nn.Module, x: Tensor) -> bool:
-    """Whether a backward pass will come for ``block(x)``."""
+    """Return whether ``block(x)`` builds a graph for a backward pass."""
     return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters()))
 
 
 def checkpointed(block: nn.Module, x: Tensor) -> Tensor:
-    """Run a block that keeps nothing but its input; its backward pass computes it again."""
+    """Run a block that keeps only its input; the backward pass recomputes the rest."""
     if not builds_graph(block, x):
         return plainly(block, x)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), StatisticsKept(block)
 
-    # Autocast and the random state are restored by torch: that of the CPU too, which stands in for meta's.
+    # torch restores autocast and the random state, including the CPU's, which emulations use for the meta device.
     return cast(Tensor, checkpoint(block, x, use_reentrant=False, context_fn=contexts))
 
 
 def in_slices(block: nn.Module, x: Tensor, *, slices: int) -> Tensor:
-    """Run a block in slices of the batch, as :func:`localfeat.efficiency.slices.run_sliced`, if there is a graph."""
+    """Run a block by :func:`localfeat.efficiency.slices.run_sliced` if it builds a graph."""
     return run_sliced(block, x, slices) if builds_graph(block, x) else plainly(block, x)
 
 
 def selectively(block: nn.Module, x: Tensor) -> Tensor:
-    """Run a block that keeps no result of cheap operations: :func:`localfeat.efficiency.selective.run_selectively`."""
+    """Run a block by :func:`localfeat.efficiency.selective.run_selectively` if it builds a graph."""
     if not builds_graph(block, x):
         return plainly(block, x)
     with activations_computed_again():
@@ -76,11 +76,11 @@ def selectively(block: nn.Module, x: Tensor) -> Tensor:
 
 
 class StatisticsKept(AbstractContextManager[None]):
-    """While a block is computed again, its batch normalisations update copies: the first time has counted.
+    """Context in which a block's batch normalisations update throw-away copies of their running statistics.
 
-    The copies are thrown away. Leaving the running statistics out would be simpler, but the backward pass of a
-    normalisation saves them, and a recomputation has to save as many tensors as the first computation did. May be
-    entered again, as a graph may be gone through again.
+    The first computation has already updated the statistics, so a recomputation must not. Running without them would
+    be simpler, but a recomputation has to save as many tensors as the first computation, which saves them too. May be
+    entered again, as a graph may run backward again.
     """
 
     def __init__(self, block: nn.Module) -> None:

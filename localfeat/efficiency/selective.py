@@ -1,9 +1,9 @@
-"""Blocks that keep the results of heavy operations and compute those of cheap ones again, one by one, when needed.
+"""Run blocks that keep the results of heavy operations and recompute those of cheap ones, one by one, when needed.
 
-Torch's selective checkpointing computes a whole block again before its backward pass begins, so that everything is
-alive at once. Here every saved tensor that cheap operations can make from others is replaced by the recipe for it, and
-the recipe runs when the backward pass asks for this tensor. No graph is built twice, nothing random is repeated (its
-results are saved), and autocast needs no care: recipes consist of the operations below it.
+Torch's selective checkpointing recomputes a whole block before its backward pass begins, so that everything is alive at
+once. Here every saved tensor that cheap operations can compute from others is replaced by a recipe, which runs when the
+backward pass asks for this tensor. No graph is built twice, nothing random is repeated (its results are saved), and
+autocast needs no care, as recipes consist of the operations below it.
 """
 
 from __future__ import annotations
@@ -46,24 +46,24 @@ CHEAP = frozenset(
         aten.linalg_vector_norm.default,
     }
 )
-"""Operations that move much memory for what they compute; their first result can be had again."""
+"""Operations that compute little for the memory they move; their first result can be recomputed."""
 
 BATCH_NORMS = frozenset(
     {aten.native_batch_norm.default, aten._batch_norm_with_update.default, aten.cudnn_batch_norm.default}
 )
-"""Cheap too; arguments 3 and 4 are the running statistics, which they update."""
+"""Also cheap; arguments 3 and 4 are the running statistics, which they update."""
 
 PRODUCTS = frozenset({aten.bmm.default})
-"""Cheap where the result is larger than both factors, as the scores of attention are."""
+"""Cheap if the result is larger than both factors, as attention scores are."""
 
 OPERATIONS = CHEAP | BATCH_NORMS | PRODUCTS
 
 IN_PLACE = {aten.relu_.default: aten.relu.default}
-"""Cheap operations that overwrite their input, and what to call when it is made again."""
+"""Cheap operations that overwrite their input, and the operation that recomputes their result."""
 
 
 def run_selectively(block: nn.Module, x: Tensor) -> Tensor:
-    """Run a block whose graph keeps recipes in place of what cheap operations can make again."""
+    """Run a block whose graph keeps recipes in place of the tensors that cheap operations can recompute."""
     recorder = _Recorder([x, *block.parameters(), *block.buffers()])
     with recorder, saved_tensors_hooks(recorder.pack, _unpack):
         output = block(x)
@@ -72,7 +72,7 @@ def run_selectively(block: nn.Module, x: Tensor) -> Tensor:
 
 
 class _Recipe:
-    """How the first result of an operation is made again. Alive as long as something saved needs it."""
+    """A recipe to recompute the first result of an operation. Alive as long as a saved tensor needs it."""
 
     __slots__ = ("args", "device_type", "dtype", "func", "kwargs", "strides", "users", "value")
 
@@ -87,7 +87,7 @@ class _Recipe:
         self.value: Tensor | None = None  # kept while there are users
 
     def make(self) -> Tensor:
-        """The result, laid out in memory as it was."""
+        """Return the result in its original memory layout."""
         if self.value is not None:
             return self.value
         result = self.func(*(_made(a) for a in self.args), **self.kwargs)
@@ -99,7 +99,7 @@ class _Recipe:
         return cast(Tensor, result)
 
     def inputs(self) -> list[_Kept]:
-        """The tensors that the recipe begins with."""
+        """Return the tensors that the recipe starts from."""
         found: list[_Kept] = []
         for argument in _flat(self.args):
             if isinstance(argument, _Kept):
@@ -110,7 +110,7 @@ class _Recipe:
 
 
 class _Kept:
-    """A tensor kept as it is, with a check that nobody has overwritten it since."""
+    """A tensor kept as it is, with a check that it has not been overwritten since."""
 
     __slots__ = ("tensor", "version")
 
@@ -129,7 +129,7 @@ class _Kept:
 
 
 class _View:
-    """A view of what a recipe makes."""
+    """A view of a recipe's result."""
 
     __slots__ = ("geometry", "recipe")
 
@@ -141,7 +141,7 @@ class _View:
         return self.recipe.make().as_strided(*self.geometry)
 
     def take(self) -> Tensor:
-        """The same for one of the recipe's users, after which the recipe waits for one less."""
+        """Return the view for one of the recipe's users, and discharge this user."""
         tensor = self.make()
         self.recipe.users -= 1
         if self.recipe.users <= 0:
@@ -150,7 +150,7 @@ class _View:
 
 
 class _Scratch:
-    """A tensor that the operation writes into, or ``None``: the second time it gets a copy."""
+    """A tensor that the operation writes into, or ``None``; a recomputation writes into a copy."""
 
     __slots__ = ("tensor",)
 
@@ -175,7 +175,7 @@ def _flat(arguments: Sequence[Any]) -> list[Any]:
 
 
 def _unpack(saved: _Saved) -> Tensor:
-    """What the backward pass asked for."""
+    """Return the saved tensor that the backward pass asks for."""
     if isinstance(saved, _Kept):
         return saved.make()
     if torch.is_grad_enabled():
@@ -188,10 +188,10 @@ def _unpack(saved: _Saved) -> Tensor:
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes for every storage that a cheap operation made how to make it again, and decides what is saved.
+    """Records a recipe for every storage that a cheap operation makes, and decides which tensors are saved.
 
     Args:
-        alive: tensors that exist throughout, whatever is saved.
+        alive: tensors that stay alive whatever is saved.
     """
 
     def __init__(self, alive: Sequence[Tensor]) -> None:
@@ -204,7 +204,7 @@ class _Recorder(TorchDispatchMode):
         self._recipes.clear()
 
     def pack(self, tensor: Tensor) -> _Saved:
-        """The recipe, if it keeps fewer bytes alive than the tensor, else the tensor."""
+        """Return the recipe if it keeps fewer bytes alive than the tensor, else the tensor."""
         recipe = self._recipe(tensor)
         if recipe is None:
             return self._keep(tensor)
@@ -245,7 +245,7 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         again = func if func in OPERATIONS else IN_PLACE.get(func)
-        if again is None or isinstance(args[0], nn.Parameter):  # cast weights stay in autocast's cache anyway
+        if again is None or isinstance(args[0], nn.Parameter):  # autocast's cache keeps cast weights anyway
             result = func(*args, **kwargs)
             if func._schema.is_mutable:
                 for tensor in _overwritten(func, args, kwargs):
@@ -264,6 +264,6 @@ class _Recorder(TorchDispatchMode):
 
 
 def _overwritten(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors among the arguments that the operation writes into."""
+    """Return the tensors among the arguments that the operation writes into."""
     values = [(a, args[i] if i < len(args) else kwargs.get(a.name)) for i, a in enumerate(func._schema.arguments)]
     return [v for a, v in values if a.alias_info is not None and a.alias_info.is_write and isinstance(v, Tensor)]

@@ -11,22 +11,22 @@ from localfeat.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Efficiency:
-    """How a step is computed; what it computes stays the same.
+    """Settings of how a step is computed; its results stay the same.
 
     Args:
-        fused_attention: windowed attention as one operation that keeps queries, keys and values and no attention
-            matrix. ViTs have timm's fused attention in any case.
-        loss_slices: compute the reconstruction loss and its gradient in this many slices of the batch on the way
-            forward, so that neither the whole prediction nor the whole target is ever alive. Fewer slices where they
-            would have less than four images.
-        recompute: ``checkpoint`` keeps the input of every block and computes the rest again in the backward pass;
-            ``selective`` keeps the results of matrix multiplications and convolutions and computes only what is cheap
-            again (norms, activations, softmax).
-        blocks: numbers, from 1, of the backbone's blocks that are recomputed; ``None`` for all.
-        slices: under ``checkpoint``, compute blocks again in this many slices of the batch, one at a time.
-        fused_mlp: the second half of every MLP, activation and second linear layer, as one operation whose backward
-            pass makes no tensor of the hidden width. MLPs of other kinds than ViT's and Swin's stay as they are.
-        compile: ``torch.compile`` every local module; it goes with none of the others.
+        fused_attention: whether windowed attention runs as one operation that keeps queries, keys and values but no
+            attention matrix. ViTs always use timm's fused attention.
+        loss_slices: number of slices of the batch in which the forward pass computes the reconstruction loss and its
+            gradient, so that neither the whole prediction nor the whole target is ever alive. Fewer if a slice would
+            have less than four images.
+        recompute: ``checkpoint`` keeps the input of every block and recomputes the rest in the backward pass;
+            ``selective`` keeps the results of matrix multiplications and convolutions and recomputes only cheap
+            operations (norms, activations, softmax).
+        blocks: numbers, from 1, of the backbone's blocks to recompute; ``None`` means all.
+        slices: number of slices of the batch in which ``checkpoint`` recomputes blocks, one at a time.
+        fused_mlp: whether the second half of every MLP, activation and second linear layer, runs as one operation whose
+            backward pass makes no tensor of the hidden width. MLPs other than ViT's and Swin's stay as they are.
+        compile: whether to ``torch.compile`` every local module; excludes all other settings.
 
     Raises:
         UserError: values out of range, settings that exclude each other.
@@ -42,7 +42,7 @@ class Efficiency:
 
     def __post_init__(self) -> None:
         if self.recompute not in ("none", "checkpoint", "selective"):
-            raise UserError(f"efficiency.recompute={self.recompute}: it is one of none, checkpoint, selective")
+            raise UserError(f"efficiency.recompute={self.recompute}: it must be none, checkpoint or selective")
         for key in ("slices", "loss_slices"):
             if getattr(self, key) < 1:
                 raise UserError(f"efficiency.{key}={getattr(self, key)}: it must be at least 1")
@@ -53,8 +53,8 @@ class Efficiency:
         if self.blocks is not None and min(self.blocks, default=1) < 1:
             raise UserError(f"efficiency.blocks={list(self.blocks)}: blocks are counted from 1")
         if self.compile and any(getattr(self, f.name) != f.default for f in fields(self) if f.name != "compile"):
-            raise UserError("efficiency.compile goes with no other efficiency setting: the compiler makes its own")
+            raise UserError("efficiency.compile excludes all other efficiency settings: the compiler chooses its own")
 
     def recomputes(self, block: int) -> bool:
-        """Whether block number ``block``, from 0, is computed again in the backward pass."""
+        """Return whether block number ``block``, from 0, is recomputed in the backward pass."""
         return self.recompute != "none" and (self.blocks is None or block + 1 in self.blocks)

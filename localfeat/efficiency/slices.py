@@ -1,4 +1,4 @@
-"""Blocks computed in slices of the batch, forward and again in the backward pass: one slice's graph at a time."""
+"""Run blocks in slices of the batch, forward and again in the backward pass, with one slice's graph at a time."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from localfeat.utils.errors import UserError
 
 
 def refuse_slices(block: nn.Module, slices: int) -> None:
-    """Check that a block treats every image by itself, up to random numbers that are one per image.
+    """Refuse a block that does not treat every image independently; random numbers drawn per image are allowed.
 
     Raises:
-        UserError: dropout of single elements, or statistics over the batch, in a module that is in training mode.
+        UserError: a module in training mode drops single elements or needs statistics over the batch.
     """
     reason = None
     for module in block.modules():
@@ -38,18 +38,18 @@ def refuse_slices(block: nn.Module, slices: int) -> None:
             reason = "dropout of single elements would differ from that of the whole batch"
     if reason is not None:
         raise UserError(
-            f"efficiency.slices={slices}: this backbone cannot be computed in slices of the batch, as its {reason}; "
+            f"efficiency.slices={slices}: this backbone cannot be computed in slices of the batch: its {reason}; "
             "use efficiency.recompute=checkpoint with efficiency.slices=1"
         )
 
 
 def run_sliced(block: nn.Module, x: Tensor, slices: int) -> Tensor:
-    """Run a block in slices of the batch, keeping only its input; the backward pass computes slice by slice again.
+    """Run a block in slices of the batch, keeping only its input; the backward pass recomputes it slice by slice.
 
     Args:
-        block: (B, ...) -> (B, ...), every image by itself.
+        block: module (B, ...) -> (B, ...) that treats every image independently.
         x: (B, ...).
-        slices: how many; never more than images.
+        slices: number of slices; reduced to the number of images if larger.
     """
     refuse_slices(block, slices)
     trained = {name: p for name, p in block.named_parameters() if p.requires_grad}
@@ -59,22 +59,22 @@ def run_sliced(block: nn.Module, x: Tensor, slices: int) -> Tensor:
 
 @dataclass
 class _SlicedRun:
-    """What the two computations of one block share."""
+    """The data that the two computations of one block share."""
 
     block: nn.Module
-    names: Sequence[str]  # of the parameters that are trained
+    names: Sequence[str]  # names of the trained parameters
     images: int
     slices: int
     autocast: AutocastState
     draws: list[Tensor] = field(default_factory=list)  # random numbers of the whole batch, in the order of drawing
 
     def __post_init__(self) -> None:
-        # A cast copy of a weight in autocast's cache would outlive the slice, and belong to no or another graph.
+        # A cast copy of a weight in autocast's cache would outlive the slice and its graph.
         self.autocast = replace(self.autocast, cache_enabled=False)
 
     @contextmanager
     def each(self) -> Iterator[Iterator[slice]]:
-        """The slices of the batch in turn, under the autocast and with the random numbers of the forward pass."""
+        """Yield the slices of the batch in turn, with the forward pass's autocast and random numbers."""
         rows = _RowsOfDraws(self.draws, self.images)
 
         def slices() -> Iterator[slice]:
@@ -87,9 +87,9 @@ class _SlicedRun:
 
 
 class _RowsOfDraws(TorchFunctionMode):
-    """Draws random numbers, one per image, for the whole batch at once and hands every slice its rows.
+    """Mode that draws random numbers, one per image, for the whole batch at once and gives every slice its rows.
 
-    So the random generator is called as it is for the whole batch, and its state afterwards is the same.
+    The random generator is thus called as for the whole batch, and ends in the same state.
     """
 
     def __init__(self, draws: list[Tensor], images: int) -> None:
@@ -120,7 +120,7 @@ class _RowsOfDraws(TorchFunctionMode):
 
 
 class _Sliced(torch.autograd.Function):
-    """``block(x)`` with its parameters as explicit inputs, so that they get gradients like those of any operation."""
+    """``block(x)`` with the parameters as explicit inputs, so that they get gradients as in any operation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, run: _SlicedRun, *parameters: Tensor) -> Tensor:
@@ -141,8 +141,8 @@ class _Sliced(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
         run: _SlicedRun = ctx.run
-        # Leaves of their own on the parameters' memory: gradients are summed up in place, and the parameters' hooks
-        # wait for the sum.
+        # Separate leaves on the parameters' memory: gradients are summed in place, and the parameters' hooks run once,
+        # on the sum.
         needed = ctx.needs_input_grad[2:]
         leaves = [p.detach().requires_grad_(wanted) for p, wanted in zip(parameters, needed, strict=True)]
         named = dict(zip(run.names, leaves, strict=True))
@@ -159,7 +159,7 @@ class _Sliced(torch.autograd.Function):
 
 
 def _whole(part: Tensor, images: int) -> Tensor:
-    """An empty tensor for all images, laid out in memory as ``part`` of them is."""
+    """Return an empty tensor for all images in the memory layout of ``part``, the result of some."""
     channels_last = (
         part.dim() == 4 and not part.is_contiguous() and part.is_contiguous(memory_format=torch.channels_last)
     )

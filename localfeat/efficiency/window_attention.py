@@ -1,8 +1,8 @@
-"""Windowed attention as one operation that keeps queries, keys and values and no attention matrix.
+"""Windowed attention as one operation that keeps queries, keys and values but no attention matrix.
 
-The backward pass computes the probabilities again from queries and keys, as FlashAttention does (Dao et al., 2022,
-section 3.1 and appendix B). Windows are small (49 or 64 tokens), so no tiling within one is needed: both passes go
-through the batch in slices of whole windows, and only one slice's matrices of N x N exist at a time.
+The backward pass recomputes the probabilities from queries and keys, as FlashAttention does (Dao et al., 2022,
+section 3.1 and appendix B). Windows are small (49 or 64 tokens) and need no tiling: both passes go through the batch
+in slices of whole windows, and only one slice's N x N matrices exist at a time.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from localfeat.utils.errors import UserError
 
 MOST_SLICES = 8
 SMALLEST_SLICE = 2**20
-"""Elements of N x N matrices below which slicing further saves no memory worth a kernel launch."""
+"""Elements of N x N matrices below which further slicing saves no memory worth a kernel launch."""
 
 MIN_LENGTH = 1e-12
-"""Of the vectors that cosine attention scales to length 1, as in ``torch.nn.functional.normalize``."""
+"""Lower limit of the length by which cosine attention divides vectors, as in ``torch.nn.functional.normalize``."""
 
 
 def fuse_window_attention(model: nn.Module) -> None:
@@ -36,7 +36,7 @@ def fuse_window_attention(model: nn.Module) -> None:
     Only the class of the attention modules changes: parameters, state-dict keys, copies and pickles are as before.
 
     Raises:
-        UserError: attention dropout, which would need the attention matrix.
+        UserError: the model uses attention dropout, which needs the attention matrix.
     """
     if not isinstance(model, SwinTransformer | SwinTransformerV2):
         return
@@ -54,7 +54,7 @@ class FusedWindowAttention(WindowAttentionV1):
     """timm's ``WindowAttention`` of Swin with its attention as one operation."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(windows, N, C) -> (windows, N, C); ``mask`` (windows per image, N, N) is added to the scores."""
+        """Map (windows, N, C) to (windows, N, C); ``mask`` (windows per image, N, N) is added to the scores."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         x = _WindowAttention.apply(qkv, self.scale, self._get_rel_pos_bias()[0], mask).flatten(2)
         return self.proj_drop(self.proj(x))
@@ -64,7 +64,7 @@ class FusedCosineWindowAttention(WindowAttentionV2):
     """timm's ``WindowAttention`` of SwinV2 with its attention as one operation."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(windows, N, C) -> (windows, N, C); ``mask`` (windows per image, N, N) is added to the scores."""
+        """Map (windows, N, C) to (windows, N, C); ``mask`` (windows per image, N, N) is added to the scores."""
         qkv = self._qkv(x).unflatten(-1, (3, self.num_heads, -1))
         scale = self.logit_scale.clamp(max=math.log(100)).exp()
         x = _WindowAttention.apply(qkv, scale, self._position_bias(), mask).flatten(2)
@@ -81,7 +81,7 @@ class FusedCosineWindowAttention(WindowAttentionV2):
         return qkv
 
     def _position_bias(self) -> Tensor:
-        """Continuous relative position bias (h, N, N): 16 sigmoid(MLP(log-spaced coordinates))."""
+        """Return the continuous relative position bias (h, N, N): 16 sigmoid(MLP(log-spaced coordinates))."""
         table = self.cpb_mlp(self.relative_coords_table).flatten(0, -2)
         index = self.get_buffer("relative_position_index")
         bias = table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1).contiguous()
@@ -92,10 +92,10 @@ class _WindowAttention(torch.autograd.Function):
     """softmax(scale q kᵀ + bias + mask) v, softmax in float32, matrix products in the dtype of ``qkv``.
 
     Args of ``apply``:
-        qkv: (W, N, 3, h, d), W windows of N tokens, packed so that its gradient is one tensor too.
-        scale: a number; or (h, 1, 1) for cosine attention (SwinV2), where queries and keys get length 1 first.
+        qkv: (W, N, 3, h, d), W windows of N tokens, packed so that the gradient is one tensor too.
+        scale: a number, or (h, 1, 1) for cosine attention (SwinV2), which first scales queries and keys to length 1.
         bias: (h, N, N), the same for all windows.
-        mask: (windows per image, N, N) or ``None``. Windows of one image follow each other.
+        mask: (windows per image, N, N) or ``None``. The windows of one image are consecutive.
 
     Returns (W, N, h, d).
     """
@@ -144,7 +144,7 @@ class _WindowAttention(torch.autograd.Function):
 
 
 def _slices(qkv: Tensor, mask: Tensor | None) -> Iterator[slice]:
-    """Ranges of windows, images whole where there is a mask; their temporaries are small beside ``qkv``."""
+    """Divide the windows into ranges (of whole images if there is a mask) with temporaries small beside ``qkv``."""
     windows, tokens, _, heads, _ = qkv.shape
     count = min(MOST_SLICES, max(1, windows * heads * tokens**2 // SMALLEST_SLICE))
     image = 1 if mask is None else len(mask)
@@ -157,7 +157,7 @@ def _precise(dtype: torch.dtype) -> torch.dtype:
 
 
 def _operands(qkv: Tensor, scale: float | Tensor) -> tuple[Tensor, ...]:
-    """Scaled queries, keys and values, contiguous (W, h, N, d) each, for (W, N, 3, h, d)."""
+    """Return scaled queries, keys and values, contiguous (W, h, N, d) each, of (W, N, 3, h, d)."""
     packed = qkv.permute(2, 0, 3, 1, 4).clone(memory_format=torch.contiguous_format)
     if isinstance(scale, Tensor):
         unit, _ = _to_unit_length(packed[:2])
@@ -169,14 +169,14 @@ def _operands(qkv: Tensor, scale: float | Tensor) -> tuple[Tensor, ...]:
 
 
 def _to_unit_length(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors (..., d) scaled to length 1, and their lengths before (..., 1)."""
+    """Scale vectors (..., d) to length 1; return them and their former lengths (..., 1)."""
     x = x.to(_precise(x.dtype))
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=MIN_LENGTH)
     return x / length, length
 
 
 def _probabilities(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q kᵀ + bias + mask), (W, h, N, N) in at least float32, of q, k (W, h, N, d)."""
+    """Return softmax(q kᵀ + bias + mask), (W, h, N, N) in at least float32, for q, k (W, h, N, d)."""
     scores = (q @ k.mT).to(_precise(q.dtype))
     scores += bias
     if mask is not None:
@@ -186,13 +186,13 @@ def _probabilities(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None) -> T
 
 
 def _softmax_backward_(grad: Tensor, probabilities: Tensor) -> Tensor:
-    """Gradient of the scores, P (dP - sum(P dP)), in place of ``grad`` dP."""
+    """Return the gradient of the scores, P (dP - sum(P dP)), computed in place of ``grad`` dP."""
     grad *= probabilities
     return grad.addcmul_(probabilities, grad.sum(-1, keepdim=True), value=-1)
 
 
 def _cosine_backward(qkv: Tensor, scale: Tensor, grad_q: Tensor, grad_k: Tensor, into: Tensor) -> Tensor:
-    """Gradients of raw queries and keys into ``into`` (3, W, h, N, d); returns that of the scale (h, 1, 1)."""
+    """Write the gradients of raw queries and keys into ``into`` (3, W, h, N, d); return the scale's (h, 1, 1)."""
     packed = qkv.permute(2, 0, 3, 1, 4)
     units, lengths = _to_unit_length(packed[:2])
     grad_unit_q = grad_q.to(units.dtype)

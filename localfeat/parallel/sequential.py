@@ -1,4 +1,4 @@
-"""The sequential schedule: all modules on one device, one after the other, each forward, backward and update."""
+"""The sequential schedule: on one device, each module in turn runs forward, backward and its update."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from localfeat.methods.local_module import LocalModule, LocalOutput
 
 
 class Observer(Protocol):
-    """What is told how far a batch is."""
+    """An object that is notified as a batch progresses."""
 
     def begin_module(self, index: int) -> None:
-        """The module (from 0) begins its forward pass."""
+        """Be told that module ``index`` (from 0) begins its forward pass."""
 
     def see_output(self, index: int, output: LocalOutput, labels: Tensor) -> None:
-        """The module has run backward from ``output.loss``; its gradients are there."""
+        """Be told that the module has run backward from ``output.loss``, so its gradients are available."""
 
 
 def train_in_turn(
@@ -30,12 +30,12 @@ def train_in_turn(
     """Train every module on one batch. At most one module's graph is alive at a time.
 
     Args:
-        modules: in order; each takes the features of the one before, detached.
-        batch: makes the normalised images (B, 3, H, W) and their labels. They belong to this loop alone, which
-            frees the images after the last module that needs them.
-        backward: runs backward from one module's loss.
-        update: steps the optimizer of a module (counted from 0) and frees its gradients, if it is time to.
-        observer: is told when a module begins and what came out.
+        modules: the local modules in order; each takes the detached features of the one before.
+        batch: function that makes the normalised images (B, 3, H, W) and their labels. Only this loop may hold them:
+            it frees the images after the last module that needs them.
+        backward: function that runs backward from one module's loss.
+        update: function that steps the optimizer of a module (counted from 0) and frees its gradients, if it is due.
+        observer: object that is told when a module begins and what it returned.
     """
     last_image_user = max((i for i, module in enumerate(modules) if module.objective.uses_images), default=0)
     features, labels = batch()

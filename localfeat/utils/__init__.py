@@ -1,1 +1,1 @@
-"""What every room uses: errors, files written whole, locks, text in messages."""
+"""Helpers that every package uses: errors, whole-file writing, locks, text in messages."""

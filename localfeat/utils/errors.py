@@ -1,4 +1,4 @@
-"""Exceptions that are told in one line, and how a command then ends."""
+"""Exceptions with one-line messages, and the exit codes they lead to."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ class UserError(ValueError):
 
 
 class RunFailed(RuntimeError):
-    """A run that cannot go on through no mistake in what was asked for: a full disk, a loss that is not finite.
+    """A run that failed although nothing was wrong with what the user asked for: a full disk, a non-finite loss.
 
-    The message is one line. Command lines print it, with how to go on with the run, and exit with code 1.
+    The message is one line. Command lines print it, with how to resume the run, and exit with code 1.
     """
 
 
 class Diverged(RunFailed):
-    """A run whose losses or gradients are no longer finite: it would end so again if it went on."""
+    """A run whose losses or gradients are no longer finite; if resumed, it would fail again."""
 
 
 class Stopped(BaseException):
-    """A signal told this process to stop, and it has put its things in order.
+    """A signal told this process to stop, and the process has cleaned up.
 
-    Not an ``Exception``: nobody may take it for a failure and go on. Command lines exit with 128 + ``signum``.
+    Not an ``Exception``, so that no handler treats it as a failure and carries on. Command lines exit with
+    128 + ``signum``.
 
     Attributes:
-        signum: of the signal.
+        signum: the signal's number.
     """
 
     def __init__(self, signum: int) -> None:
@@ -39,7 +40,7 @@ class Stopped(BaseException):
 
 
 def contexts(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and those during whose handling it was raised, the latest first."""
+    """Yield an exception, then its causes and contexts, latest first."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what is said when that fails."""
+"""Write files whole or not at all, and report failures in one line."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from typing import BinaryIO
 from localfeat.utils.errors import RunFailed, contexts
 
 PART = ".part"
-"""How the names of unfinished files end; a process that is killed leaves them behind."""
+"""Suffix of unfinished files; a killed process leaves them behind."""
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file that is on disk under the name ``path`` when the block has ended, complete or not at all.
+    """Open a binary file that appears at ``path`` when the block ends, complete or not at all.
 
-    It is written under another name in the same folder, which is made if need be, and renamed when the disk has it.
-    If anything fails the name keeps the file that it had; so it does for a reader meanwhile, and after a crash of the
-    machine.
+    The content goes to a temporary file in the same folder, which is created if needed, and is renamed once it is on
+    disk. Until then, and if anything fails or the machine crashes, ``path`` keeps its old content.
 
     Raises:
-        OSError: of the file system, also where a library has wrapped it in another exception.
+        OSError: an error of the file system, also where a library has wrapped it in another exception.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,13 +47,13 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
-    """``content`` as a :func:`whole_file`."""
+    """Write ``content`` to ``path`` as a :func:`whole_file`."""
     with whole_file(path) as file:
         file.write(content)
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in ``folder`` on disk, where the file system can do that."""
+    """Flush the names in ``folder`` to disk, where the file system supports it."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -64,14 +63,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove what killed processes have left of files in ``folder``. No other process may be writing there."""
+    """Remove the unfinished files that killed processes left in ``folder``. No other process may be writing there."""
     for left in folder.glob(f".*{PART}"):
         left.unlink(missing_ok=True)
 
 
 @contextmanager
 def failing_in_one_line(path: str | Path) -> Iterator[None]:
-    """Turn an ``OSError`` of writing ``path``, a file of a run, into a ``RunFailed``: full disk, vanished folder …"""
+    """Turn an ``OSError`` from writing ``path`` (full disk, missing folder …) into a ``RunFailed``."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""One process at a time: locks that the system takes back from a process that dies."""
+"""Locks that admit one process at a time; the system releases them when the process dies."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errn
 
 
 def try_lock(file: Path) -> int | None:
-    """A descriptor that keeps every other process from ``file``'s lock while it is open; None if one has it.
+    """Return an open descriptor that holds the lock on ``file``, or None if another process holds it.
 
-    A child that inherits it holds the lock too, also after its parent's death. The folder must exist.
+    Closing the descriptor releases the lock. A child that inherits it holds the lock too, even after its parent has
+    died. The folder must exist.
 
     Raises:
-        OSError: the file cannot be made, or its file system has no locks.
+        OSError: the file cannot be created, or its file system has no locks.
     """
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -38,7 +39,7 @@ def try_lock(file: Path) -> int | None:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # whoever had it before has removed it meanwhile: the name is another file, or none
+        os.close(descriptor)  # the previous holder has removed the file meanwhile: try again with a new one
 
 
 def _is_at(descriptor: int, file: Path) -> bool:
@@ -49,7 +50,7 @@ def _is_at(descriptor: int, file: Path) -> bool:
 
 
 def is_locked(file: Path) -> bool:
-    """Whether a process holds the lock now."""
+    """Return whether a process currently holds the lock."""
     if not file.exists():
         return False
     descriptor = try_lock(file)
@@ -59,28 +60,28 @@ def is_locked(file: Path) -> bool:
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a folder in which a process trains now.
+    """Refuse a folder in which another process is training.
 
     Raises:
-        UserError: says which process it is.
+        UserError: a process is training there; the message names it.
     """
     file = folder / RUN_LOCK
-    with suppress(OSError):  # no locks, no permission: whoever trains there will be told
+    with suppress(OSError):  # no locks or no permission: `sole_run` will report it
         if is_locked(file):
             raise UserError(_in_use(folder))
 
 
 def _in_use(folder: Path) -> str:
-    return f"{folder} is in use: {_holder(folder / RUN_LOCK)} trains there"
+    return f"{folder} is in use: {_holder(folder / RUN_LOCK)} is training there"
 
 
 @contextmanager
 def sole_run(folder: Path) -> Iterator[None]:
-    """Keep every other process from training in ``folder``, which is made if need be. Leaves no file behind.
+    """Keep every other process from training in ``folder``, which is created if needed. Leave no file behind.
 
     Raises:
-        UserError: one is training there, or nobody may write there.
-        OSError: the folder cannot be written to for another reason, like a full disk.
+        UserError: another process is training there, or the folder is not writable.
+        OSError: the folder cannot be written to for another reason, such as a full disk.
     """
     file = folder / RUN_LOCK
     try:

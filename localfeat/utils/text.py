@@ -1,4 +1,4 @@
-"""Names of files in messages: whatever bytes a name holds, the message stays one harmless line."""
+"""Text in messages and on command lines: whatever bytes a file name holds, a message stays one harmless line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 
 def shown(text: str | os.PathLike[str]) -> str:
-    r"""``text`` with everything escaped that does not print: newlines, terminal escapes, bytes that are no UTF-8.
+    r"""Escape everything in ``text`` that does not print: newlines, terminal escapes, bytes that are not UTF-8.
 
     ``"a\nb"`` becomes ``a\nb`` with a backslash and an n.
     """
@@ -15,24 +15,24 @@ def shown(text: str | os.PathLike[str]) -> str:
 
 
 def prints(name: str) -> bool:
-    """Whether ``name`` can stand in tables, files and terminals as it is."""
+    """Return whether ``name`` can appear unescaped in tables, files and terminals."""
     return name.isprintable()
 
 
 def _escaped(character: str) -> str:
-    if 0xDC80 <= ord(character) <= 0xDCFF:  # how Python keeps a byte of a file name that is no UTF-8
+    if 0xDC80 <= ord(character) <= 0xDCFF:  # Python's surrogate for a file-name byte that is not UTF-8
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode()
 
 
 def quoted(text: str) -> str:
-    """A text as Hydra's grammar takes it literally: before a quote, and at the end, backslashes count twice."""
+    """Quote a text for Hydra's grammar, which reads two backslashes as one before a quote and at the end."""
     escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
     return f"'{escaped}'"
 
 
 def as_typed(value: object) -> str:
-    """A value as one types it on the command line."""
+    """Format a value as a user would type it on the command line."""
     if isinstance(value, list | tuple):
         return f"[{','.join(map(as_typed, value))}]"
     if isinstance(value, dict):

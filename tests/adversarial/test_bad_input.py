@@ -109,8 +109,8 @@ COMBINATIONS = {
     "split=even split.modules=99": "split.modules=99: 99 local modules need 99 blocks: this backbone has 4",
     "split.modules=3": "split.modules=3: 4 stages cannot be shared equally by 3 local modules: use split=even split.",
     "split=cuts": "split.cuts has to be given: split.cuts=<value>",
-    "split=cuts split.cuts=[3,2]": "split.cuts=[3, 2]: cuts rise and lie between 1 and 3 (after that many blocks)",
-    "split=cuts split.cuts=[1,9]": "split.cuts=[1, 9]: cuts rise and lie between 1 and 3 (after that many blocks)",
+    "split=cuts split.cuts=[3,2]": "split.cuts=[3, 2]: cuts must rise and lie between 1 and 3 (after that many blocks)",
+    "split=cuts split.cuts=[1,9]": "split.cuts=[1, 9]: cuts must rise and lie between 1 and 3 (after that many blocks)",
     "image_size=30": "image_size=30: patches of 2 px and windows of 4 over 4 stages cannot tile it; sizes that work: ",
     "trainer.devices=2": "trainer.devices=2: localfeat trains on one device for now, trainer.devices=1",
     "trainer=gpu": "trainer=gpu: there is no GPU that this torch can use; trainer=cpu works everywhere",
@@ -122,8 +122,8 @@ BACKBONES = {
     "backbone.name=swim": "backbone.name=swim: timm has no such model",
     "backbone.arguments.foo=1": "backbone.arguments.foo: there is no such key yet; add it with +backbone.",
     "+backbone.arguments.foo=1": "backbone: timm's swin_tiny_patch4_window7_224 takes no argument foo",
-    "backbone.arguments.num_heads=[3]": "backbone: timm's swin_tiny_patch4_window7_224 cannot be built so: ",
-    "backbone.drop_path_rate=2": "backbone.drop_path_rate=2.0: it lies in [0, 1)",
+    "backbone.arguments.num_heads=[3]": "backbone: timm's swin_tiny_patch4_window7_224 cannot be built like this: ",
+    "backbone.drop_path_rate=2": "backbone.drop_path_rate=2.0: it must lie in [0, 1)",
     "backbone.pretrained=true backbone.weights=x.pth": "backbone.pretrained and backbone.weights: initial weights come",
     "backbone.weights=x.pth": "no weights file x.pth: give a .safetensors file or a torch state dict",
     "backbone.weights=other.pth": "other.pth lacks layers.0.blocks.0.",
@@ -287,7 +287,7 @@ def replace_image(kind: str, image: Path) -> None:
 
 HOSTILE = {
     "pipe": "broken/train/cat/0.png: it is a pipe, socket or device; replace or delete it",
-    "link": "broken/train/cat/0.png: it is a link that leads to no file; replace or delete it",
+    "link": "broken/train/cat/0.png: it is a link that does not lead to a file; replace or delete it",
     "ghostscript": "broken/train/cat/0.png: it is none of PNG, JPEG, BMP, WEBP, TIFF, PPM, GIF",
     "bomb": r"broken/train/cat/\n\x1b[31m.png: it has more than 100,000,000 pixels, which is the limit",
 }

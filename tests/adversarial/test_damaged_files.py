@@ -39,7 +39,9 @@ def test_code_in_a_pickle_never_runs(verified: bool, tmp_path: Path, monkeypatch
     if verified:
         formats.accept_cifar(monkeypatch, root)
         source.prepare(download=False)
-    reason = "holds posix.mkdir, which is no array" if verified else "test_batch is damaged: it has another checksum"
+    reason = (
+        "holds posix.mkdir, which is not an array" if verified else "test_batch is damaged: it has the wrong checksum"
+    )
     refused(source, f"cannot read cifar10 in .*: .*{reason}.*; fetch http", lambda source: source.load("test"))
     assert not (tmp_path / "ran").exists()
     assert len(source.load("train")) == 100

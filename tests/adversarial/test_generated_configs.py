@@ -131,7 +131,7 @@ FOUND = {
     f"method.name={'a' * 300}": "is part of a folder's name",
     f"backbone.weights={'a' * 5000}": "no weights file aaa",
     "backbone.weights='a\x00b'": "no weights file a\\x00b",
-    "backbone.arguments.embed_dim=0": "cannot be built so",  # without torch's warning before it
+    "backbone.arguments.embed_dim=0": "cannot be built like this",  # without torch's warning before it
 }
 """What was no single line once."""
 

@@ -118,7 +118,7 @@ def test_what_is_no_file_is_named_before_anything_is_read(
     place = tmp_path / "train" / "class_1" / "x.png"
     monkeypatch.chdir(place.parent)
     make_special(kind, place)
-    what = "a link that leads to no file" if place.is_symlink() else "a pipe, socket or device"
+    what = "a link that does not lead to a file" if place.is_symlink() else "a pipe, socket or device"
     for read in (lambda: ImageFolder(tmp_path, 16), lambda: list_images(tmp_path)):
         with pytest.raises(BadImage, match=rf"train/class_1/x\.png: it is {what}; replace or delete it"):
             read()
@@ -128,7 +128,7 @@ def test_what_is_no_file_is_named_before_anything_is_read(
 
 def test_what_has_become_a_pipe_meanwhile_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.png")
-    with pytest.raises(BadImage, match="no regular file"):
+    with pytest.raises(BadImage, match="not a regular file"):
         read_image(tmp_path / "x.png")
 
 

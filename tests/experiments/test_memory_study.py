@@ -1,4 +1,4 @@
-"""A small version of every part of the memory study, and every figure of its tables computed again from its JSON."""
+"""A small version of every part of the memory study; every figure of its tables is recomputed from its JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from localfeat import Efficiency
 from tests.helpers.small import FAMILIES
 
 GIB = 1024**3
-PARTS = ["paper", "ours", "depth", "large", "time"]  # bf16 is as paper
+PARTS = ["paper", "ours", "depth", "large", "time"]  # bf16 is like paper
 SWIN = Network("Swin", FAMILIES["swin"][0], 32, 16, drop_path_rate=0.1, arguments=tuple(FAMILIES["swin"][1].items()))
 VIT = replace(SWIN, label="ViT", name=FAMILIES["vit"][0], arguments=tuple(FAMILIES["vit"][1].items()))
 SHALLOW = replace(VIT, arguments=tuple({**FAMILIES["vit"][1], "depth": 2}.items()))
@@ -63,7 +63,7 @@ def figures(results: Path, part: str) -> Any:
 
 
 def lines(results: Path, part: str, header: str = "") -> list[dict[str, str]]:
-    """The rows of the tables whose header has that text, as dicts."""
+    """Return the rows, as dicts, of the tables whose header contains the text."""
     found: list[dict[str, str]] = []
     columns: list[str] = []
     for line in (results / f"{part}.md").read_text().splitlines():
@@ -138,7 +138,7 @@ def test_the_table_of_least_memory_within_work(results: Path) -> None:
         assert row["flops"] <= budget["flops"] * 1.000001
         front_of = part["fronts"][row["method"]]
         allowed = [s["peak_bytes"] for s in front_of if s["flops"] <= budget["flops"] * 1.000001]
-        assert abs(row["peak_bytes"] - min(allowed)) <= 16 * 1024  # the best of its kind, as a whole step has it
+        assert abs(row["peak_bytes"] - min(allowed)) <= 16 * 1024  # the best of its kind, by a whole step
     assert part["budgets"][-1]["flops"] == part["grid"][1]["flops"]  # E2E + checkpointing
     assert part["grid"][1]["key"] == "e2e, one_layer, uncut, checkpoint"
 

@@ -1,4 +1,4 @@
-"""The suites of faults and kills: a row of theirs here, all of them when there is time."""
+"""The suites of faults and kills: one row of each here, all rows in the slow tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LEAN = ["last.ckpt is all zeros"]
 
 @pytest.fixture
 def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Uninterrupted runs of other tests may be gone."""
+    """Forget cached uninterrupted runs, as other tests' folders may be gone."""
     monkeypatch.setattr(trial, "_WHOLE", {})
     monkeypatch.setattr(trial, "_CUT", {})
     yield
@@ -79,7 +79,7 @@ def test_files_that_are_cut_are_seen(tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("script", [["faults.py"], ["kills.py", "kills=6"]])
 def test_the_whole_suite(script: list[str], tmp_path: Path) -> None:
-    """Its results are written beside the script, which is copied for that."""
+    """Copy the script, as it writes its results next to itself."""
     copy = tmp_path / "experiments" / "reliability"
     copy.mkdir(parents=True)
     for file in (ROOT / "experiments" / "reliability").rglob("*.py"):

@@ -1,4 +1,4 @@
-"""The scripts that want a GPU or much time, on small networks and this machine."""
+"""The scripts that need a GPU or much time, run on small networks on this machine."""
 
 from __future__ import annotations
 

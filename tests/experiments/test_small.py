@@ -1,4 +1,4 @@
-"""The figures that pages quote from the small study are those of its runs' files."""
+"""The figures that pages quote from the small study match its runs' files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAGES = [ROOT / "README.md", ROOT / "experiments" / "small" / "README.md"]
 
 
 def accuracies() -> dict[tuple[str, int], dict[int, float]]:
-    """(method, modules) -> seed -> test accuracy in %."""
+    """Return (method, modules) -> seed -> test accuracy in %."""
     found: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)
     for file in RUNS.glob("*/summary.json"):
         run = json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""The soak test measures what it says, and finds what grows."""
+"""The soak test measures correctly and detects growth."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Path(sys.argv[2]).write_text(json.dumps([asdict(reading) for reading in found]))
 
 
 def readings(growth: float = 0.0, descriptors: int = 0) -> list[Reading]:
-    """To batch 2,000, with memory and descriptors that grow from batch 300 on."""
+    """Return readings up to batch 2,000, with memory and descriptors that grow from batch 300 on."""
     begin = Reading(0, 800_000, 500_000, 13, 4, 600_000, 40_000)
     found = [replace(begin, batch=batch) for batch in range(20, 2001, 20)]
     return [
@@ -50,7 +50,7 @@ def test_a_run_too_short_is_refused() -> None:
 
 
 def test_a_reading_sees_memory_and_descriptors(tmp_path: Path) -> None:
-    """Pages of its own: what malloc gives may have been resident before."""
+    """Read before and after mapping new pages, as memory from malloc may have been resident before."""
     before = reading(0)
     held = mmap.mmap(-1, 2**25, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     held.write(bytes(2**25 - 1) + b"x")
@@ -63,7 +63,7 @@ def test_a_reading_sees_memory_and_descriptors(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_short_soak_holds(tmp_path: Path) -> None:
-    """In a process of its own: one that other tests have filled gives memory back when it likes."""
+    """Run in a separate process, as one filled by other tests returns memory at any time."""
     environment = {**os.environ, "FORCE_COLOR": "", "WANDB_MODE": "offline", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", IN_A_PROCESS, str(tmp_path / "soak"), str(tmp_path / "readings.json")]
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)

@@ -45,7 +45,7 @@ RUNS: list[tuple[str, str, str, dict[str, str], list[str]]] = [
         "6",
         "a resumed epoch has another order",
         DATA,
-        {"self.batch_size, self.seed, rank, world_size)": "self.batch_size, id(self) % 999, rank, world_size)"},
+        {"self.batch_size, self.seed, rank, world_size,": "self.batch_size, id(self) % 999, rank, world_size,"},
         RESUME,
     ),
     (

@@ -447,7 +447,7 @@ def test_the_newest_of_several_runs(tmp_path: Path, killed: Path) -> None:
 def test_a_folder_in_use_is_refused(killed: Path, tmp_path: Path) -> None:
     before = {name: (killed / name).read_bytes() for name in files_below(killed) if name != ".lock"}
     with sole_run(killed), sole_run(tmp_path / "fresh"):
-        with pytest.raises(UserError, match=f"is in use: process {os.getpid()} on .* trains there"):
+        with pytest.raises(UserError, match=f"is in use: process {os.getpid()} on .* is training there"):
             go_on(killed)
         with pytest.raises(UserError, match="is in use"):
             small_run(tmp_path / "fresh", *QUICK)

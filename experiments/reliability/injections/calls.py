@@ -1,4 +1,4 @@
-"""One system call of a run fails: the first of its kind, the second … until a run does not come to it any more."""
+"""One system call of a run fails: the first of its kind, the second … until a run no longer reaches it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.reliability.injections.trial import QUICK, Trial, goes_on, need, one_line
+from experiments.reliability.injections.trial import QUICK, Trial, need, one_line, succeeds
 from localfeat.run.loggers import metrics_csv
 
 SHORT = [*QUICK, "epochs=1", "trainer.limit_train_batches=3"]
 DENSE, STRIDE = 12, 25
-"""Writes are many: of those after the twelfth every 25th fails."""
+"""Writes are many: of those after the twelfth, every 25th fails."""
 
 LEFT = ("checkpoints/previous.ckpt", ".lock")
-"""What stays when it cannot be removed, and harms nobody."""
+"""Files that stay harmlessly if they cannot be removed."""
 
 
 class Countdown:
-    """Raises EIO at call ``number`` and leaves a file that says so; later calls are as ever."""
+    """Raises EIO at call ``number`` and leaves a file that says so; later calls work as usual."""
 
     def __init__(self, number: int, met: Path) -> None:
         self.left, self.met = number, met
@@ -34,7 +34,7 @@ class Countdown:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def before(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """``call``, which may fail."""
+        """Wrap ``call`` so that it may fail."""
 
         def counted(*arguments: Any, **named: Any) -> Any:
             self()
@@ -44,7 +44,7 @@ class Countdown:
 
 
 def fail_writes(countdown: Countdown) -> None:
-    """Files that are written whole, and metrics.csv."""
+    """Let writes of whole files and of metrics.csv fail."""
 
     class Failing(io.FileIO):
         def write(self, content: Any) -> int:
@@ -73,7 +73,7 @@ def fail(call: str, number: int, met: Path) -> None:
 
 
 def every(call: str) -> Callable[[Path], str]:
-    """All points at which ``call`` can fail, one run each."""
+    """Return a fault that lets ``call`` fail at each point where a run calls it, one run per point."""
 
     def make(place: Path) -> str:
         number, stopped, unharmed = 1, 0, 0
@@ -89,20 +89,20 @@ def every(call: str) -> Callable[[Path], str]:
 
 
 def point(place: Path, call: str, number: int) -> bool | None:
-    """Whether the run ends if this call fails; None if there is none any more."""
+    """Return whether the run ends if this call fails; None if a run no longer reaches it."""
     trial, met = Trial(place / call, base=SHORT), place / f"{call}.met"
     met.unlink(missing_ok=True)
     ended = trial.run(prepare=lambda: fail(call, number, met))
     where = f"{call} {number}: "
     try:
         if ended.code == 0:
-            goes_on(ended)
+            succeeds(ended)
             for left in LEFT if call == "unlink" else ():
                 (trial.folder / left).unlink(missing_ok=True)
             trial.identical()
         else:
             one_line(ended, 1, os.strerror(errno.EIO))
-            trial.go_on()
+            trial.resume()
     except Exception as error:
         raise type(error)(where + str(error)) from error
     return ended.code != 0 if met.exists() else None

@@ -1,4 +1,4 @@
-"""Files of a run that were damaged, or deleted, while it did not train."""
+"""A run's files are damaged or deleted while it is not training."""
 
 from __future__ import annotations
 
@@ -7,42 +7,42 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from experiments.reliability.injections.trial import Trial, goes_on, need, one_line
+from experiments.reliability.injections.trial import Trial, need, one_line, succeeds
 from localfeat.run.evaluate import main as evaluate
 
 
 def half(file: Path) -> None:
-    """Cut it."""
+    """Cut the file in half."""
     os.truncate(file, file.stat().st_size // 2)
 
 
 def bit(file: Path) -> None:
-    """Flip one in its middle."""
+    """Flip one bit in the middle of the file."""
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 0x10
     file.write_bytes(content)
 
 
 def zeros(file: Path) -> None:
-    """As long as before."""
+    """Overwrite the file with zeros of the same length."""
     file.write_bytes(bytes(file.stat().st_size))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Of all files but locks and Hydra's notes."""
+    """Return the contents of all files but locks and Hydra's notes."""
     files = (file for file in folder.rglob("*") if file.is_file() and ".hydra" not in file.parts)
     return {str(file): file.read_bytes() for file in files if file.name != ".lock"}
 
 
 def last_checkpoint(damage: Callable[[Path], None]) -> Callable[[Path], str]:
-    """``last.ckpt`` of a run that was cut short."""
+    """Return a fault that damages ``last.ckpt`` of an interrupted run."""
 
     def make(place: Path) -> str:
         trial = Trial(place)
-        trial.cut_short()
+        trial.kill_midway()
         damage(trial.folder / "checkpoints" / "last.ckpt")
         ended = trial.run()
-        goes_on(ended, "last.ckpt cannot be read", "takes its place")
+        succeeds(ended, "last.ckpt cannot be read", "takes its place")
         trial.identical()
         return "a warning, the one before takes its place; identical"
 
@@ -50,53 +50,53 @@ def last_checkpoint(damage: Callable[[Path], None]) -> Callable[[Path], str]:
 
 
 def missing_checkpoint(place: Path) -> str:
-    """``previous.ckpt`` is there."""
+    """Delete ``last.ckpt``; ``previous.ckpt`` stays."""
     trial = Trial(place)
-    trial.cut_short()
+    trial.kill_midway()
     (trial.folder / "checkpoints" / "last.ckpt").unlink()
-    trial.go_on()
+    trial.resume()
     return "the one before takes its place; identical"
 
 
 def all_checkpoints(place: Path) -> str:
-    """Both."""
+    """Damage both checkpoints."""
     trial = Trial(place)
-    trial.cut_short()
+    trial.kill_midway()
     for name in ("last", "previous"):
         bit(trial.folder / "checkpoints" / f"{name}.ckpt")
     before = contents(trial.folder)
     one_line(trial.run(), 2, "last.ckpt cannot be read", "previous.ckpt cannot be read")
     need(contents(trial.folder) == before, "files have changed")
     shutil.rmtree(trial.folder / "checkpoints")
-    trial.go_on()
+    trial.resume()
     return "one line, exit code 2, no file changes; without them it begins anew and is identical"
 
 
 def cut_row(place: Path) -> str:
-    """Of a batch after the checkpoint."""
+    """Cut the row of a batch after the checkpoint."""
     trial = Trial(place)
-    trial.cut_short()
+    trial.kill_midway()
     file = trial.folder / "metrics.csv"
     os.truncate(file, file.stat().st_size - 20)
-    goes_on(trial.run())
+    succeeds(trial.run())
     trial.identical()
     return "it comes again; identical"
 
 
 def no_rows(place: Path) -> str:
-    """They cannot come again."""
+    """Delete metrics.csv, whose rows cannot be written again."""
     trial = Trial(place)
-    trial.cut_short()
+    trial.kill_midway()
     (trial.folder / "metrics.csv").unlink()
-    goes_on(trial.run(), "metrics.csv")
+    succeeds(trial.run(), "metrics.csv")
     trial.readable()
     return "a warning; goes on with the rows from then on"
 
 
 def configuration(place: Path) -> str:
-    """Half of it."""
+    """Replace config.yaml with bad YAML, nothing, and half of itself."""
     trial = Trial(place)
-    trial.cut_short()
+    trial.kill_midway()
     file = trial.folder / "config.yaml"
     sound = file.read_bytes()
     for content in (b"seed: [", b"", sound[: len(sound) // 2]):
@@ -105,17 +105,17 @@ def configuration(place: Path) -> str:
         one_line(trial.run(), 2, "config")
         need(contents(trial.folder) == before, "files have changed")
     file.write_bytes(sound)
-    trial.go_on()
+    trial.resume()
     return "one line, exit code 2, no file changes; mended: identical"
 
 
 def ended_run(trial: Trial) -> None:
-    """``folder`` becomes a run that has ended."""
+    """Turn ``folder`` into a completed run."""
     shutil.copytree(trial.whole(), trial.folder)
 
 
 def damaged_summary(place: Path) -> str:
-    """The run has ended."""
+    """Damage summary.json of a completed run."""
     trial = Trial(place)
     ended_run(trial)
     file = trial.folder / "summary.json"
@@ -123,33 +123,33 @@ def damaged_summary(place: Path) -> str:
     for content in (sound[: len(sound) // 2], b"", b"\xff\xfe", b"[]"):
         file.write_bytes(content)
         one_line(trial.run(), 2, "summary.json")
-        goes_on(trial.run(f"run={trial.folder}", entry=evaluate))  # it does not need it
+        succeeds(trial.run(f"run={trial.folder}", entry=evaluate))  # it does not need it
         need(file.read_bytes() == content, "it has changed")
     file.unlink()
-    trial.go_on()
+    trial.resume()
     return "resume=auto: one line, exit code 2; evaluate scores it; deleted, the run ends once more, identical"
 
 
 def damaged_best(place: Path) -> str:
-    """Before evaluate."""
+    """Damage best.ckpt before evaluate reads it."""
     trial = Trial(place)
     ended_run(trial)
     file = trial.folder / "checkpoints" / "best.ckpt"
     sound = file.read_bytes()
     expected = trial.run(f"run={trial.folder}", entry=evaluate)
-    goes_on(expected)
+    succeeds(expected)
     for damage in (half, bit, zeros):
         damage(file)
         one_line(trial.run(f"run={trial.folder}", entry=evaluate), 2, "best.ckpt cannot be read")
         file.write_bytes(sound)
     again = trial.run(f"run={trial.folder}", entry=evaluate)
-    goes_on(again)
+    succeeds(again)
     need(again.output == expected.output, "evaluate says something else")
     return "one line, exit code 2; mended: the same figures"
 
 
 def damaged_weights(place: Path) -> str:
-    """Before they are loaded."""
+    """Damage the file of initial weights before it is loaded."""
     trial = Trial(place)
     file = place / "weights.safetensors"
     for damage in (half, zeros):

@@ -1,4 +1,4 @@
-"""Disks that are full or read-only, folders that go away."""
+"""Disks are full or read-only, folders vanish."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIZES = (8, 16, 20, 28, 36, 200, 1700, 3100, 3300, 4700, 4900, 6200, 6600)  # Ki
 
 @contextmanager
 def disk(folder: Path, kib: int) -> Iterator[Path]:
-    """A file system in the memory, mounted on ``folder``."""
+    """Mount a file system in memory on ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "faults", str(folder)]
@@ -41,37 +41,37 @@ def disk(folder: Path, kib: int) -> Iterator[Path]:
 
 
 def remount(folder: Path, options: str) -> None:
-    """Change a disk."""
+    """Change the mount options of a disk."""
     subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
 
 
 def fill(folder: Path) -> None:
-    """Make a disk as small as what is on it."""
+    """Shrink a disk to its contents."""
     found = os.statvfs(folder)
     remount(folder, f"size={max(1, found.f_blocks - found.f_bfree) * found.f_frsize // 1024}k")
 
 
 def full_at(moment: Callable[[Path], object], file: str) -> Callable[[Path], str]:
-    """The disk is full from a moment on, which makes ``file`` fail."""
+    """Return a fault in which the disk fills up at ``moment``, so that ``file`` cannot be written."""
 
     def make(place: Path) -> str:
         trial = Trial(place)
         with disk(trial.folder, LARGE):
             one_line(trial.run(prepare=lambda: moment(trial.folder)), 1, FULL, f"{trial.folder / file} cannot be")
             remount(trial.folder, f"size={LARGE}k")
-            trial.go_on()
+            trial.resume()
         return f"one line names {Path(file).name}, exit code 1; identical"
 
     return make
 
 
 def at(epoch: int, batches: int) -> Callable[[Path], object]:
-    """In a batch."""
+    """Return the moment after ``batches`` batches of an epoch."""
     return lambda folder: watch(At("on_train_batch_start", partial(fill, folder), epoch, batches))
 
 
 def before(name: str) -> Callable[[Path], object]:
-    """When a function of localfeat.run.train is called; pictures are drawn."""
+    """Return the moment before a function of localfeat.run.train is called; pictures are drawn."""
 
     def moment(folder: Path) -> None:
         training.learning_curves = figures.learning_curves
@@ -87,7 +87,7 @@ def before(name: str) -> Callable[[Path], object]:
 
 
 def sizes(place: Path) -> str:
-    """Disks of many sizes, each full somewhere."""
+    """Use disks of many sizes, each full at some point."""
     where: Counter[str] = Counter()
     for kib in SIZES:
         trial = Trial(place / str(kib), base=SHORT)
@@ -101,7 +101,7 @@ def sizes(place: Path) -> str:
                 where["nothing"] += 1
             remount(trial.folder, f"size={LARGE}k")
             if ended.code:
-                trial.go_on()
+                trial.resume()
             trial.identical()
     return f"{len(SIZES)} sizes, full at {', '.join(f'{name} ({n})' for name, n in where.items())}; identical"
 
@@ -110,18 +110,18 @@ NAMES = ("config.yaml", "metrics.csv", "last.ckpt", "best.ckpt", "safetensors", 
 
 
 def read_only_at_the_start(place: Path) -> str:
-    """A disk for reading only."""
+    """Start on a read-only disk."""
     trial = Trial(place)
     with disk(trial.folder, LARGE):
         remount(trial.folder, "ro")
         one_line(trial.run(), 2, "Read-only file system", str(trial.folder))
         remount(trial.folder, "rw")
-        trial.go_on()
+        trial.resume()
     return "one line, exit code 2; identical"
 
 
 def no_more_privileges() -> None:
-    """Let permissions of files hold for this process, also if it is root's (CAP_DAC_OVERRIDE goes)."""
+    """Let file permissions apply to this process even if it is root's (drop CAP_DAC_OVERRIDE)."""
     if os.geteuid() != 0:
         return
     library = ctypes.CDLL(None, use_errno=True)
@@ -135,7 +135,7 @@ def no_more_privileges() -> None:
 
 
 def read_only_during_the_run(place: Path) -> str:
-    """The right to write is taken away; the run's process obeys although it may be root's."""
+    """Remove write permission during the run, which obeys even as root."""
     trial = Trial(place)
     folders = (trial.folder / "checkpoints", trial.folder)
 
@@ -147,33 +147,33 @@ def read_only_during_the_run(place: Path) -> str:
     for folder in folders:
         os.chmod(folder, 0o755)
     one_line(ended, 1, "last.ckpt cannot be written (Permission denied)")
-    trial.go_on()
+    trial.resume()
     return "one line names last.ckpt, exit code 1; identical"
 
 
 def folder_deleted(place: Path) -> str:
-    """Everything is lost; the same command begins anew."""
+    """Delete the run's folder: everything is lost, and the same command starts anew."""
     trial = Trial(place)
     ended = trial.run(prepare=lambda: watch(At("on_train_batch_start", lambda: shutil.rmtree(trial.folder), 1, 2)))
     one_line(ended, 1, str(trial.folder))
     need(not trial.folder.exists(), "it has made the folder again")
-    trial.go_on()
+    trial.resume()
     return "one line, exit code 1; begins anew and is identical"
 
 
 def folder_renamed(place: Path) -> str:
-    """It is there under another name."""
+    """Rename the run's folder."""
     trial, other = Trial(place), place / "other"
     ended = trial.run(prepare=lambda: watch(At("on_train_batch_start", lambda: trial.folder.rename(other), 1, 2)))
     one_line(ended, 1, str(trial.folder))
     need(not trial.folder.exists(), "it has made the folder again")
     other.rename(trial.folder)
-    trial.go_on()
+    trial.resume()
     return "one line, exit code 1; back under its name it goes on identical"
 
 
 def file_for_a_folder(place: Path) -> str:
-    """What was to be a folder is a file."""
+    """Put a file where the folder should be."""
     trial = Trial(place)
     for blocked in (trial.folder, trial.folder.parent / "output"):
         trial.folder = blocked if blocked.name == "run" else blocked / "run"
@@ -181,7 +181,7 @@ def file_for_a_folder(place: Path) -> str:
         one_line(trial.run(), 2, str(blocked))
         need(blocked.read_text() == "mine", "the file has changed")
         blocked.unlink()
-        trial.go_on()
+        trial.resume()
     return "one line, exit code 2, the file stays; without it identical"
 
 

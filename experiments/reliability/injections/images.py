@@ -1,4 +1,4 @@
-"""Image files that are damaged or vanish, and archives that came only half."""
+"""Image files are damaged or vanish, and archives are incomplete."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from pathlib import Path
 
 import pytest
 
-from experiments.reliability.injections.trial import QUICK, At, Trial, goes_on, need, one_line, watch
+from experiments.reliability.injections.trial import QUICK, At, Trial, need, one_line, succeeds, watch
 from tests.helpers.formats import accept_cifar, write_cifar10, write_image_folder
 
 
 def image_trial(place: Path, *more: str) -> Trial:
-    """72 images of three classes in files, read batch by batch."""
+    """Return a trial on 72 image files of three classes, read batch by batch."""
     trial = Trial(place, base=[*QUICK, *image_overrides(place / "data"), *more])
     write_image_folder(place / "data", {"train": 24, "test": 6}, size=(16, 16))
     return trial
 
 
 def image_overrides(root: Path) -> list[str]:
-    """Of a run on such files."""
+    """Return the overrides of a run on such files."""
     small = ["image_size=16", "dataset.augmentation=light", "dataset.in_memory=false"]
     return ["dataset=image_folder", f"dataset.root={root}", *small]
 
 
 def truncated(place: Path) -> str:
-    """Half of a file is missing."""
+    """Cut an image file in half."""
     for workers in (0, 2):
         trial = image_trial(place / str(workers), f"dataset.num_workers={workers}")
         file = trial.place / "data" / "train" / "class_1" / "00030.png"
@@ -34,24 +34,24 @@ def truncated(place: Path) -> str:
         os.truncate(file, len(sound) // 2)
         one_line(trial.run(), 2, file.name)
         file.write_bytes(sound)
-        trial.go_on()
+        trial.resume()
     return "one line names it, exit code 2, with and without worker processes; mended: identical"
 
 
 def skipped(place: Path) -> str:
-    """The same, with skip_bad_images."""
+    """Cut an image file in half, with skip_bad_images."""
     trial = image_trial(place, "dataset.num_workers=2", "dataset.skip_bad_images=true")
     file = trial.place / "data" / "train" / "class_1" / "00030.png"
     os.truncate(file, file.stat().st_size // 2)
     ended = trial.run()
-    goes_on(ended, file.name)
+    succeeds(ended, file.name)
     need(sum(file.name in line for line in ended.errors.splitlines()) == 1, f"not named once: {ended.errors}")
     trial.readable()
     return "a warning names it once, exit code 0"
 
 
 def vanished(place: Path) -> str:
-    """The folder of training images goes away in the second epoch."""
+    """Move the folder of training images away in the second epoch."""
     codes = set()
     for workers in (0, 2):
         trial = image_trial(place / str(workers), f"dataset.num_workers={workers}")
@@ -66,13 +66,13 @@ def vanished(place: Path) -> str:
         one_line(ended, ended.code, str(train))
         codes.add(ended.code)
         away.rename(train)
-        trial.go_on()
+        trial.resume()
     code = " or ".join(map(str, sorted(codes)))
     return f"one line names an image, exit code {code}, with and without worker processes; there again: identical"
 
 
 def half_an_archive(place: Path) -> str:
-    """A file of CIFAR-10 is not all there."""
+    """Cut one of CIFAR-10's files in half."""
     data = place / "data"
     overrides = ["dataset=cifar10", "image_size=16", "dataset.augmentation=light", "dataset.download=false"]
     trial = Trial(place, *overrides, f"dataset.root={data}")
@@ -87,7 +87,7 @@ def half_an_archive(place: Path) -> str:
     one_line(trial.run(prepare=accept), 2, "cifar")
     need(not trial.folder.exists(), "a folder is left")
     shutil.copyfile(place / "sound" / file.parent.name / file.name, file)
-    goes_on(trial.run(prepare=accept))
+    succeeds(trial.run(prepare=accept))
     trial.readable()
     return "one line, exit code 2, no folder; with the whole file it trains"
 

@@ -1,4 +1,4 @@
-"""W&B dies while a run trains: the run ends as one without W&B."""
+"""W&B dies during a run, which must end like a run without W&B."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from experiments.reliability.injections.disks import disk, fill
-from experiments.reliability.injections.trial import At, Trial, goes_on, need, watch
+from experiments.reliability.injections.trial import At, Trial, need, succeeds, watch
 from tests.helpers.wandb_server import serving
 
 OFFLINE = ["logger=wandb", "logger.mode=offline"]
@@ -18,17 +18,17 @@ ONLINE = ["logger=wandb", "logger.mode=online"]
 
 
 def surroundings(place: Path, **more: str) -> None:
-    """No account but what is in ``more``."""
+    """Set HOME to ``place``, where no W&B login is found, and the variables in ``more``."""
     os.environ.update(HOME=str(place), WANDB_FINISH_TIMEOUT="2", **more)
 
 
 def services() -> list[int]:
-    """W&B's services that this process has started."""
+    """Return the W&B services that this process has started."""
     found = []
     for file in Path("/proc").glob("[0-9]*/stat"):
         try:
             name, _, rest = file.read_text().partition("(")[2].rpartition(")")
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
         if "wandb" in name and rest.split()[1] == str(os.getpid()):
             found.append(int(file.parent.name))
@@ -36,7 +36,7 @@ def services() -> list[int]:
 
 
 def service_killed(place: Path) -> str:
-    """kill -9."""
+    """Kill W&B's service with SIGKILL."""
     trial, note = Trial(place), place / "killed"
 
     def strike() -> None:
@@ -50,13 +50,13 @@ def service_killed(place: Path) -> str:
 
     ended = trial.run(*OFFLINE, prepare=prepare)
     need(note.exists(), "no service was there to be killed")
-    goes_on(ended, "W&B")
+    succeeds(ended, "W&B")
     trial.identical(but="wandb")
     return "a warning, exit code 0; identical to a run without W&B"
 
 
 def disk_full(place: Path) -> str:
-    """Only W&B's own."""
+    """Fill the disk that holds only W&B's files."""
     trial = Trial(place)
     with disk(trial.folder / "wandb", 512) as full:
 
@@ -64,14 +64,14 @@ def disk_full(place: Path) -> str:
             surroundings(place)
             watch(At("on_train_batch_start", lambda: fill(full), 0, 2))
 
-        goes_on(trial.run(*OFFLINE, prepare=prepare), "W&B")
+        succeeds(trial.run(*OFFLINE, prepare=prepare), "W&B")
         trial.identical(but="wandb")
     return "a warning, exit code 0; identical to a run without W&B"
 
 
 @contextmanager
 def server(place: Path) -> Iterator[tuple[int, str]]:
-    """The stand-in for W&B's server in a process of its own; its number and address."""
+    """Start the stand-in for W&B's server in its own process; yield its number and address."""
     file, child = place / "address", os.fork()
     if child == 0:
         try:
@@ -91,7 +91,7 @@ def server(place: Path) -> Iterator[tuple[int, str]]:
 
 
 def server_dies(place: Path) -> str:
-    """In the middle of a run online."""
+    """Let the server die in the middle of an online run."""
     trial = Trial(place)
     with server(place) as (number, address):
 
@@ -100,7 +100,7 @@ def server_dies(place: Path) -> str:
             watch(At("on_train_batch_start", lambda: os.kill(number, signal.SIGKILL), 1, 2))
 
         ended = trial.run(*ONLINE, prepare=prepare)
-    goes_on(ended, "W&B")
+    succeeds(ended, "W&B")
     trial.identical(but="wandb")
     return f"a warning, exit code 0 after {ended.seconds:.0f} s; identical to a run without W&B"
 

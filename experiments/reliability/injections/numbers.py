@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 
 from experiments.reliability.forks import figures
-from experiments.reliability.injections.trial import QUICK, Ended, Trial, goes_on, need, one_line, watch
+from experiments.reliability.injections.trial import QUICK, Ended, Trial, need, one_line, succeeds, watch
 from localfeat.run.callbacks.nonfinite import FILE, read_batch
 from localfeat.run.checkpoints.files import read_checkpoint
 
@@ -34,7 +34,7 @@ PLACES = [
 
 
 class Spoil(Callback):
-    """Multiplies one term of one module's loss (from 1) by ``value`` in the batches ``when``."""
+    """Multiplies one term of the loss of one module (from 1) by ``value`` in the batches chosen by ``when``."""
 
     def __init__(self, module: int, term: str, value: float, when: Callable[[int], bool]) -> None:
         self.module, self.term, self.value, self.when = module, term, value, when
@@ -55,18 +55,18 @@ class Spoil(Callback):
 
 
 def spoiled(place: Path, method: str, module: int, term: str, value: float, when: Any) -> tuple[Trial, Ended]:
-    """A run in which a term is ``value`` in some batches."""
+    """Run with a term multiplied by ``value`` in some batches."""
     trial = Trial(place, f"method={method}", "optimizer.stop_after_nonfinite=3", base=BASE)
     return trial, trial.run(prepare=lambda: watch(Spoil(module, term, value, when)))
 
 
 def once(value: float) -> Callable[[Path], str]:
-    """In the second batch."""
+    """Return a fault that spoils the second batch."""
 
     def make(place: Path) -> str:
         for method, module, term in PLACES:
             trial, ended = spoiled(place / "one", method, module, term, value, lambda step: step == 1)
-            goes_on(ended, f"module {module}'s {term} is ")
+            succeeds(ended, f"module {module}'s {term} is ")
             need(
                 skipped(trial.folder, method) == _only(method, module, 1), f"{method}, {module}, {term}: skipped steps"
             )
@@ -77,7 +77,7 @@ def once(value: float) -> Callable[[Path], str]:
 
 
 def from_then_on(place: Path) -> str:
-    """From the second batch to the fourth; three in a row are too many."""
+    """Spoil the second batch to the fourth; three in a row are too many."""
     for method, module, term in PLACES:
         trial, ended = spoiled(place / "one", method, module, term, math.nan, lambda step: step >= 1)
         one_line(ended, 1, f"module {module}'s {term} is nan at epoch 0, batch 3", FILE)
@@ -85,7 +85,7 @@ def from_then_on(place: Path) -> str:
         need(len(images) == len(labels) == 16 and facts["module"] == f"module_{module}", "the batch that was kept")
         trial.readable()
         again = trial.run(name="again")
-        goes_on(again)
+        succeeds(again)
         found = skipped(trial.folder, method)
         need(found == _only(method, module, 1), f"{method}, {module}, {term}: skipped steps in the end: {found}")
         finite(trial.folder)
@@ -93,7 +93,7 @@ def from_then_on(place: Path) -> str:
 
 
 def skipped(folder: Path, method: str) -> dict[str, int]:
-    """Of summary.json."""
+    """Return the skipped steps of summary.json."""
     found: dict[str, int] = json.loads((folder / "summary.json").read_text())["skipped_steps"]
     return found
 
@@ -103,13 +103,13 @@ def _only(method: str, module: int, count: int) -> dict[str, int]:
 
 
 def finite(folder: Path) -> None:
-    """Weights, moments and figures."""
+    """Check that weights, optimizer states and figures are finite."""
     content = read_checkpoint(folder / "checkpoints" / "last.ckpt")
     tensors = [*content["state_dict"].values()]
     for optimizer in content["optimizer_states"]:
         tensors += [value for state in optimizer["state"].values() for value in state.values()]
     need(all(tensor.isfinite().all() for tensor in tensors), "weights or moments that are not finite")
-    columns = ("train/module", "train/loss")  # of the batch itself they are what they are
+    columns = ("train/module", "train/loss")  # these may be nan in the spoiled batch itself
     values = [(k, float(v)) for row in figures(folder) for k, v in row.items() if v and not k.startswith(columns)]
     need(all(math.isfinite(value) for _, value in values), "figures that are not finite")
 

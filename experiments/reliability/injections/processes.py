@@ -1,4 +1,4 @@
-"""Runs side by side, and worker processes that are killed."""
+"""Runs side by side, and killed worker processes."""
 
 from __future__ import annotations
 
@@ -9,48 +9,48 @@ from pathlib import Path
 
 from experiments.reliability.forks import differences, rows_of
 from experiments.reliability.injections.images import image_trial
-from experiments.reliability.injections.trial import At, Child, Ended, Slow, Trial, goes_on, need, one_line, watch
+from experiments.reliability.injections.trial import At, Child, Ended, Slow, Trial, need, one_line, succeeds, watch
 from localfeat.run.folder import RunFolder
 
 
 def slowly() -> None:
-    """So that both are there at the same time."""
+    """Slow runs down so that they overlap."""
     watch(Slow(0.2))
 
 
 def folder_in_use(place: Path) -> str:
-    """One trains, another comes."""
+    """Start a second run in the folder of a running one."""
     trial = Trial(place)
     first = trial.begin(prepare=slowly)
     first.wait(lambda: rows_of(trial.folder / "metrics.csv") >= 1)
     second = trial.run(name="second")
     need(not first.ended(), "the first had ended already")
     one_line(second, 2, "is in use")
-    goes_on(first.end())
+    succeeds(first.end())
     trial.identical()
     return "the second: one line, exit code 2; the first: identical"
 
 
 def same_moment(place: Path) -> str:
-    """Three times two."""
+    """Start two runs at the same moment, three times."""
     for number in range(3):
         trial = Trial(place / str(number))
         both: list[Child] = [trial.begin(prepare=slowly, name=name) for name in ("a", "b")]
         ended: list[Ended] = [child.end() for child in both]
         need(sorted(end.code for end in ended) == [0, 2], f"exit codes {[end.code for end in ended]}")
         one_line(max(ended, key=lambda end: end.code), 2, "in use")
-        goes_on(min(ended, key=lambda end: end.code))
+        succeeds(min(ended, key=lambda end: end.code))
         trial.identical()
     return "three times: one trains, one is refused in one line with exit code 2; identical"
 
 
 def sweeps(place: Path) -> str:
-    """Two of two jobs each, in the same output folder."""
+    """Run two sweeps of two jobs each in the same output folder."""
     trial = Trial(place)
     more = ["-m", "seed=0,1", "resume=null", f"output_dir={place}/out", "hydra.run.dir=none"]
     both = [trial.begin(*more, name=name) for name in ("a", "b")]
     for child in both:
-        goes_on(child.end())
+        succeeds(child.end())
     folders = [file.parent for file in sorted((place / "out").rglob("summary.json"))]
     need(len(folders) == 4, f"{len(folders)} runs have ended")
     for folder in folders:
@@ -62,7 +62,7 @@ def sweeps(place: Path) -> str:
 
 
 def worker_killed(place: Path) -> str:
-    """kill -9 of the one that reads training images."""
+    """Kill the worker process that reads training images with SIGKILL."""
     trial = image_trial(place, "dataset.num_workers=1")
 
     def strike() -> None:
@@ -71,7 +71,7 @@ def worker_killed(place: Path) -> str:
 
     ended = trial.run(prepare=lambda: watch(At("on_train_batch_start", strike, 1, 1), Slow(0.05)))
     one_line(ended, 1, "DataLoader worker")
-    trial.go_on()
+    trial.resume()
     return "one line, exit code 1; identical"
 
 

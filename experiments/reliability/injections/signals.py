@@ -1,4 +1,4 @@
-"""Signals at any moment: the process ends soon, says how to go on, and goes on identical."""
+"""A signal at any moment: the process ends soon, says how to resume, and the resumed run ends identical."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WANDB = ["logger=wandb", "logger.mode=offline"]
 
 
 def at_random(name: str, *more: str, but: str = "nothing") -> Callable[[Path], str]:
-    """The signal comes from outside, to the whole group of processes as from a terminal."""
+    """Return a fault that signals the whole process group from outside, as a terminal does."""
 
     def make(place: Path) -> str:
         plain = Trial(place)
@@ -28,13 +28,13 @@ def at_random(name: str, *more: str, but: str = "nothing") -> Callable[[Path], s
             plain = Trial(place, base=[*QUICK, *image_overrides(place / "data"), "dataset.num_workers=2"])
             write_image_folder(place / "data", {"train": 24, "test": 6}, size=(16, 16))
         logger = [override for override in more if override.startswith("logger")]
-        return stop_and_go_on(plain, name, logger, but)
+        return stop_and_resume(plain, name, logger, but)
 
     return make
 
 
-def stop_and_go_on(trial: Trial, name: str, more: list[str], but: str) -> str:
-    """In one of eight batches."""
+def stop_and_resume(trial: Trial, name: str, more: list[str], but: str) -> str:
+    """Send the signal in one of eight batches, then resume."""
     number, rows = getattr(signal, name), random.Random(f"{name} {trial.place.name}").randint(1, 6)
 
     def prepare() -> None:
@@ -46,36 +46,36 @@ def stop_and_go_on(trial: Trial, name: str, more: list[str], but: str) -> str:
     os.killpg(child.number, number)
     ended = child.end()
     soon(ended, 128 + number, f"stopped by {name}; go on with: ")
-    trial.go_on(*more, but=but)
+    trial.resume(*more, but=but)
     return f"exit code {ended.code} {ended.seconds:.1f} s after a signal in batch {rows + 1} of 8; identical"
 
 
 def soon(ended: Ended, code: int, *texts: str) -> None:
-    """Demand its end within ``SOON``."""
+    """Require the process to end within ``SOON``."""
     one_line(ended, code, *texts)
     need(ended.seconds < SOON, f"{ended.seconds:.1f} s")
 
 
 def send(name: str) -> Callable[[], None]:
-    """To this process."""
+    """Return a function that sends the signal to this process."""
     return lambda: os.kill(os.getpid(), getattr(signal, name))
 
 
 def at(hook: str, epoch: int, where: str) -> Callable[[Path], str]:
-    """SIGTERM at a moment."""
+    """Return a fault that sends SIGTERM at a hook."""
 
     def make(place: Path) -> str:
         trial = Trial(place)
         ended = trial.run(prepare=lambda: watch(At(hook, send("SIGTERM"), epoch)))
         one_line(ended, 143, "stopped by SIGTERM; go on with: ")
-        trial.go_on()
+        trial.resume()
         return f"exit code 143, {where}; identical"
 
     return make
 
 
 def before_training(place: Path) -> str:
-    """While the network is built."""
+    """Interrupt the run while the network is built."""
     trial = Trial(place)
 
     def prepare() -> None:
@@ -89,12 +89,12 @@ def before_training(place: Path) -> str:
 
     one_line(trial.run(prepare=prepare), 143, "stopped by SIGTERM")
     need(not trial.folder.exists(), "a folder is left")
-    trial.go_on()
+    trial.resume()
     return "exit code 143, no folder is left; identical"
 
 
 def twice(place: Path) -> str:
-    """The second comes while the first is waiting for the batch."""
+    """Send a second signal while the first waits for the batch to end."""
     trial = Trial(place)
 
     def both() -> None:
@@ -104,12 +104,12 @@ def twice(place: Path) -> str:
     ended = trial.run(prepare=lambda: watch(At("on_train_batch_start", both, 1, 3)))
     need(ended.code == -signal.SIGINT, f"exit code {ended.code}")
     need("Traceback" not in ended.errors, "a stack trace")
-    trial.go_on()
+    trial.resume()
     return "ends at once, by the signal itself; identical"
 
 
 def under_slurm(place: Path) -> str:
-    """With an scontrol that only notes what it is asked for."""
+    """Run with an scontrol that only records its arguments."""
     trial = Trial(place)
     program, notes = place / "bin" / "scontrol", place / "asked"
     program.parent.mkdir()
@@ -124,7 +124,7 @@ def under_slurm(place: Path) -> str:
     need(ended.code == 128 + signal.SIGUSR1, f"exit code {ended.code}")
     need(ended.last_line == "Slurm job 5 is in the queue again", f"says {ended.last_line}")
     need(notes.read_text() == "requeue 5\n", "scontrol was asked for something else")
-    trial.go_on()
+    trial.resume()
     return "exit code 138, the job is in the queue again; identical"
 
 

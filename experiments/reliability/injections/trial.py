@@ -1,4 +1,4 @@
-"""One fault: runs in a folder of its own, what is asked of them, and the row that says what was seen."""
+"""One fault: runs in their own folder, the checks on them, and the row with the outcome."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ QUICK = [
     "trainer.limit_test_batches=1",
     "callbacks.checkpoint_every_n_batches=2",
 ]
-"""Eight batches of the digits, with a checkpoint after each two and each epoch."""
+"""Eight batches of the digits, with a checkpoint every two batches and every epoch."""
 
 LAST_WORDS = ("error: ", "stopped by ")
-LONGEST = 120.0  # seconds, of a run
+LONGEST = 120.0  # seconds that a run may take
 
 
 class UnexpectedError(Exception):
-    """What was seen is not what was expected; the message says what."""
+    """The outcome differs from the expected one; the message says how."""
 
 
 class NotPossibleError(Exception):
-    """This machine does not let the fault happen; the message says why."""
+    """This machine does not allow the fault; the message says why."""
 
 
 @dataclass
 class Row:
-    """Of the table. ``ok``: None if the fault could not be made here."""
+    """A row of the table. ``ok`` is None if the fault could not be made here."""
 
     fault: str
     expected: str
@@ -57,7 +57,7 @@ class Row:
 
 @dataclass
 class Ended:
-    """A process that has ended: its exit code, what it said, and how long it took."""
+    """A process that has ended: its exit code, its output and its duration."""
 
     code: int
     output: str
@@ -79,8 +79,8 @@ class Trial:
     """A folder for the runs of one fault.
 
     Attributes:
-        place: of everything.
-        folder: of the run that meets the fault.
+        place: folder that holds everything.
+        folder: folder of the run that meets the fault.
         command: overrides of all its runs.
     """
 
@@ -98,13 +98,13 @@ class Trial:
         entry: Callable[[], None] = run_main,
         name: str = "log",
     ) -> Child:
-        """Begin a run with resume=auto in ``folder``; for another ``entry``, a command with the arguments ``more``."""
+        """Start a run with resume=auto in ``folder``; for another ``entry``, a command with the arguments ``more``."""
         for file in (self.place / name, self.place / f"{name}.err"):
             file.write_bytes(b"")
         own = [*self.command, "resume=auto", f"hydra.run.dir={self.folder}"] if entry is run_main else []
 
         def begin() -> None:
-            os.setsid()  # a group of its own, as a shell gives it to a command
+            os.setsid()  # a separate process group, as a shell makes for a command
             undisturbed()
             prepare()
 
@@ -114,11 +114,11 @@ class Trial:
         return Child(start([*options, *own, *rest], log, errors=errors, prepare=begin, entry=entry), log, errors)
 
     def run(self, *more: str, **how: Any) -> Ended:
-        """Begin it and wait for its end."""
+        """Start a run and wait for its end."""
         return self.begin(*more, **how).end()
 
-    def go_on(self, *more: str, code: int = 0, but: str = "nothing", whole: Path | None = None) -> Ended:
-        """The same command again: it ends, and what it leaves is that of the uninterrupted run."""
+    def resume(self, *more: str, code: int = 0, but: str = "nothing", whole: Path | None = None) -> Ended:
+        """Run the same command again and require the result of the uninterrupted run."""
         self.readable()
         ended = self.run(*more, name="again")
         need(ended.code == code, f"the same command again: exit code {ended.code}, {ended.last_line[:200]}")
@@ -127,19 +127,19 @@ class Trial:
         return ended
 
     def identical(self, *, but: str = "nothing", whole: Path | None = None) -> None:
-        """The run has ended like the uninterrupted one."""
+        """Require that the run has ended like the uninterrupted one."""
         need(RunFolder(self.folder).has_ended(), "no summary.json in the end")
         self.readable()
         found = list(differences(whole or self.whole(), self.folder, but=but))
         need(not found, f"not identical in the end: {'; '.join(found)}")
 
     def readable(self) -> None:
-        """Nothing in the run's folder is damaged."""
+        """Require that no file in the run's folder is damaged."""
         found = list(unreadable(self.folder))
         need(not found, f"unreadable: {'; '.join(found)}")
 
     def whole(self) -> Path:
-        """The folder of the uninterrupted run of the same command, made once in a process."""
+        """Return the folder of the uninterrupted run of the same command, made once per process."""
         key = tuple(self.command)
         if key not in _WHOLE:
             place = self.place.parent / f"whole_{os.getpid()}_{len(_WHOLE)}"
@@ -152,8 +152,8 @@ class Trial:
             _WHOLE[key] = place / "run"
         return _WHOLE[key]
 
-    def cut_short(self) -> None:
-        """``folder`` becomes a run killed in its second epoch: checkpoints after four and six batches, seven rows."""
+    def kill_midway(self) -> None:
+        """Turn ``folder`` into a run killed in its second epoch: checkpoints after four and six batches, seven rows."""
         key = tuple(self.command)
         if key not in _CUT:
             ended = self.run(prepare=lambda: watch(At("on_train_batch_start", kill, 1, 4)))
@@ -170,7 +170,7 @@ _CUT: dict[tuple[str, ...], Path] = {}
 
 @dataclass
 class Child:
-    """A run's process, which leads a group of its own."""
+    """A run's process, which leads its own process group."""
 
     number: int
     log: Path
@@ -180,18 +180,18 @@ class Child:
         self.begun = time.perf_counter()
 
     def ended(self) -> bool:
-        """Whether it has; it stays for ``end`` to collect."""
+        """Return whether the process has ended; ``end`` still has to collect it."""
         return os.waitid(os.P_PID, self.number, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def wait(self, condition: Callable[[], bool]) -> None:
-        """Until ``condition``."""
+        """Wait until ``condition`` holds."""
         while not condition():
             need(not self.ended(), f"it has ended too early: {self.errors.read_text()[-300:]}")
             need(time.perf_counter() - self.begun < LONGEST, f"nothing happened for {LONGEST:.0f} s")
             time.sleep(0.002)
 
     def end(self) -> Ended:
-        """Wait for it, but not for ever."""
+        """Wait for the process to end, but not forever."""
         since = time.perf_counter()
         while not self.ended():
             if time.perf_counter() - since > LONGEST:
@@ -205,7 +205,7 @@ class Child:
 
 
 def one_line(ended: Ended, code: int, *texts: str) -> str:
-    """Demand an exit code, and on stderr one last line, with ``texts`` in it; returns it."""
+    """Require an exit code and one last line on stderr that contains ``texts``; return it."""
     need("Traceback" not in ended.errors + ended.output, f"a stack trace (exit code {ended.code})")
     need(ended.code == code, f"exit code {ended.code}, not {code}: {ended.last_line[:300]}")
     final = [line for line in ended.errors.splitlines() if line.startswith(LAST_WORDS)]
@@ -215,8 +215,8 @@ def one_line(ended: Ended, code: int, *texts: str) -> str:
     return final[0]
 
 
-def goes_on(ended: Ended, *warnings: str) -> None:
-    """Demand exit code 0, no stack trace, and a line that begins with "warning: " for each of ``warnings``."""
+def succeeds(ended: Ended, *warnings: str) -> None:
+    """Require exit code 0, no stack trace, and a line that starts with "warning: " for each of ``warnings``."""
     need("Traceback" not in ended.errors + ended.output, f"a stack trace (exit code {ended.code})")
     need(ended.code == 0, f"exit code {ended.code}, not 0: {ended.last_line[:300]}")
     said = [line for line in ended.errors.splitlines() if line.startswith("warning: ")]
@@ -228,7 +228,7 @@ def goes_on(ended: Ended, *warnings: str) -> None:
 
 
 class At(Callback):
-    """Calls ``action()`` once when ``hook`` is called in epoch ``epoch`` with ``batches`` batches of it begun."""
+    """Calls ``action()`` once when ``hook`` is called in epoch ``epoch`` with ``batches`` of its batches started."""
 
     def __init__(self, hook: str, action: Callable[[], object], epoch: int = 0, batches: int = 0) -> None:
         self.done = False
@@ -253,18 +253,18 @@ class Slow(Callback):
 
 
 def watch(*callbacks: Callback) -> None:
-    """Every run of this process has these callbacks, too, before its own."""
+    """Give every run of this process these callbacks, before its own."""
     build = training.build_callbacks
     training.build_callbacks = lambda *a, **k: [*callbacks, *build(*a, **k)]  # type: ignore[assignment]
 
 
 def kill() -> None:
-    """As if the machine's memory had been short."""
+    """Kill this process as if the machine had run out of memory."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def undisturbed() -> None:
-    """No login of the machine's, and small pictures: to draw them takes longer than the rest of such a run."""
+    """Prepare the process: no login of this machine, and small pictures, as drawing takes longer than such a run."""
     for name in [name for name in os.environ if name.startswith(("WANDB_", "SLURM_", "HYDRA_"))]:
         del os.environ[name]
     os.environ["NETRC"] = os.devnull

@@ -1,4 +1,4 @@
-"""Decomposition: the parts are the plain timm model, exactly, with every parameter in one part."""
+"""Decomposition: the parts equal the plain timm model exactly, with every parameter in one part."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_parts_give_the_models_output_and_gradients_exactly(family: str, trainin
 
 
 def test_drop_path_makes_a_difference() -> None:
-    """The comparison above would mean little if training mode did not drop anything."""
+    """Check that training mode drops something, or the comparison above would mean little."""
     network = backbone("swin", drop_path_rate=0.3).train()
     images, _ = batch()
     assert not torch.equal(network(images), network(images))
@@ -103,7 +103,7 @@ def test_unknown_families_are_refused_in_one_line(name: str) -> None:
     name = {"mlp_mixer": "mixer_s32_224"}.get(name, name)
     network = timm.create_model(name, num_classes=CLASSES)
     with pytest.raises(
-        UserError, match=rf"^cannot split a {type(network).__name__}: the families known are Swin"
+        UserError, match=rf"^cannot split a {type(network).__name__}: supported families are Swin"
     ) as error:
         decompose(network, 224)
     assert "\n" not in str(error.value)
@@ -123,7 +123,7 @@ def test_a_wrong_adapter_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
         return parts
 
     monkeypatch.setitem(blocks_module._ADAPTERS, timm.models.VisionTransformer, without_norm)
-    with pytest.raises(UserError, match="other logits than the whole"):
+    with pytest.raises(UserError, match="different logits from the whole"):
         decompose(backbone("vit"), IMAGE_SIZE)
     monkeypatch.setitem(blocks_module._ADAPTERS, timm.models.VisionTransformer, without_head)
     with pytest.raises(UserError, match=r"head\.weight is not in exactly one part"):

@@ -1,4 +1,4 @@
-"""Splits, over all shapes of networks."""
+"""Splits of networks of all shapes."""
 
 from __future__ import annotations
 
@@ -88,5 +88,5 @@ def test_what_is_refused() -> None:
     for arguments in ({}, {"modules": 2, "cuts": [1]}):
         with pytest.raises(UserError, match=r"either modules=K or cuts="):
             Split(**arguments)
-    with pytest.raises(UserError, match=r"split.by=stage: it is stages or blocks"):
+    with pytest.raises(UserError, match=r"split.by=stage: it must be stages or blocks"):
         Split(2, by="stage")

@@ -1,4 +1,4 @@
-"""Building backbones: what timm cannot do is said in one line."""
+"""Building backbones: timm's failures become one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batched geometry against torchvision on single images, and per-image randomness."""
+"""Batched geometry compared with torchvision on single images, and per-image randomness."""
 
 import contextlib
 import math
@@ -165,7 +165,7 @@ def test_mixed_labels_say_what_is_seen(mixup: float, cutmix: float) -> None:
     # The mean grey of an image is the label-weighted mean of the class greys, for both methods.
     greys = torch.arange(4) * 10.0 + 1
     torch.testing.assert_close(mixed.mean((1, 2, 3)), targets @ greys, atol=1e-4, rtol=1e-4)
-    assert len(targets.amax(1).unique()) > 20  # a share of its own for each image
+    assert len(targets.amax(1).unique()) > 20  # every image has its own share
     constant = (mixed.amax((1, 2, 3)) - mixed.amin((1, 2, 3))) < 1e-5
     assert bool(constant.all()) == (cutmix == 0)
 
@@ -186,7 +186,7 @@ def test_half_of_the_flips() -> None:
 @pytest.mark.parametrize("augmentation", ["none", "light", "swin"])
 @pytest.mark.parametrize("side", [16, 48])
 def test_no_operation_mixes_devices(augmentation: str, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the meta device, which stands for any device that is not the CPU."""
+    """Run on the meta device, which stands for any device other than the CPU."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # meta has no autocast
     images = torch.empty(8, 3, side, side, dtype=torch.uint8, device="meta")
     labels = torch.zeros(8, dtype=torch.int64, device="meta")
@@ -204,5 +204,5 @@ def test_same_seed_same_augmentation_on_cuda(augmentation: str, monkeypatch: pyt
         prepare = preparation(augmentation, size=40, mixup=0.5, cutmix=0.5)
         results.append(prepare(images.to(device), labels.to(device), training=True))
     difference = (results[0][0] - results[1][0].cpu()).abs()
-    assert difference.mean() < 0.01  # operations that round to whole grey values may fall on either side
+    assert difference.mean() < 0.01  # rounding to whole grey values may go either way
     torch.testing.assert_close(results[0][1], results[1][1].cpu())

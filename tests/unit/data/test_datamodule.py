@@ -1,4 +1,4 @@
-"""The datamodule: options, batches, and exact resume under a real Trainer."""
+"""The datamodule: options, batches and exact resume under a real Trainer."""
 
 import warnings
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.helpers.formats import write_image_folder
 
 
 class Tiny(lightning.LightningModule):
-    """A linear classifier that records the batches it saw."""
+    """Linear classifier that records the batches it saw."""
 
     def __init__(self, fail_at: int | None = None, asks_for_steps: bool = False) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ def test_other_batches_within_an_epoch_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.ckpt"
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(make_trainer(Save("on_train_batch_end", 2, path)), Tiny(), make())
-    with pytest.raises(UserError, match=r"batch_size=100 cannot continue.*batch_size=200"):
+    with pytest.raises(UserError, match=r"batch_size=100 cannot resume.*batch_size=200"):
         fit(make_trainer(), Tiny(), make(batch_size=100), path)
     make_trainer().test(Tiny(), datamodule=make(batch_size=100), ckpt_path=path, verbose=False)
 
@@ -237,7 +237,7 @@ def test_files_resume_exactly(workers: int, tmp_path: Path) -> None:
 
 
 class _SaveAfter(lightning.Callback):
-    """Like `Save`, for a model that takes no optimizer steps."""
+    """`Save` for a model that takes no optimizer steps."""
 
     def __init__(self, batches: int, path: Path) -> None:
         self.left, self.path = batches, path
@@ -263,7 +263,7 @@ class _SaveAfter(lightning.Callback):
         ({"image_size": 0}, "image_size=0"),
         ({"num_workers": -1}, "num_workers=-1"),
         ({"mean": [0.5]}, r"mean=\[0.5\]"),
-        ({"std": [0.5, 0.5, 0.0]}, "std above 0"),
+        ({"std": [0.5, 0.5, 0.0]}, "std must be above 0"),
     ],
 )
 def test_mistakes_are_named_at_construction(changes: dict[str, Any], message: str) -> None:

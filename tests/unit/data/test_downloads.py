@@ -1,4 +1,4 @@
-"""Downloads: several processes at once, killed ones, hostile archives, files that change after they were verified."""
+"""Downloads: concurrent and killed processes, hostile archives, files that change after they were verified."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WANTED = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "ba
 
 @pytest.fixture
 def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
-    """The archive of a small CIFAR-10 that torchvision takes for the true one."""
+    """Return the archive of a small CIFAR-10 that torchvision accepts as the real one."""
     formats.write_source(monkeypatch, "cifar10", tmp_path / "made")
     content = formats.archive(tmp_path / "made" / CIFAR10.base_folder)
     trust(monkeypatch, content, tmp_path)
@@ -112,7 +112,7 @@ def test_a_process_that_is_killed_leaves_what_the_next_one_mends(
         make_source("cifar10", root, 32, None).prepare(download=True)
 
     assert os.waitpid(in_child(killed, tmp_path / "err"), 0)[1] == signal.SIGKILL
-    assert names(root) - COMPLETE  # it has left something behind
+    assert names(root) - COMPLETE  # the killed process has left something behind
     for name in names(root) & {f"{CIFAR10.base_folder}/{wanted}" for wanted in WANTED}:
         assert (root / name).read_bytes() == (tmp_path / "made" / name).read_bytes()
     serve(monkeypatch, packed)
@@ -150,7 +150,7 @@ def test_a_file_system_without_locks_is_said(
 def test_what_was_there_is_not_lost_by_a_failed_download(
     kind: str, packed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither half an archive that somebody is copying nor a damaged file that may be of use."""
+    """Keep half an archive that somebody is copying, and a damaged file that may be useful."""
     root = tmp_path / "made"
     half, damaged = root / CIFAR10.filename, root / CIFAR10.base_folder / "test_batch"
     half.write_bytes(packed[:1000])
@@ -184,7 +184,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfil
 
 
 def hostile_archive(made: Path, outside: Path, *, whole: bool) -> bytes:
-    """Members that would land outside; with ``whole`` the wanted files too, else links of their names."""
+    """Make members that would land outside; with ``whole`` also the wanted files, else links with their names."""
     buffer = io.BytesIO()
     folder = CIFAR10.base_folder
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
@@ -219,7 +219,7 @@ def test_no_member_of_an_archive_lands_outside(
         source.prepare(download=True)
         assert names(root) == COMPLETE
     else:
-        refused(source, "data_batch_1 in the archive has another checksum", lambda source: source.prepare(True))
+        refused(source, "data_batch_1 in the archive has the wrong checksum", lambda source: source.prepare(True))
         assert names(root) == {CIFAR10.filename, CIFAR10.base_folder}
     assert names(outside) == {"victim"} and (outside / "victim").read_text() == "unharmed"
     assert names(tmp_path / "deep") == {"root", *(f"root/{name}" for name in names(root))}

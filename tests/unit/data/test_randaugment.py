@@ -1,4 +1,4 @@
-"""Every operation against torchvision, PIL or timm on single images at the same magnitude."""
+"""Every operation compared with torchvision, PIL or timm on single images at the same magnitude."""
 
 import math
 import random
@@ -19,7 +19,7 @@ FILL = torch.tensor([124.0, 116.0, 104.0])
 
 
 def photos(count: int = 12, size: int = 24) -> Tensor:
-    """Smooth coloured images with some noise, each with its own range of values."""
+    """Make smooth coloured images with some noise, each with its own range of values."""
     base = torch.rand(count, 3, 4, 4)
     smooth = reference.resize(base, [size, size], antialias=True) + 0.05 * torch.randn(count, 3, size, size)
     low, span = torch.rand(count, 1, 1, 1) * 60, torch.rand(count, 1, 1, 1) * 120 + 60
@@ -88,7 +88,7 @@ def test_geometry(name: str) -> None:
     images = photos()
     magnitudes = torch.linspace(-0.3, 0.3, 12) * (100 if name == "rotate" else 1)
     got = getattr(randaugment, name)(images, magnitudes, FILL)
-    # Where image and fill blend torchvision weighs the image twice, so those pixels are left out.
+    # Where image and fill blend, torchvision weights the image twice, so those pixels are left out.
     share = getattr(randaugment, name)(torch.full_like(images, 255), magnitudes, torch.zeros(3))
     clear = (share == 0) | (share == 255)
     assert clear.float().mean() > 0.9

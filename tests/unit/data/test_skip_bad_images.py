@@ -1,4 +1,4 @@
-"""skip_bad_images: bad files are named once and left out, everything else stays as it was."""
+"""skip_bad_images: bad files are reported once and left out, everything else is unchanged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WAYS = [(True, 0), (False, 0), (False, 1)]  # in memory, worker processes
 
 
 def damage(root: Path, *files: str) -> None:
-    """Cut the first of them short, make something else of the others."""
+    """Truncate the first file, and replace the others with other content."""
     for number, name in enumerate(files):
         content = (root / name).read_bytes()
         (root / name).write_bytes(content[:150] if number == 0 else b"<html>not found</html>")
@@ -30,7 +30,7 @@ def folder(root: Path, in_memory: bool, workers: int, **arguments: object) -> Im
 
 
 def rows(batches: list[tuple[Tensor, Tensor]]) -> set[tuple[int, ...]]:
-    """Each image with its label."""
+    """Return each image with its label."""
     return {
         (int(label), *image.flatten().tolist())
         for images, labels in batches

@@ -1,4 +1,4 @@
-"""Sources give back exactly what lies on disk, and say in one line what is missing."""
+"""Sources return exactly the data on disk, and name missing files in one line."""
 
 from pathlib import Path
 
@@ -113,7 +113,7 @@ def test_a_wrong_file_from_the_server_is_removed(tmp_path: Path, monkeypatch: py
 
 
 def test_download_unpacks_and_repairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A damaged file is noticed, and replaced by the archive that the (pretended) server holds."""
+    """Notice a damaged file, and replace it from the (simulated) server's archive."""
     from torchvision.datasets import CIFAR10
 
     written = formats.write_source(monkeypatch, "cifar10", tmp_path)

@@ -1,4 +1,4 @@
-"""Efficiency settings change no result: losses, gradients and training are those of the plain run, memory is less."""
+"""Efficiency settings change no result: losses, gradients and training match the plain run, with less memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Result(NamedTuple):
 
 
 def train(model: Learner, precision: str = "32-true") -> Result:
-    """Three steps of the learner's own loop, each with its own batch and seed."""
+    """Run three steps of the learner's own loop, each with its own batch and seed."""
     disturbed(model)
     model.train()
     optimizers = [model.optimization.build(module, [], fused=True) for module in model.local_modules]
@@ -74,7 +74,7 @@ def plain(family: str, method: str, precision: str = "32-true") -> Result:
 
 
 def largest_difference(run: Result, expected: Result) -> float:
-    """Largest relative difference of a gradient (by norm; gradients that are only rounding noise left out)."""
+    """Return the largest relative difference of a gradient by norm, ignoring gradients of pure rounding noise."""
     assert run.gradients.keys() == expected.gradients.keys()
     scale = max(float(g.norm()) for g in expected.gradients.values())
     return max(
@@ -85,7 +85,7 @@ def largest_difference(run: Result, expected: Result) -> float:
 
 
 def cases() -> list[tuple[str, str, str]]:
-    """Not: slices of batch normalisation, and settings that the family or method has no use for."""
+    """Return all cases but slices of batch normalisation and settings without effect on the family or method."""
     return [
         (setting, family, method)
         for setting, efficiency in SETTINGS.items()
@@ -119,13 +119,13 @@ def test_training_in_bfloat16_is_that_of_the_plain_run(setting: str, family: str
 
 
 def peak(efficiency: Efficiency) -> int:
-    """Bytes of a step of a deep and narrow network, all its blocks in one module, beyond what is standing."""
+    """Return the bytes of a step beyond persistent memory, for a deep, narrow network in one module."""
     model = learner("e2e", 1, "vit", efficiency=efficiency, changes={"depth": 8, "num_heads": 4, "patch_size": 4})
     images = batch(16)
     with StorageTracker([*model.parameters(), *model.buffers(), *images]) as tracker:
-        standing = tracker.live_bytes
+        persistent = tracker.live_bytes
         model.train_modules(lambda: images, lambda loss: loss.backward(), lambda index: None)
-        return tracker.peak_bytes - standing
+        return tracker.peak_bytes - persistent
 
 
 def test_every_setting_needs_less_memory_than_the_one_before() -> None:
@@ -137,6 +137,6 @@ def test_every_setting_needs_less_memory_than_the_one_before() -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_state_dict_keys_do_not_depend_on_the_setting(setting: str) -> None:
-    """A checkpoint of one setting loads under any other."""
+    """Load a checkpoint of one setting under any other."""
     own = learner("feature_recon", 4, "swin", efficiency=SETTINGS[setting]).state_dict()
     assert own.keys() == learner("feature_recon", 4, "swin").state_dict().keys()

@@ -1,4 +1,4 @@
-"""The fused second half of an MLP against timm's own: outputs, gradients, what exists during the backward pass."""
+"""The fused second half of an MLP compared with timm's: outputs, gradients and memory of the backward pass."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ how = pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
 
 @pytest.fixture(autouse=True)
 def several_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small networks go through the batch in slices too, the last of them shorter."""
+    """Let small networks slice the batch too, with a shorter last slice."""
     monkeypatch.setattr(fused_mlp, "SMALLEST_SLICE", 256)
 
 
@@ -38,7 +38,7 @@ def context(again: bool) -> AbstractContextManager[None]:
 
 
 def pair(**arguments: Any) -> tuple[nn.Module, nn.Module]:
-    """One MLP as timm runs it and the same one fused."""
+    """Return one MLP as timm runs it, and the same one fused."""
     torch.manual_seed(0)
     plain = disturbed(nn.ModuleList([Mlp(C, H, **arguments)]))
     fused = copy.deepcopy(plain)
@@ -48,7 +48,7 @@ def pair(**arguments: Any) -> tuple[nn.Module, nn.Module]:
 
 
 def outcome(block: nn.Module, x: Tensor, autocast: torch.dtype | None = None, again: bool = False) -> dict[str, Tensor]:
-    """Output and all gradients; the backward pass runs outside autocast."""
+    """Return the output and all gradients; the backward pass runs outside autocast."""
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None), context(again):
         y = block(x)
@@ -59,7 +59,7 @@ def outcome(block: nn.Module, x: Tensor, autocast: torch.dtype | None = None, ag
 
 
 def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Largest length of a difference over that of what is expected."""
+    """Return the largest norm of a difference, relative to the expected tensor's norm."""
     assert found.keys() == expected.keys()
     assert all(found[name].dtype == e.dtype for name, e in expected.items())
     return max(float((found[name] - e).double().norm() / e.double().norm()) for name, e in expected.items())
@@ -88,7 +88,7 @@ def test_torchs_approximate_gelu() -> None:
 
 @how
 def test_memory_in_another_order(again: bool) -> None:
-    """Features of a convolution, seen with channels last, and a gradient that is not contiguous."""
+    """Use a convolution's features, viewed channels last, and a gradient that is not contiguous."""
     plain, fused = pair()
     x = torch.randn(3, C, 5, 6).permute(0, 2, 3, 1)
     found = []
@@ -104,7 +104,7 @@ def test_memory_in_another_order(again: bool) -> None:
 @how
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_under_autocast_the_numbers_are_timms(again: bool, dtype: torch.dtype) -> None:
-    """To rounding in the order of summation; dtypes are timm's too."""
+    """Compare up to rounding by the order of summation; dtypes match timm's."""
     plain, fused = pair()
     x = torch.randn(40, C)
     found, expected = outcome(fused, x, dtype, again), outcome(plain, x, dtype)
@@ -115,7 +115,7 @@ def test_under_autocast_the_numbers_are_timms(again: bool, dtype: torch.dtype) -
 
 
 def test_slices_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sum of ones would stop at 256 in bfloat16."""
+    """Sum in at least float32: a sum of ones would stop at 256 in bfloat16."""
     monkeypatch.setattr(fused_mlp, "MOST_SLICES", 1000)
     monkeypatch.setattr(fused_mlp, "SMALLEST_SLICE", 1)
     given, hidden = (torch.ones(1000, width, dtype=torch.bfloat16) for width in (C, H))
@@ -162,7 +162,7 @@ def test_a_second_backward_pass_is_refused(again: bool) -> None:
     with context(again):
         loss = fused(x).sum()
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match=r"efficiency.fused_mlp: the first backward pass has overwritten"):
+    with pytest.raises(RuntimeError, match=r"efficiency.fused_mlp: the backward pass runs only once: it overwrites"):
         loss.backward()
     (once,) = torch.autograd.grad(fused(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -171,7 +171,7 @@ def test_a_second_backward_pass_is_refused(again: bool) -> None:
 
 @how
 def test_whoever_else_keeps_the_hidden_layer_is_not_given_wrong_numbers(again: bool) -> None:
-    """The gradient takes its place only where the activation was not saved, and autograd notices that."""
+    """Overwrite ``h`` by its gradient only if the activation was not saved, and let autograd notice it."""
     _, fused = pair()
     x = torch.randn(4, C, requires_grad=True)
     kept: list[Tensor] = []
@@ -187,19 +187,19 @@ def test_whoever_else_keeps_the_hidden_layer_is_not_given_wrong_numbers(again: b
 
 
 def most(mlp: nn.Module, x: Tensor, again: bool) -> tuple[int, int]:
-    """Bytes kept by the forward pass, and the most during the backward pass, beyond what was there before."""
+    """Return the bytes that the forward pass keeps and the backward pass's peak, beyond those alive before."""
     with StorageTracker([*mlp.parameters(), x]) as tracker:
-        standing = tracker.live_bytes
+        persistent = tracker.live_bytes
         with context(again):
             y = mlp(x)
-        kept = tracker.live_bytes - standing
+        kept = tracker.live_bytes - persistent
         tracker.reset_peak()
         y.backward(torch.ones_like(y))
-    return kept, tracker.peak_bytes - standing
+    return kept, tracker.peak_bytes - persistent
 
 
 def test_tensors_of_the_hidden_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kept and at the peak, in units of that tensor: to the byte, as the difference between two batches."""
+    """Check kept and peak memory in units of that tensor, exact to the byte by the difference of two batches."""
     monkeypatch.setattr("localfeat.memory.tracker.BLOCK_BYTES", 1)
     plain, fused = pair()
     found = {}
@@ -208,14 +208,14 @@ def test_tensors_of_the_hidden_width(monkeypatch: pytest.MonkeyPatch) -> None:
         small, large = (most(mlp, torch.randn(rows, C, requires_grad=True), again) for rows in (800, 1600))
         unit = 800 * 4
         found[name] = [(b - a) / unit for a, b in zip(small, large, strict=True)]
-    # Output and its gradient are there all the time, C wide each; a slice is an eighth.
+    # Output and its gradient are always alive, C wide each; a slice is an eighth.
     assert found["plain"] == [2 * H + C, 3 * H + 2 * C]
     assert found["kept"] == [2 * H + C, 2 * H + H / 8 + 2 * C]
     assert found["again"] == [H + C, H + 2 * H / 8 + 2 * C]
 
 
 def blocks(family: str, efficiency: Efficiency, dtype: torch.dtype, autocast: bool = False) -> dict[str, Tensor]:
-    """All blocks of a network, with drop path, once forward and backward."""
+    """Run all blocks of a network, with drop path, once forward and backward."""
     linear = {"conv_mlp": False} if family == "convnext" else {}  # as in ConvNeXt-T and above
     network = disturbed(backbone(family, drop_path_rate=0.3, **linear)).train()
     pieces = decompose(network, IMAGE_SIZE)
@@ -268,7 +268,7 @@ def test_blocks_in_bfloat16(setting: str) -> None:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @how
 def test_without_data_in_an_emulation(target: Any, precision: Any, again: bool) -> None:
-    """Dtypes are those of timm's MLP there; nothing needs data."""
+    """Require the dtypes of timm's MLP on the meta device, where nothing has data."""
     found = []
     for mlp in pair():
         mlp.to("meta")

@@ -1,4 +1,4 @@
-"""Auxiliary features and their loss in slices of the batch against the plain ones: values, gradients, memory."""
+"""Auxiliary features and their loss in slices of the batch compared with plain ones: values, gradients, memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ INPUTS, OUTPUTS = FeatureShape("NHWC", 6, 8, 8), FeatureShape("NHWC", 12, 4, 4)
 
 @pytest.fixture(autouse=True)
 def slices_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small batches shall have as many slices as large ones."""
+    """Give small batches as many slices as large ones."""
     monkeypatch.setattr("localfeat.methods.objective.IMAGES_PER_SLICE", 1)
 
 
@@ -54,7 +54,7 @@ def objective(
 
 
 def batch_of(images: int = IMAGES) -> tuple[Tensor, Tensor, Tensor]:
-    """Input and output features of a module, and its images."""
+    """Return a module's input and output features and its images."""
     generator = torch.Generator().manual_seed(2)
     shapes = ((8, 8, 6), (4, 4, 12), (3, 16, 16))
     inputs, outputs, pictures = (torch.randn(images, *shape, generator=generator) for shape in shapes)
@@ -62,7 +62,7 @@ def batch_of(images: int = IMAGES) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def outcome(own: LocalObjective, images: int = IMAGES, autocast: bool = False) -> dict[str, Tensor]:
-    """The terms and all gradients of their weighted sum; the backward pass runs outside autocast."""
+    """Return the terms and all gradients of their weighted sum; the backward pass runs outside autocast."""
     inputs, outputs, pictures = batch_of(images)
     outputs.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -142,7 +142,7 @@ def test_parameters_without_gradient_and_accumulation() -> None:
         assert own.decoder is not None
         own.decoder[1].weight.requires_grad_(False)
         outcome(own)
-    twice = [outcome(own) for own in (sliced, plain)]  # added to what is there
+    twice = [outcome(own) for own in (sliced, plain)]  # the second call accumulates
     assert sliced.decoder[1].weight.grad is None  # type: ignore[index]
     expected = {name: value for name, value in twice[1].items() if name != "decoder.1.weight"}
     assert_near(twice[0], expected, 1e-5)
@@ -158,7 +158,7 @@ def test_gradients_by_torch_autograd_grad_and_only_once() -> None:
         found.append(dict(zip(trained, given, strict=True)))
         assert all(p.grad is None for p in own.parameters())
     assert_near(found[1], found[0], 1e-5)
-    with pytest.raises(RuntimeError, match="gone after the first backward pass"):
+    with pytest.raises(RuntimeError, match="the backward pass runs only once"):
         torch.autograd.grad(loss, list(trained.values()))
 
 
@@ -166,7 +166,7 @@ def test_without_reconstruction_only_once() -> None:
     own = objective(None, slices=3)
     loss = own(*batch_of(), LABELS)[0]["contrast"]
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="gone after the first backward pass"):
+    with pytest.raises(RuntimeError, match="the backward pass runs only once"):
         loss.backward()
 
 
@@ -217,29 +217,29 @@ def exact_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def memory(own: LocalObjective, images: int) -> tuple[int, int]:
-    """Bytes after forward and the most during forward and backward, beyond weights, features and images."""
+    """Return the bytes after forward and the peak of forward and backward, beyond weights, features and images."""
     inputs, outputs, pictures = batch_of(images)
     outputs.requires_grad_()
     labels = torch.arange(images) % 3
     with StorageTracker([*own.parameters(), *own.buffers(), inputs, outputs, pictures, labels]) as tracker:
-        standing = tracker.live_bytes
+        persistent = tracker.live_bytes
         terms, _ = own(inputs, outputs, pictures, labels)
         loss = weighted_sum(terms, own.weights)
         del terms
-        after = tracker.live_bytes - standing
+        after = tracker.live_bytes - persistent
         loss.backward()
-    return after, tracker.peak_bytes - standing
+    return after, tracker.peak_bytes - persistent
 
 
 def per_image(slices: int, **kinds: Any) -> list[float]:
-    """The same per image, so that weights drop out."""
+    """Return the same per image, so that weights cancel."""
     less, more = memory(objective(slices=slices, **kinds), 16), memory(objective(slices=slices, **kinds), 32)
     return [(b - a) / 16 for a, b in zip(less, more, strict=True)]
 
 
 @pytest.mark.usefixtures("exact_bytes")
 def test_memory_of_prediction_target_and_decoder_is_one_slices() -> None:
-    """Image reconstruction with the interpolating decoder, the heaviest."""
+    """Use image reconstruction with the interpolating decoder, the heaviest case."""
     pixels, hidden = 16 * 16, 8
     activations = 4 * pixels * (WIDTH + 2 * hidden + 2 * 3)  # upsampled; two of the first convolution; two of images
     plain_after, plain_peak = per_image(1)
@@ -296,7 +296,7 @@ def test_evaluation_takes_no_gradients(how: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_float16_waits_for_the_scaled_loss() -> None:
-    """Gradients too small for float16 survive, because the loss is scaled before its gradient is taken."""
+    """Keep gradients too small for float16, as the loss is scaled before its gradient is computed."""
     scale, found = 2.0**20, []
     for slices, half in ((1, False), (3, True)):
         own = objective(slices=slices, loss="mse")

@@ -1,4 +1,4 @@
-"""Blocks that are computed again give the plain run's results, and keep less."""
+"""Recomputed blocks give the plain run's results and keep less memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ each_case = pytest.mark.parametrize(("setting", "family"), CASES)
 
 
 class Run:
-    """All blocks once forward and backward: output, gradients, random state and buffers afterwards."""
+    """Run all blocks forward and backward once; return output, gradients, random state and buffers."""
 
     def __init__(self, family: str, efficiency: Efficiency, dtype: torch.dtype | None = None, **changes: Any) -> None:
         network = disturbed(backbone(family, drop_path_rate=0.3, **changes)).train()
@@ -62,7 +62,7 @@ def assert_same(run: Run, plain: Run, rtol: float = 1e-5) -> None:
 
 
 def close(value: Tensor, expected: Tensor, rtol: float) -> bool:
-    """Norm of the difference relative to that of the expected tensor: single elements may be tiny sums."""
+    """Return the norm of the difference relative to the expected tensor's, as single elements may be tiny sums."""
     return bool((value - expected).norm() <= rtol * expected.norm() + 1e-7)
 
 
@@ -73,7 +73,7 @@ def test_results_are_those_of_the_plain_run(setting: str, family: str) -> None:
 
 @each_case
 def test_bfloat16_is_as_exact_as_in_the_plain_run(setting: str, family: str) -> None:
-    """Slices add up rounded sums in another order: compare how far both are from full precision."""
+    """Compare both with full precision, as slices add rounded sums in a different order."""
     exact, plain = Run(family, Efficiency()), Run(family, Efficiency(), torch.bfloat16)
     run = Run(family, SETTINGS[setting], torch.bfloat16)
     assert_same(run, plain, rtol=0.15)
@@ -81,7 +81,7 @@ def test_bfloat16_is_as_exact_as_in_the_plain_run(setting: str, family: str) -> 
 
 
 def error(run: Run, exact: Run) -> float:
-    """Mean over all gradients of the relative error."""
+    """Return the relative error, averaged over all gradients."""
     errors = [(run.gradients[n] - g).norm() / g.norm() for n, g in exact.gradients.items() if g.any()]
     return float(torch.stack(errors).mean())
 
@@ -130,7 +130,7 @@ def test_slices_of_a_network_with_dropout_are_refused(rate: str) -> None:
 
 
 class PerToken(nn.Module):
-    """Random numbers that are not one per image, in a way that no look at the modules finds."""
+    """Module that draws random numbers not one per image, which an inspection of the modules cannot find."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * x.new_empty(x.shape[1], 1).bernoulli_(0.5)
@@ -194,14 +194,14 @@ def test_without_gradients_a_block_runs_as_it_is(setting: str) -> None:
 
 
 class Attention(nn.Module):
-    """Scores that are larger than their factors, so that they are computed again."""
+    """Attention whose scores are larger than their factors, so that they are recomputed."""
 
     def forward(self, x: Tensor) -> Tensor:
         return (x @ x.mT).softmax(-1) @ x
 
 
 def test_selective_in_a_backward_pass_that_runs_under_autocast() -> None:
-    """The recipes, that is: what plain autograd computes then, autocast does not touch."""
+    """Recompute without autocast, as plain autograd's backward pass ignores it."""
     found = []
     for run in (run_selectively, plainly):
         x = torch.randn(3, 8, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -213,7 +213,7 @@ def test_selective_in_a_backward_pass_that_runs_under_autocast() -> None:
 
 
 class Overwrites(nn.Module):
-    """Saves ``gelu(h)`` as a recipe from ``h``, then overwrites ``h``."""
+    """Module that saves ``gelu(h)`` as a recipe from ``h``, then overwrites ``h``."""
 
     def forward(self, x: Tensor) -> Tensor:
         h = x @ x.mT
@@ -241,7 +241,7 @@ MIB = 2**20
 
 
 class Memory:
-    """One block of Swin-T's first stage at 224 px, 16 images, on the meta device as CUDA computes it."""
+    """Run one block of Swin-T's first stage at 224 px, 16 images, on the meta device as CUDA computes it."""
 
     def __init__(self, efficiency: Efficiency, precision: Any = "bf16-mixed", needs_gradient: bool = True) -> None:
         block = SwinTransformerBlock(96, (56, 56), 3, window_size=7, shift_size=3, drop_path=0.1).to("meta")
@@ -249,11 +249,11 @@ class Memory:
         x = torch.empty(16, 56, 56, 96, device="meta", requires_grad=needs_gradient)
         tracker = StorageTracker([*block.parameters(), *block.buffers(), x])
         with Emulation("cuda", precision), WorkCounter() as work, tracker:
-            standing = tracker.live_bytes
+            persistent = tracker.live_bytes
             y = runner(block, x)
-            self.kept = (tracker.live_bytes - standing) / MIB
+            self.kept = (tracker.live_bytes - persistent) / MIB
             y.backward(torch.empty_like(y))
-            self.peak = (tracker.peak_bytes - standing) / MIB
+            self.peak = (tracker.peak_bytes - persistent) / MIB
         self.flops = work.flops
         self.features = x.numel() * x.element_size() / MIB
 
@@ -270,7 +270,7 @@ def test_memory_of_a_block() -> None:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("slices", [4, 8])
 def test_memory_of_a_block_in_slices(slices: int, precision: str) -> None:
-    """Output and both gradients whole, of the rest one slice. Without a gradient of the input: less by that."""
+    """Hold the output and both gradients whole, the rest for one slice; less by the input's gradient without it."""
     plain = Memory(Efficiency(), precision)
     efficiency = Efficiency(recompute="checkpoint", slices=slices)
     whole = 3 * plain.features

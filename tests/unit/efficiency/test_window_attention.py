@@ -1,4 +1,4 @@
-"""Fused window attention against timm's own: outputs, gradients, what is kept for the backward pass."""
+"""Fused window attention compared with timm's: outputs, gradients and memory kept for the backward pass."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ each_shift = pytest.mark.parametrize("shift", [0, 2])
 
 @pytest.fixture(autouse=True)
 def several_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small networks go through the batch in slices too."""
+    """Let small networks slice the batch too."""
     monkeypatch.setattr(window_attention, "SMALLEST_SLICE", 256)
 
 
 def pair(family: str, shift: int, size: int = 8, dim: int = 12, heads: int = 3) -> tuple[nn.Module, nn.Module]:
-    """One block as timm runs it and the same block fused; windows of 4 x 4 tokens on a grid of size x size."""
+    """Return one block as timm runs it, and the same fused; windows of 4 x 4 tokens on a size x size grid."""
     torch.manual_seed(0)
     plain = disturbed(BLOCKS[family](dim, (size, size), num_heads=heads, window_size=4, shift_size=shift))
     fused = copy.deepcopy(plain)
@@ -45,7 +45,7 @@ def pair(family: str, shift: int, size: int = 8, dim: int = 12, heads: int = 3) 
 
 
 def outcome(block: nn.Module, x: Tensor, autocast: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Output and all gradients; the backward pass runs outside autocast."""
+    """Return the output and all gradients; the backward pass runs outside autocast."""
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         y = block(x)
@@ -56,7 +56,7 @@ def outcome(block: nn.Module, x: Tensor, autocast: torch.dtype | None = None) ->
 
 
 def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Length of the difference over that of what is expected."""
+    """Return the norm of the difference relative to the expected tensor's norm."""
     return {name: float((found[name] - e).double().norm() / e.double().norm()) for name, e in expected.items()}
 
 
@@ -122,21 +122,21 @@ def test_a_head_wider_than_its_share_and_frozen_biases() -> None:
 
 
 def kept(block: nn.Module, x: Tensor, autocast: bool) -> tuple[int, int]:
-    """Bytes alive after forward, and the most alive during forward and backward, beyond what was there before."""
+    """Return the bytes alive after forward and the peak of forward and backward, beyond those alive before."""
     with StorageTracker([*block.parameters(), *block.buffers(), x]) as tracker:
-        standing = tracker.live_bytes
+        persistent = tracker.live_bytes
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y = block(x)
-        after = tracker.live_bytes - standing
+        after = tracker.live_bytes - persistent
         y.sum().backward()
-    return after, tracker.peak_bytes - standing
+    return after, tracker.peak_bytes - persistent
 
 
 @each_family
 @each_shift
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 def test_no_attention_matrix_is_kept(family: str, shift: int, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes per window to the byte: the difference between two batches, so that biases and weights drop out."""
+    """Return the exact bytes per window by the difference of two batches, in which biases and weights cancel."""
     monkeypatch.setattr("localfeat.memory.tracker.BLOCK_BYTES", 1)
     heads, dim, tokens = 3, 12, 16
     mask = pair(family, 2)[0].attn_mask if shift else None
