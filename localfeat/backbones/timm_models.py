@@ -139,7 +139,7 @@ def _explained(error: Exception, name: str, pretrained: bool, arguments: bool) -
         return UserError(f"backbone: timm's {name} takes no argument {found[1]}")
     if (arguments or isinstance(error, TypeError | AssertionError | ValueError)) and not pretrained:
         reason = next(iter(str(error).strip().splitlines()), "")
-        return UserError(f"backbone: timm's {name} cannot be built so: {type(error).__name__} {reason}".rstrip())
+        return UserError(f"backbone: timm's {name} cannot be built like this: {type(error).__name__} {reason}".rstrip())
     if pretrained:
         return UserError(
             f"backbone.pretrained=true: the weights of {name} cannot be downloaded ({type(error).__name__}); "
