@@ -5,7 +5,7 @@ import os
 from localfeat.run.command import main
 
 if __name__ == "__main__":
-    # Threads that wait for others sleep instead of spinning: on a machine with other work the difference is several
-    # times the speed. OpenMP reads it when torch is loaded, which has not happened yet.
+    # Waiting threads sleep instead of spinning: on a busy machine this is several times faster. It must be set
+    # before torch is imported, because OpenMP reads it then.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     main()

@@ -1,4 +1,4 @@
-"""Arguments of the commands that come after training: numbers, and files to be written."""
+"""Check the arguments of the commands that follow training: numbers and output files."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from localfeat.utils.errors import UserError
 
 
 def whole_number(key: str, text: str, *, least: int) -> int:
-    """``text`` as a number of images.
+    """Return ``text`` as a number of images.
 
     Raises:
-        UserError: no whole number, or one below ``least``.
+        UserError: ``text`` is not a whole number, or it is below ``least``.
     """
     try:
         number = int(text)
@@ -23,14 +23,14 @@ def whole_number(key: str, text: str, *, least: int) -> int:
 
 
 def check_output(key: str, text: str) -> Path:
-    """A file that can be written once there are results: a mistake should not show after minutes.
+    """Return the path of an output file, checked before the work starts rather than after it.
 
     Raises:
-        UserError: a folder of that name, no folder to put it in, or something else there than a file.
+        UserError: its folder does not exist, or the path exists and is not a regular file.
     """
     file = Path(text)
     if not file.parent.is_dir():
         raise UserError(f"{key}={text}: there is no folder {file.parent}")
     if file.exists() and not file.is_file():
-        raise UserError(f"{key}={text}: give a file, this is none")
+        raise UserError(f"{key}={text}: not a regular file; give the path of a file")
     return file

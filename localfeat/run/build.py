@@ -1,4 +1,4 @@
-"""From a run's configuration to its objects."""
+"""Build a run's objects from its configuration."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from localfeat.utils.errors import UserError
 
 
 def build_datamodule(configuration: RunConfiguration) -> ImageDataModule:
-    """Return the datamodule, normalising as the backbone expects it."""
+    """Return the datamodule, which normalises images as the backbone expects."""
     known = timm.get_pretrained_cfg(configuration.model_name)
     expected = {"mean": known.mean, "std": known.std} if known else {}
     dataset = configuration.dataset
@@ -47,7 +47,7 @@ def build_datamodule(configuration: RunConfiguration) -> ImageDataModule:
 
 
 def build_model(configuration: RunConfiguration, num_classes: int) -> nn.Module:
-    """Return the backbone, with its initial weights from wherever the configuration says."""
+    """Return the backbone with the initial weights that the configuration names."""
     settings = {name: value for name, value in vars(configuration.backbone).items() if name != "weights"}
     model = build_backbone(num_classes=num_classes, image_size=configuration.image_size, **settings)
     if configuration.backbone.weights:
@@ -71,14 +71,14 @@ def build_learner(configuration: RunConfiguration, num_classes: int) -> Learner:
 def build_callbacks(
     settings: CallbackSettings, seed: int, folder: RunFolder, validates: bool, stop: StopRequest | None = None
 ) -> list[Callback]:
-    """Return everything that watches a run, checkpoints last.
+    """Return a run's callbacks; those that write checkpoints come last.
 
     Args:
-        settings: which callbacks.
-        seed: of every batch's random numbers.
-        folder: of the run.
-        validates: whether there is a validation split to choose the best epoch by.
-        stop: what signals have asked for; None: nobody handles signals.
+        settings: the callbacks' settings.
+        seed: the run's seed, from which every batch's seed follows.
+        folder: the run's folder.
+        validates: whether the run has a validation split to choose the best epoch by.
+        stop: the request that signals set; None if signals are not handled.
 
     Raises:
         UserError: early stopping without validation.
@@ -106,11 +106,11 @@ def build_callbacks(
         found.append(BestCheckpoint(folder.best))
     epochs, batches = settings.checkpoint_every_n_epochs, settings.checkpoint_every_n_batches
     found.append(LastCheckpoint(folder.last, epochs=epochs, batches=batches, stop=stop))
-    return found  # the last of all: it saves what the others know
+    return found  # LastCheckpoint is last because it saves the state of the others
 
 
 def build_loggers(configuration: RunConfiguration, folder: RunFolder, names: Mapping[str, Any]) -> list[Logger]:
-    """Return ``metrics.csv`` always, and the logger chosen; ``names`` fill what the user left open."""
+    """Return the logger of ``metrics.csv`` and the configured one; ``names`` fill the arguments that are null."""
     found: list[Logger] = [MetricsCsv(folder.path)]
     chosen = configuration.logger
     if chosen is not None:
@@ -120,18 +120,18 @@ def build_loggers(configuration: RunConfiguration, folder: RunFolder, names: Map
 
 
 def build_trainer(settings: TrainerSettings, **parts: Any) -> lightning.Trainer:
-    """Return a trainer for one device; ``parts`` are the epochs, folder, loggers and callbacks.
+    """Return a trainer for one device; ``parts`` holds its epochs, folder, loggers and callbacks.
 
     Raises:
-        UserError: a GPU that is not there, fp16 without a GPU.
+        UserError: a GPU is asked for and not available, or fp16 without a GPU.
     """
     cuda = torch.cuda.is_available() and settings.accelerator != "cpu"
     if settings.accelerator == "gpu" and not cuda:
-        raise UserError("trainer=gpu: there is no GPU that this torch can use; trainer=cpu works everywhere")
+        raise UserError("trainer=gpu: torch finds no usable GPU; trainer=cpu works everywhere")
     if settings.precision == "16-mixed" and not cuda:
         raise UserError("trainer.precision=16-mixed needs a GPU: use bf16-mixed")
     arguments = {**asdict(settings), "accelerator": "gpu" if cuda else "cpu"}
-    if settings.profiler is not None:  # its table goes into the run's folder
+    if settings.profiler is not None:  # its table belongs in the run's folder
         arguments["profiler"] = _PROFILERS[settings.profiler](dirpath=parts["default_root_dir"], filename="profile")
     return lightning.Trainer(**arguments, enable_model_summary=False, **parts)
 

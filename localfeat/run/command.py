@@ -1,6 +1,6 @@
-"""Train, evaluate and write down one run: ``python -m localfeat.run method=feature_recon split=k4``.
+"""Train, evaluate and record one run: ``python -m localfeat.run method=feature_recon split=k4``.
 
-Only light modules are imported here, so that ``--help`` and ``--cfg job`` answer at once.
+Heavy modules are imported inside functions, so that ``--help`` and ``--cfg job`` answer at once.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from localfeat.utils.text import quoted
 
 
 def run(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
-    """Train what ``cfg`` says and leave everything about it in a folder; returns what summary.json holds.
+    """Train one configuration, write its results to a folder, and return the content of summary.json.
 
     Args:
-        cfg: the configuration. With ``resume=<folder>`` nothing else in it counts: the run there goes on. With
-            ``resume=auto`` the newest run of the same configuration goes on, or is the result if it has ended.
-        folder: of a new run.
+        cfg: the configuration. With ``resume=<folder>`` that run is resumed with its own configuration. With
+            ``resume=auto`` the newest run of the same configuration is resumed, or its result returned if it has ended.
+        folder: the folder of a new run.
 
     Raises:
-        UserError: a configuration that cannot be.
-        RunFailed: something around the run is not as it should be, like a full disk.
-        Stopped: by a signal.
+        UserError: the configuration is invalid.
+        RunFailed: the environment failed the run, for example with a full disk.
+        Stopped: a signal stopped the run.
     """
     return _run(cfg, RunFolder(folder), {})
 
@@ -58,7 +58,7 @@ def _run(cfg: DictConfig, folder: RunFolder, notes: dict[str, str]) -> dict[str,
 
 
 def _notes(cfg: DictConfig, hydra_cfg: HydraConf) -> dict[str, str]:
-    """What Hydra itself writes about a job, file -> text: what was typed, what came of it, how Hydra was configured."""
+    """Return the files that Hydra itself writes for a job, name -> text: overrides, configuration, Hydra's settings."""
     parts = {"config": cfg, "overrides": hydra_cfg.overrides.task, "hydra": OmegaConf.create({"hydra": hydra_cfg})}
     return {f".hydra/{name}.yaml": OmegaConf.to_yaml(part) for name, part in parts.items()}
 
@@ -76,26 +76,26 @@ def _resume_or_begin(config: dict[str, Any], folder: RunFolder, notes: dict[str,
         _discard(folder.path)
         check_free(found.path)
     if found.has_ended():
-        print(f"{found}: this run has ended, there is nothing left to do (without resume=auto another one begins)")
+        print(f"{found}: this run has ended, nothing is left to do (without resume=auto a new run begins)")
         return found.read_summary()
-    print(f"{found}: goes on")
+    print(f"{found}: resuming")
     return _train(found.read_config(), found, resume=True)
 
 
 def _train(
     config: dict[str, Any], folder: RunFolder, *, resume: bool, notes: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """Train; whatever ends it before its end is told together with how to go on."""
+    """Train; if the run fails or is stopped, say how to resume it."""
     from localfeat.run.configuration import RunConfiguration
     from localfeat.run.train import train
 
     try:
         return train(RunConfiguration.from_values(config), folder, resume=resume, notes=notes or {})
-    except Diverged:  # it would again
+    except Diverged:  # a resumed run would diverge again
         raise
     except (RunFailed, Stopped) as end:
         way = (
-            f"; go on with: python -m localfeat.run {_resume_argument(folder.path)}"
+            f"; resume with: python -m localfeat.run {_resume_argument(folder.path)}"
             if folder.config.is_file() and not folder.has_ended()
             else ""
         )
@@ -106,7 +106,7 @@ def _train(
 
 
 def _resume_argument(folder: Path) -> str:
-    """``resume=<folder>`` as a shell and then Hydra read it; either takes other characters for its own."""
+    """Return ``resume=<folder>``, quoted for the shell and for Hydra's grammar."""
     text = str(folder)
     if re.fullmatch(r"[A-Za-z0-9/._+-]+( +[A-Za-z0-9/._+-]+)*", text):
         return f"resume={shlex.quote(text)}"
@@ -114,7 +114,7 @@ def _resume_argument(folder: Path) -> str:
 
 
 def _attempt(cfg: DictConfig, explain: Callable[[Exception], str | None]) -> tuple[str, int] | None:
-    """One job. What is wrong with it and the exit code for it: a sweep goes on with its other jobs."""
+    """Run one job; return an error line and its exit code on failure, so that a sweep can run its other jobs."""
     job = HydraConfig.get()
     folder, multirun = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
     try:
@@ -123,7 +123,7 @@ def _attempt(cfg: DictConfig, explain: Callable[[Exception], str | None]) -> tup
         _run(cfg, RunFolder(folder), _notes(cfg, job))
         return None
     except Stopped as stopped:
-        _leave(cfg, folder, multirun)
+        _discard_unused(cfg, folder, multirun)
         if cfg.resume is not None and (line := requeue(stopped.signum)):
             print(line, file=sys.stderr)
         raise
@@ -131,12 +131,12 @@ def _attempt(cfg: DictConfig, explain: Callable[[Exception], str | None]) -> tup
         line = explain(error)
         if line is None:
             raise
-        _leave(cfg, folder, multirun)
+        _discard_unused(cfg, folder, multirun)
         return f"job {job.job.num} ({job.job.override_dirname}): {line}" if multirun else line, exit_code(error)
 
 
-def _leave(cfg: DictConfig, folder: Path, multirun: bool) -> None:
-    """A folder that holds nothing of a run goes."""
+def _discard_unused(cfg: DictConfig, folder: Path, multirun: bool) -> None:
+    """Remove the folder that Hydra made for a run that wrote nothing there."""
     if folder.is_dir() and (cfg.resume in (None, AUTO) or multirun):
         _discard(folder)
 
@@ -144,13 +144,13 @@ def _leave(cfg: DictConfig, folder: Path, multirun: bool) -> None:
 def _check_resume(resume: str, overrides: list[str], multirun: bool) -> None:
     others = [override for override in overrides if not override.startswith("resume=")]
     if others and resume != AUTO and not Path(resume, "config.yaml").is_file():
-        raise UserError(f"resume={resume}: it is auto, or the folder of a run that was cut short")
+        raise UserError(f"resume={resume}: it must be auto or the folder of a run that was cut short")
     if resume != AUTO and (multirun or others):
-        raise UserError(f"resume=<folder> takes the run's own configuration: leave out {' '.join(others) or '-m'}")
+        raise UserError(f"resume=<folder> uses the run's own configuration: leave out {' '.join(others) or '-m'}")
 
 
 def _discard(folder: Path) -> None:
-    """Remove the folder of a refused run, and those it lies in, as far as they are empty."""
+    """Remove a run's folder and its parents, as far as they are empty."""
     kept = {Path.cwd(), *Path.cwd().parents}
     with suppress(OSError):  # not empty
         while folder not in kept:
@@ -159,7 +159,7 @@ def _discard(folder: Path) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     refused: list[int] = []
 
     def job(cfg: DictConfig) -> None:

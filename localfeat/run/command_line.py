@@ -1,4 +1,4 @@
-"""Command lines: a user's mistake is one line on stderr and exit code 2, anything else a stack trace."""
+"""Command lines: turn a user's mistake into one line on stderr and exit code 2; a bug keeps its stack trace."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from localfeat.utils.text import shown
 
 @contextmanager
 def one_line_errors() -> Iterator[Callable[[Exception], str | None]]:
-    """Turn what is no fault of ours into one line and an exit code.
+    """Turn every error that is not a bug into one line and an exit code.
 
-    2: a mistake in what was asked for. 1: a run that failed. 128 + the signal's number: a command that was stopped
-    (130 for Ctrl-C). Yields what explains the first two, for those who have to go on after one. With the environment
-    variable HYDRA_FULL_ERROR=1 nothing is explained or caught.
+    The exit code is 2 for a user's mistake, 1 for a run that failed, and 128 + the signal's number for a command that
+    was stopped (130 for Ctrl-C). Yields ``explain``, for callers that handle errors themselves and continue. With the
+    environment variable HYDRA_FULL_ERROR=1 nothing is explained or caught.
     """
     before = os.environ.get("HYDRA_FULL_ERROR")
     if before == "1":
         yield lambda error: None
         return
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and leaving with 1
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing the error and exiting with 1
     try:
         yield explain
     except Exception as error:
@@ -37,7 +37,7 @@ def one_line_errors() -> Iterator[Callable[[Exception], str | None]]:
             raise
         report(line)
         sys.exit(exit_code(error))
-    except Stopped as stopped:  # whoever raised it has said so
+    except Stopped as stopped:  # the reason was printed where it was raised
         sys.exit(128 + stopped.signum)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -49,28 +49,28 @@ def one_line_errors() -> Iterator[Callable[[Exception], str | None]]:
 
 
 def report(line: str) -> None:
-    """Say what is wrong, on stderr, in one line whatever a name in it holds."""
+    """Print an error to stderr as one line, with control characters escaped."""
     print(f"error: {shown(line)}", file=sys.stderr)
 
 
 def exit_code(error: Exception) -> int:
-    """What a command ends with after an error that ``explain`` has a line for."""
+    """Return the exit code for an error that ``explain`` has a line for."""
     own = _own(error)
     return 2 if isinstance(own, UserError) or (own is None and _surroundings_line(error) is None) else 1
 
 
 def _own(error: Exception) -> UserError | RunFailed | None:
-    """The latest of our exceptions behind ``error``."""
+    """Return the latest of localfeat's own exceptions in the chain of ``error``."""
     return next((e for e in contexts(error) if isinstance(e, UserError | RunFailed)), None)
 
 
 def explain(error: Exception) -> str | None:
-    """The one line for a mistake of the user's or a run that failed, ``None`` for a fault of ours."""
+    """Return one line for a user's mistake or a failed run, ``None`` for a bug."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     own = _own(error)
-    if own is error or (own and isinstance(error, OmegaConfBaseException)):  # or of a function that conf/ calls
+    if own is error or (own and isinstance(error, OmegaConfBaseException)):  # raised in a resolver that conf/ calls
         return _own_line(str(own))
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _hydra_line(error)
@@ -82,25 +82,25 @@ def explain(error: Exception) -> str | None:
 
 
 def _surroundings_line(error: Exception) -> str | None:
-    """What is wrong with the machine: files, memory, a worker process that was killed."""
+    """Return one line for a failure of the machine (files, memory, a killed worker process), ``None`` otherwise."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno is not None and not _while_hydra_prepares(error):
         return f"{error.filename or 'a file or pipe'}: {error.strerror}"
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
         return f"out of memory ({text.split('. ')[0] or 'in Python'}): localfeat plan shows what fits"
     if re.match(r"DataLoader worker \(pid.*\) (is killed|exited)", text):
-        return f"{text.split('. ')[0]}: perhaps for lack of memory (dataset.num_workers=0 has none)"
+        return f"{text.split('. ')[0]}: possibly out of memory (dataset.num_workers=0 starts no workers)"
     return None
 
 
 def _while_hydra_prepares(error: Exception) -> bool:
-    """Whether Hydra raised it and not the job: it makes the run's folder and writes its notes there."""
+    """Return whether Hydra raised ``error`` before the job began, when it creates the run's folder."""
     functions = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
     return ("run_job" in functions or "sweep" in functions) and "_attempt" not in functions
 
 
 def _own_line(text: str) -> str:
-    """A message as one line; of a worker process's, which torch wraps in the stack trace there, the last line."""
+    """Return a message as one line; if torch wrapped a worker's stack trace into it, only the last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if any(line.startswith("Original Traceback") for line in lines):
         return lines[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
@@ -108,7 +108,7 @@ def _own_line(text: str) -> str:
 
 
 def _hydra_line(error: Exception) -> str:
-    """Hydra's and OmegaConf's messages name classes, and are several lines long."""
+    """Return one line for an error of Hydra or OmegaConf, whose own messages are long and name classes."""
     from hydra.errors import MissingConfigException, OverrideParseException
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue
 
@@ -116,7 +116,7 @@ def _hydra_line(error: Exception) -> str:
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has to be given: {error.full_key}=<value>"
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: not key=value (a list is [1,2]; text with special characters stands in quotes)"
+        return f"{error.override}: not key=value (a list is [1,2]; text with special characters needs quotes)"
     if "Could not override" in text and isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return _unknown_override(str(cause.full_key))
     if isinstance(error, MissingConfigException) and error.options:
@@ -125,7 +125,7 @@ def _hydra_line(error: Exception) -> str:
     if found := re.search(r"Ambiguous value for argument '(.*)'", text):
         return f"{found[1]}: several values make a sweep, which needs -m; a list is [1,2]"
     if found := re.search(r"An item is already at '(.*)'\.", text):
-        return f"+{found[1]}: there is such a key already; leave out the +"
+        return f"+{found[1]}: this key exists already; leave out the +"
     if full_key := getattr(error, "full_key", None):
         return f"{full_key}: {text.splitlines()[0]}"
     text = re.split(r"Config search path:|See https:", text)[0]
@@ -138,7 +138,7 @@ def _unknown_override(key: str) -> str:
     choices = [a for a in sys.argv[1:] if re.fullmatch(r"[a-z_]+=[a-z0-9_]+", a) and not a.startswith(f"{key}=")]
     try:
         known = known_keys(choices)
-    except Exception:  # another of them is wrong too
+    except Exception:  # another override is wrong, too
         known = known_keys([])
     if found := re.match(r"backbone\.(arguments|variants)\.", key):
         names = [name.removeprefix(found[0]) for name in known if name.startswith(found[0])]
@@ -149,15 +149,15 @@ def _unknown_override(key: str) -> str:
 
 
 def check_arguments(arguments: list[str]) -> None:
-    """Refuse what Hydra would answer with its usage text, with a stack trace, or not at all.
+    """Refuse arguments that Hydra would answer with its usage text, with a stack trace, or not at all.
 
     Raises:
-        UserError: an unknown option, a group without a choice, a key to be removed.
+        UserError: an unknown option, a group without a choice, or ``~key``, which would remove a key.
     """
     from hydra._internal.utils import get_args_parser
 
     parser = get_args_parser()
-    parser.error = _refuse  # type: ignore[method-assign]  # it prints the usage and leaves
+    parser.error = _refuse  # type: ignore[method-assign]  # argparse's own prints the usage and exits
     given = parser.parse_args(arguments)
     commands = [name for name in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(given, name)]
     if given.resolve and not (given.cfg or given.help):
@@ -188,9 +188,9 @@ def _check_override(override: str) -> None:
 
 
 def parse_arguments(usage: str, defaults: dict[str, Any], arguments: list[str] | None = None) -> dict[str, Any]:
-    """``key=value`` arguments over ``defaults`` (``...`` marks those that have to be given).
+    """Return ``defaults`` updated by ``key=value`` arguments; ``...`` marks values that must be given.
 
-    Prints ``usage`` and leaves for ``--help``.
+    For ``--help``, print ``usage`` and exit.
     """
     from localfeat.run.composition import unknown_key
 

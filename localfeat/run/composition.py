@@ -1,6 +1,6 @@
-"""The configuration as Hydra composes it: resolvers, plain values, the keys that there are.
+"""The configuration as Hydra composes it: resolvers, plain values, known keys.
 
-Nothing heavy is imported here: ``--help`` and ``--cfg job`` answer from this module alone.
+Nothing heavy is imported here, because ``--help`` and ``--cfg job`` need this module.
 """
 
 from __future__ import annotations
@@ -16,50 +16,50 @@ from localfeat.run.conf_dir import conf_dir
 from localfeat.run.method_group import store_methods
 from localfeat.utils.errors import UserError
 
-_LONGEST_NAME = 255  # bytes, of any usual file system
+_LONGEST_NAME = 255  # bytes, the limit of all common file systems
 
 
 AUTO = "auto"
-"""``resume=auto``: go on with the run that the same command began; begin it if there is none."""
+"""``resume=auto``: resume the run that the same command began, or begin it."""
 
 
 def register_resolvers() -> None:
-    """Make the functions known that conf/ calls as ``${localfeat.…}``, and the registered methods."""
+    """Register the functions that conf/ calls as ``${localfeat.…}``, and the choices of ``method=``."""
     store_methods()
     OmegaConf.register_new_resolver("localfeat.run_dir", _run_dir, replace=True)
     OmegaConf.register_new_resolver("localfeat.linear_lr", _linear_lr, replace=True)
 
 
 def _run_dir(resume: object, output_dir: object, name: object) -> str:
-    """The folder that Hydra makes for a run; none for a run to resume, which has one (or is refused)."""
+    """Return the folder that Hydra creates for a run; "." for ``resume=<folder>``, which has its folder already."""
     if resume not in (None, AUTO):
         return "."
     if output_dir is None or str(output_dir).strip() == "":
-        raise UserError("output_dir is empty: give the folder that gets a folder for every run, e.g. outputs")
+        raise UserError("output_dir is empty: give the parent folder of all runs, e.g. outputs")
     folder, (_, _, last) = f"{output_dir}/{name}", str(name).partition("/")  # <date>/<time>_<source>_<method.name>
     if not folder.isprintable():
-        raise UserError(f"output_dir={folder!a}: a folder's name has no such characters")
+        raise UserError(f"output_dir={folder!a}: a folder's name cannot have such characters")
     if "/" in last or len(last.encode()) > _LONGEST_NAME:
-        raise UserError(f"method.name, in {last}, is part of a folder's name: no / and fewer than 200 letters, please")
+        raise UserError(f"method.name, in {last}, is part of a folder's name: use fewer than 200 letters and no /")
     return folder
 
 
 def _linear_lr(lr: float, images: int, batch_size: int, accumulate: int) -> float:
-    """``lr`` per ``images`` of an optimizer step, scaled linearly to the images that a step has."""
+    """Return ``lr``, which is meant for steps of ``images`` images, scaled linearly to the images of a step."""
     return lr * batch_size * accumulate / images
 
 
 def plain(node: DictConfig) -> dict[str, Any]:
-    """A config as nested dicts and lists, every interpolation resolved.
+    """Return a config as nested dicts and lists, with every interpolation resolved.
 
     Raises:
-        omegaconf.errors.MissingMandatoryValue: a value that has to be given was not.
+        omegaconf.errors.MissingMandatoryValue: a required value is missing.
     """
     return typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=True, throw_on_missing=True))
 
 
 def known_keys(overrides: list[str]) -> list[str]:
-    """Every key of the configuration that the given group choices make."""
+    """Return every key of the configuration that these group choices compose."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
@@ -76,9 +76,9 @@ def _flat(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def unknown_key(key: str, known: list[str]) -> str:
-    """One line that says so, with the keys that may have been meant."""
+    """Return an error line for an unknown key, with the known keys that are most similar."""
     last = key.rsplit(".", 1)[-1]
-    near = [name for name in known if name.rsplit(".", 1)[-1] == last]  # right, but elsewhere: lr for optimizer.lr
+    near = [name for name in known if name.rsplit(".", 1)[-1] == last]  # right name, wrong group: lr for optimizer.lr
     near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     near = near or [
         name for name in known if difflib.SequenceMatcher(None, name.rsplit(".", 1)[-1], last).ratio() > 0.8

@@ -1,4 +1,4 @@
-"""Where the files that belong to the package lie, however it was installed."""
+"""Find the package's configuration files, however it was installed."""
 
 from pathlib import Path
 
@@ -6,14 +6,13 @@ from localfeat.utils.errors import UserError
 
 
 def conf_dir() -> Path:
-    """Folder of the configuration files: an absolute path, ready for Hydra.
+    """Return the absolute path of the folder with the configuration files.
 
-    A wheel carries it inside the package; in a checkout and an editable install it lies beside the package.
-    A folder counts only if it holds a YAML file, so that neither an emptied folder nor another project's
-    ``conf`` in site-packages is taken for ours.
+    A wheel has it inside the package; a checkout and an editable install have it beside the package. A folder counts
+    only if it holds a YAML file, so that an empty folder or another project's ``conf`` in site-packages is not used.
 
     Raises:
-        UserError: neither place has configuration files.
+        UserError: neither folder has configuration files.
     """
     package = Path(__file__).resolve().parents[1]
     places = (package / "conf", package.parent / "conf")

@@ -1,4 +1,4 @@
-"""One run as a typed object: checked once, when it is made of plain values, and trusted from there on."""
+"""One run's configuration as a typed object: checked once, when built from plain values, and trusted afterwards."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ _GROUPS = (
 
 @dataclass(frozen=True)
 class RunConfiguration:
-    """Everything that a run is set to.
+    """All settings of a run.
 
     Args:
-        seed: of weights, batches and validation split.
-        image_size: side of the network's square input in pixels.
+        seed: the seed of weights, batches and validation split.
+        image_size: the side of the network's square input in pixels.
         batch_size: images per step.
-        epochs: of the run.
-        backbone, dataset, split, decoder, method, optimizer, efficiency, trainer, callbacks: the groups of the same
-            name, as objects.
-        logger: beside ``metrics.csv``; ``None`` for none.
-        output_dir: folder that gets a folder for every run.
+        epochs: the number of epochs.
+        backbone, dataset, split, decoder, method, optimizer, efficiency, trainer, callbacks: the configuration groups
+            of the same name, as objects.
+        logger: the logger used in addition to ``metrics.csv``; ``None`` for none.
+        output_dir: the parent folder of all runs.
         test: whether the test set is scored at the end.
-        resume: ``auto``, or the folder of a run to resume, when it was typed.
-        values: the same as plain values, as ``config.yaml`` holds them.
+        resume: ``auto`` or the folder of the run to resume; ``None`` for a new run.
+        values: the same configuration as plain values, as in ``config.yaml``.
 
     Raises:
-        UserError: values out of range, combinations that exclude each other. What depends on the data, the backbone or
-            the device is refused when those are built.
+        UserError: values out of range or combined wrongly. Checks that need the data, the backbone or the device are
+            made when those are built.
     """
 
     seed: int
@@ -76,10 +76,10 @@ class RunConfiguration:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> RunConfiguration:
-        """Return the configuration that plain values describe: those that Hydra composes, or of a ``config.yaml``.
+        """Return the configuration for plain values, composed by Hydra or read from a ``config.yaml``.
 
         Raises:
-            UserError: unknown keys, values of the wrong type or out of range, combinations that exclude each other.
+            UserError: unknown keys; values of the wrong type, out of range or combined wrongly.
         """
         hints = typing.get_type_hints(cls)
         known = {
@@ -103,7 +103,7 @@ class RunConfiguration:
         for key in ("image_size", "batch_size", "seed"):
             own = self.dataset.values.get(key, getattr(self, key))
             if own != getattr(self, key):
-                raise UserError(f"dataset.{key}={own} is not {key}={getattr(self, key)}, which it follows: set {key}")
+                raise UserError(f"dataset.{key}={own} differs from {key}={getattr(self, key)}: set only {key}")
         if self.method.contrasts:
             self._check_contrast()
 
@@ -119,24 +119,24 @@ class RunConfiguration:
 
     @property
     def model_name(self) -> str:
-        """The timm model that is trained."""
+        """The name of the timm model that is trained."""
         return self.backbone.model_name(self.image_size)
 
     @property
     def decoder_name(self) -> str:
-        """Class of the decoders."""
+        """The name of the decoders' class."""
         return str(getattr(self.decoder, "func", self.decoder).__name__)
 
     def without_initial_weights(self) -> RunConfiguration:
-        """Return the same with a backbone whose initial weights come from nowhere: they follow, or are not needed."""
+        """Return a copy whose backbone loads no initial weights, because they are loaded later or not needed."""
         return replace(self, backbone=replace(self.backbone, pretrained=False, weights=None))
 
     def with_root(self, root: str | Path) -> RunConfiguration:
-        """Return the same with the dataset's files in another folder."""
+        """Return a copy with the dataset's files in another folder."""
         return replace(self, dataset=replace(self.dataset, values={**self.dataset.values, "root": str(root)}))
 
     def with_cuts(self, cuts: Sequence[int]) -> RunConfiguration:
-        """Return the same cut after these numbers of blocks, so that nobody has to search for the cuts again."""
+        """Return a copy cut after these numbers of blocks, so that the cuts are not searched for again."""
         values = {**self.values, "split": {"_target_": "localfeat.Split", "cuts": list(cuts)}}
         return replace(self, split=Split(cuts=tuple(cuts)), values=values)
 

@@ -1,4 +1,4 @@
-"""What a run shows in the terminal: a progress bar, or plain lines in a log file, and a table at the end."""
+"""A run's terminal output: a progress bar (plain lines in a log file) and a table at the end."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ SECONDS_BETWEEN_READINGS = 0.5
 
 
 class PatientConsole(Console):
-    """Where nobody reads any more (``| head``), it falls silent; rich's own would end the training."""
+    """A console that falls silent once its reader has gone (``| head``); rich's own would end the training."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
         with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # what Python still has to flush, and what others print
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # for Python's own flush, and for other prints
 
 
 class RunProgress(RichProgressBar):
     """A bar per epoch with loss, validation accuracy and images per second.
 
-    Where standard output is no terminal (a file, a pipe, a batch system) there is no bar and no control character,
-    but one line per epoch.
+    Where standard output is not a terminal (a file, a pipe, a batch system), it prints one line per epoch instead,
+    without control characters.
 
     Args:
-        console: where to write; None: rich's own console on standard output.
+        console: the console to write to; None for one on standard output.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -47,13 +47,13 @@ class RunProgress(RichProgressBar):
 
     @property
     def is_enabled(self) -> bool:
-        """Whether there is a bar; plain lines do not count."""
+        """Whether a bar is shown; plain lines do not count."""
         return bool(super().is_enabled) and self._plain.is_terminal
 
     def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
-        """Texts for the bar, only of what is known by now."""
+        """Return the figures known so far as texts for the bar."""
         now = time.monotonic()
-        if now - self._read_at >= SECONDS_BETWEEN_READINGS or trainer.is_last_batch:  # it waits for the device
+        if now - self._read_at >= SECONDS_BETWEEN_READINGS or trainer.is_last_batch:  # reading waits for the device
             self._read_at = now
             self._texts = {name: text for name, text in epoch_figures(trainer).items() if text}
         return self._texts
@@ -65,7 +65,7 @@ class RunProgress(RichProgressBar):
 
 
 def epoch_figures(trainer: lightning.Trainer) -> dict[str, str]:
-    """Loss, validation accuracy and speed as text, empty where not known."""
+    """Return loss, validation accuracy and speed as text, empty if not known."""
     metrics = trainer.callback_metrics
     loss, accuracy = metrics.get("train/loss"), metrics.get("val/accuracy")
     speeds = [callback.latest for callback in getattr(trainer, "callbacks", []) if isinstance(callback, Throughput)]
@@ -78,14 +78,14 @@ def epoch_figures(trainer: lightning.Trainer) -> dict[str, str]:
 
 
 def epoch_line(trainer: lightning.Trainer) -> str:
-    """One epoch in one line."""
+    """Return one line for the current epoch."""
     epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else "?"
     figures = [f"{name} {text}" for name, text in epoch_figures(trainer).items() if text]
     return "  ".join([f"epoch {trainer.current_epoch + 1}/{epochs}", *figures])
 
 
 def final_table(summary: RunSummary, folder: str | Path, console: Console | None = None) -> None:
-    """Prints the run's main figures and where its files are. Figures that were not taken are left out."""
+    """Print the run's main figures and its folder, leaving out figures that were not measured."""
     console = console or PatientConsole()
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim" if console.is_terminal else None)
@@ -94,13 +94,13 @@ def final_table(summary: RunSummary, folder: str | Path, console: Console | None
     for label, text in lines:
         table.add_row(label, text)
     console.print(table, highlight=False, markup=False)
-    # The folder is printed as it is, so that it can be copied: a table would break it.
+    # Printed outside the table, which would wrap a long path so that it cannot be copied.
     label = "folder".ljust(max(len(label) for label, _ in [*lines, ("folder", "")]) + 2)
     console.print(f"{label}{folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 def summary_lines(summary: RunSummary) -> list[tuple[str, str]]:
-    """(label, text) of the figures that exist. GiB are 1024³ bytes."""
+    """Return (label, text) of every figure that was measured. GiB are 1024³ bytes."""
     parts = summary.parameters
     lines = [
         ("test accuracy", None if summary.test_accuracy is None else percent(summary.test_accuracy)),
@@ -113,9 +113,9 @@ def summary_lines(summary: RunSummary) -> list[tuple[str, str]]:
 
 
 def memory_text(summary: RunSummary) -> str:
-    """The peak, the module that takes the most if there are several, and where the figures come from.
+    """Return the peak, the module with the highest peak if there are several, and the figures' source.
 
-    Short enough for a log file's 80 columns.
+    The text fits into 80 columns.
     """
     peaks = summary.module_peak_memory_bytes
     heaviest = f", {max(peaks, key=lambda name: peaks[name])}" if len(peaks) > 1 else ""
@@ -123,7 +123,7 @@ def memory_text(summary: RunSummary) -> str:
 
 
 def parameter_text(parts: dict[str, int]) -> str:
-    """Total, and the parts that are not single modules."""
+    """Return the total number of parameters, and those of backbone and auxiliary parts."""
     named = ", ".join(f"{name} {count:,}" for name, count in parts.items() if name in ("backbone", "auxiliary"))
     total = parts.get("total")
     return named if total is None else f"{total:,}" + (f" ({named})" if named else "")

@@ -1,4 +1,4 @@
-"""Objects from plain values: every value is checked against the type that its argument declares."""
+"""Build objects from plain values, each checked against the type annotation of its argument."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 def construct(node: dict[str, Any], key: str, **extra: Any) -> Any:
     """Build ``node["_target_"]`` from the other values of ``node``, each checked against its type annotation.
 
-    ``extra`` are arguments that no configuration can hold. With ``_partial_`` the callable itself is returned, with
+    ``extra`` holds arguments that no configuration can hold. With ``_partial_`` the target is returned uncalled, with
     its arguments bound.
 
     Raises:
@@ -39,15 +39,14 @@ def construct(node: dict[str, Any], key: str, **extra: Any) -> Any:
 def target_and_values(
     node: dict[str, Any], key: str, extra: Collection[str] = ()
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """What ``construct`` calls and the checked arguments for it, of which ``extra`` come from elsewhere.
+    """Return the target that ``construct`` calls and its checked arguments, without ``extra``.
 
     Raises:
-        UserError: no such target or one that is not trusted, an argument that it does not take or that is missing, a
-            value of another type.
+        UserError: an unknown or untrusted target, an unknown or missing argument, or a value of the wrong type.
     """
     if not isinstance(node, dict) or "_target_" not in node:
-        raise UserError(f"{key}={as_typed(node)}: it is a group of values, one of them _target_ (see --cfg job)")
-    partial = key == "decoder"  # made once for each module, with what is known there
+        raise UserError(f"{key}={as_typed(node)}: it must be a group of values with a _target_ (see --cfg job)")
+    partial = key == "decoder"  # one is built for each local module, with that module's shapes
     if node.get(_PARTIAL, False) is not partial:
         raise UserError(f"{key}.{_PARTIAL}={as_typed(node.get(_PARTIAL, False))}: it must be {as_typed(partial)}")
     target = trust.find(node["_target_"], key)
@@ -56,10 +55,10 @@ def target_and_values(
 
 
 def _annotations(target: Callable[..., Any]) -> dict[str, Any]:
-    """Types of the arguments of a function or constructor, evaluated where they were written.
+    """Return the argument types of a function or constructor.
 
-    The constructor of a dataclass repeats its bases' annotations as text, which may name what only the module of
-    the base has imported.
+    A dataclass is read itself, not its ``__init__``: that repeats the bases' annotations as text, whose names may be
+    imported only in the module of the base.
     """
     if dataclasses.is_dataclass(target):
         return typing.get_type_hints(target)
@@ -74,12 +73,12 @@ def check_types(
     *,
     partial: bool = False,
 ) -> dict[str, Any]:
-    """Return ``values`` as the annotations of ``target``'s parameters have them (a list for a tuple, 1 for 1.0 …).
+    """Return ``values`` converted to the annotated types of ``target``'s parameters (1 to 1.0, a list to a tuple).
 
     Args:
         target: a function, or a class for its constructor.
-        values: arguments by name.
-        key: where they stand in the configuration, for messages.
+        values: the arguments by name.
+        key: their place in the configuration, for messages.
         extra: names of arguments that do not come from the configuration.
         partial: whether arguments may be missing.
 
@@ -102,13 +101,13 @@ def check_values(
     """Return ``values`` converted to the types in ``hints``.
 
     Args:
-        values: by name.
-        hints: type of every value that there may be.
-        required: names that must be given.
-        key: where they stand in the configuration, for messages; "" for the top level.
+        values: the values by name.
+        hints: the type of every known value.
+        required: the names that must be given.
+        key: their place in the configuration, for messages; "" for the top level.
 
     Raises:
-        UserError: an unknown name, one that is missing, a value of another type.
+        UserError: an unknown name, a missing name, or a value of the wrong type.
     """
     full = {name: f"{key}.{name}".lstrip(".") for name in hints}
     if unknown := [name for name in values if name not in full]:
@@ -119,10 +118,10 @@ def check_values(
 
 
 def typed(kind: type[_T], values: Mapping[str, Any], key: str) -> _T:
-    """Return a ``kind`` (a dataclass) made of ``values``, each checked against its type.
+    """Return a ``kind`` (a dataclass) built from ``values``, each checked against its type.
 
     Raises:
-        UserError: see :func:`check_values`; what ``kind`` itself refuses.
+        UserError: see :func:`check_values`, or ``kind`` itself refuses a value.
     """
     return kind(**check_types(kind, values, key))
 
@@ -137,11 +136,11 @@ def _converted(value: Any, hint: Any, key: str) -> Any:
         wanted = re.split(", (?:unable|got)", error.errors()[0]["msg"].removeprefix("Input should be "))[0]
         raise UserError(f"{key}={as_typed(value)}: it must be {_WANTED.get(wanted, wanted)}") from error
     if isinstance(value, bool) and isinstance(found, int | float) and not isinstance(found, bool):
-        raise UserError(f"{key}={as_typed(value)}: it must be a number")  # Python counts true as 1
+        raise UserError(f"{key}={as_typed(value)}: it must be a number")  # to Python, true is 1
     return found
 
 
-# What pydantic says in words of its own.
+# pydantic's wording -> ours.
 _WANTED = {
     "a valid integer": "a whole number",
     "a valid number": "a number",

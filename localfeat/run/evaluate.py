@@ -15,10 +15,10 @@ from localfeat.utils.files import failing_in_one_line, write_whole
 USAGE = """
 localfeat evaluate run=<folder> [split=test] [checkpoint=best] [root=<folder>] [json=<file>]
 
-  run         folder of a finished run
-  split       train, val or test: every image once, not augmented
+  run         the folder of a finished run
+  split       train, val or test; every image once, not augmented
   checkpoint  best (on validation) or last
-  root        where the dataset lies now, if it has moved since the run
+  root        the dataset's folder, if it has moved since the run
   json        also write the figures to this file
 """
 
@@ -26,10 +26,10 @@ localfeat evaluate run=<folder> [split=test] [checkpoint=best] [root=<folder>] [
 def evaluate(
     folder: str | Path, split: str = "test", checkpoint: str = "best", root: str | Path | None = None
 ) -> dict[str, Any]:
-    """Top-1 accuracy (0 to 1) and mean cross entropy of a run on a split.
+    """Return a run's top-1 accuracy (0 to 1) and mean cross entropy on a split.
 
     Raises:
-        UserError: no such run, split or checkpoint, or data that are not there.
+        UserError: no such run, split or checkpoint, or missing data.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -55,7 +55,7 @@ def evaluate(
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     with one_line_errors():
         arguments = parse_arguments(
             USAGE, {"run": ..., "split": "test", "checkpoint": "best", "root": None, "json": None}

@@ -1,4 +1,4 @@
-"""The trained backbone as a safetensors file with timm's keys, and loading weights into a timm model."""
+"""Export the trained backbone as a safetensors file with timm's keys, and load weights into a timm model."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ SHOWN_KEYS = 3
 
 @dataclass(frozen=True)
 class BackboneFile:
-    """What a backbone file says about its weights, enough to build the model again.
+    """A backbone file's metadata, enough to build the model.
 
-    ``mean`` and ``std`` normalise pixels in [0, 1]; ``arguments`` are further arguments of ``timm.create_model``.
+    ``mean`` and ``std`` normalise pixels in [0, 1]; ``arguments`` holds further arguments of ``timm.create_model``.
     """
 
     architecture: str
@@ -49,21 +49,21 @@ def export_backbone(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> BackboneFile:
-    """Writes the weights of a timm model under exactly timm's keys, and what is needed to build it, as metadata.
+    """Write the weights of a timm model under timm's own keys, with the metadata needed to build it.
 
     Args:
         backbone: a model made by ``timm.create_model``, classifier included.
-        path: the file to write (replaced in one step).
-        architecture: timm's name of the model; None: what the model says of itself.
-        img_size: side of the training images in pixels; None: as the patch embedding has it, if there is one.
+        path: the file to write; an existing one is replaced atomically.
+        architecture: timm's name of the model; None to take it from the model.
+        img_size: the side of the training images in pixels; None to take it from the patch embedding, if any.
         arguments: further arguments given to ``timm.create_model``; they must be JSON values.
-        mean: of the training pixels, per channel; None: what the model says of itself.
-        std: likewise.
+        mean: the channel means used to normalise; None to take them from the model.
+        std: the channel standard deviations, likewise.
     """
     own = getattr(backbone, "pretrained_cfg", None) or {}
     name = architecture or own.get("architecture")
     if not name:
-        raise UserError(f"a {type(backbone).__name__} does not know its timm name: give export_backbone(architecture=)")
+        raise UserError(f"{type(backbone).__name__} has no record of timm's name for it: give architecture=")
     file = BackboneFile(
         architecture=name,
         num_classes=int(getattr(backbone, "num_classes")),  # noqa: B009  (mypy takes it for a submodule)
@@ -78,13 +78,13 @@ def export_backbone(
 
 
 def own_img_size(backbone: nn.Module) -> int | None:
-    """The image side that a patch embedding was built for; None for models that take any."""
+    """Return the image side that the patch embedding was built for; None for models that take any size."""
     size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
     return int(size[0]) if size else None
 
 
 def separate_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU copies that share no memory: safetensors stores neither views nor shared tensors."""
+    """Return contiguous CPU tensors that share no memory: safetensors stores neither views nor shared tensors."""
     result: dict[str, Tensor] = {}
     seen: set[int] = set()
     for key, value in state.items():
@@ -98,10 +98,10 @@ def separate_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_backbone_file(path: str | Path) -> BackboneFile:
-    """The metadata that ``export_backbone`` wrote.
+    """Return the metadata that ``export_backbone`` wrote.
 
     Raises:
-        UserError: not such a file, or one whose metadata are of another kind.
+        UserError: the file was not written by ``export_backbone``.
     """
     try:
         with safe_open(check_exists(path), framework="pt") as file:
@@ -115,7 +115,7 @@ def read_backbone_file(path: str | Path) -> BackboneFile:
         return TypeAdapter(BackboneFile).validate_python({"architecture": metadata["architecture"], **found})
     except KeyError as error:
         raise UserError(f"{path} does not name its {error.args[0]}: it was not written by export_backbone") from None
-    except (ValueError, RecursionError) as error:  # no JSON, or values of other types
+    except (ValueError, RecursionError) as error:  # not JSON, or values of other types
         raise UserError(f"{path} has metadata that export_backbone does not write ({type(error).__name__})") from None
 
 
@@ -123,12 +123,12 @@ METADATA = ("num_classes", "img_size", "arguments", "mean", "std")
 
 
 def build_backbone(path: str | Path) -> nn.Module:
-    """Builds the timm model that ``export_backbone`` wrote to ``path``, with its weights.
+    """Build the timm model that ``export_backbone`` wrote to ``path``, with its weights.
 
-    Nothing is downloaded or read beside the file, and no memory is taken for a network that the weights are not of.
+    Nothing but this file is read and nothing is downloaded. No memory is allocated before the weights are known to fit.
 
     Raises:
-        UserError: no such file, or metadata that ask for another network than the weights', or for more than a network.
+        UserError: no such file, or metadata that do not describe the weights' network.
     """
     file = read_backbone_file(path)
     check_blocks(path, file.arguments)
@@ -152,16 +152,16 @@ def _plain_model(path: str | Path, file: BackboneFile) -> nn.Module:
         return timm.create_model(name, pretrained=False, num_classes=file.num_classes, **{**sized, **file.arguments})
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # timm's models raise anything when their arguments do not fit
+    except Exception as error:  # timm's models raise anything for unfit arguments
         reason = " ".join(str(error).split())
-        raise UserError(f"{path}: timm's {file.architecture} cannot be built so: {reason}") from error
+        raise UserError(f"{path}: timm's {file.architecture} cannot be built like this: {reason}") from error
 
 
 def check_blocks(path: str | Path, arguments: Mapping[str, Any]) -> None:
-    """Refuse more blocks than the file has tensors, which would take for ever to build even without memory.
+    """Refuse more blocks than the file has tensors: even without memory they would take forever to build.
 
     Raises:
-        UserError: names the argument.
+        UserError: an argument asks for too many blocks.
     """
     with safe_open(path, framework="pt") as file:
         tensors = len(file.keys())
@@ -172,16 +172,16 @@ def check_blocks(path: str | Path, arguments: Mapping[str, Any]) -> None:
 
 
 def load_backbone_weights(model: nn.Module, path: str | Path, *, reset_classifier: bool = False) -> None:
-    """Loads weights with timm's keys into ``model``, all of them or none.
+    """Load weights with timm's keys into ``model``, all of them or none.
 
     Args:
         model: a timm model.
         path: a ``.safetensors`` file, or a torch file with the state dict itself or under "state_dict" or "model".
             Torch files are read with ``weights_only=True``: nothing in them is executed.
-        reset_classifier: leave the classifier at its initialisation, whatever the file holds for it.
+        reset_classifier: keep the model's own classifier and ignore the file's.
 
     Raises:
-        UserError: no such file, not readable without running code, or weights of another model or class count.
+        UserError: no such file, a file that needs code to be run, or weights of another model or class count.
     """
     state = read_state(path)
     own = model.state_dict()
@@ -194,7 +194,7 @@ def load_backbone_weights(model: nn.Module, path: str | Path, *, reset_classifie
 
 
 def check_keys(path: str | Path, state: Mapping[str, Tensor], own: Mapping[str, Tensor], classifier: list[str]) -> None:
-    """Raises a UserError unless both sides have the same keys and shapes."""
+    """Raise a UserError unless both sides have the same keys and shapes."""
     for problem, keys in (("lacks", own.keys() - state.keys()), ("has unknown", state.keys() - own.keys())):
         if keys:
             raise UserError(f"{path} {problem} {some(keys)}: it must hold the weights of the same timm model")
@@ -212,16 +212,16 @@ def check_keys(path: str | Path, state: Mapping[str, Tensor], own: Mapping[str, 
 
 
 def classifier_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """Key prefixes of the final classifier, from timm's record of its name (a tuple for distilled models)."""
+    """Return the key prefixes of the final classifier, by timm's record of its name (a tuple for distilled models)."""
     names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Name -> tensor from a safetensors or torch file, on the CPU.
+    """Return name -> tensor from a safetensors or torch file, on the CPU.
 
     Raises:
-        UserError: no such file, one that would need code to be run, or what are no plain tensors by name.
+        UserError: no such file, a file that needs code to be run, or content other than plain tensors by name.
     """
     file = check_exists(path)
     try:
@@ -231,8 +231,8 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         raise
     except pickle.UnpicklingError:
         raise UserError(f"{path} needs code to be unpickled, which is refused: save a plain state dict") from None
-    except Exception as error:  # what is no weights file at all makes the readers raise anything, even IndexError
-        raise UserError(f"{path} is no safetensors and no torch file: {type(error).__name__} on reading it") from None
+    except Exception as error:  # for other files the readers raise anything, even IndexError
+        raise UserError(f"{path} is neither a safetensors nor a torch file ({type(error).__name__})") from None
     for key in NESTED_UNDER:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -241,7 +241,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path} holds no state dict: give name -> tensor, plain or under {' or '.join(NESTED_UNDER)}")
     for name, value in content.items():
         if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_complex():
-            raise UserError(f"{path} has {shown(name)}, which is no plain tensor: save dense real numbers")
+            raise UserError(f"{path} has {shown(name)}, which is not a plain tensor: save dense real numbers")
     return dict(content)
 
 
@@ -249,7 +249,7 @@ def check_uncompressed(file: Path) -> None:
     """Refuse a torch file with compressed records: torch writes none, and a few kB could unpack to gigabytes.
 
     Raises:
-        UserError: names the file.
+        UserError: the file is compressed.
     """
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
@@ -261,7 +261,7 @@ def check_exists(path: str | Path) -> Path:
     file = Path(path)
     try:
         there = file.is_file()
-    except OSError:  # a name that is too long for one
+    except OSError:  # the name is too long
         there = False
     if not there:
         raise UserError(f"no weights file {shown(path)}: give a .safetensors file or a torch state dict")
@@ -269,7 +269,7 @@ def check_exists(path: str | Path) -> Path:
 
 
 def some(keys: set[str]) -> str:
-    """The first few keys, and how many more there are."""
+    """Return the first few keys, and the number of the others."""
     names = [shown(key) for key in sorted(keys)]
     more = f" and {len(names) - SHOWN_KEYS} more" if len(names) > SHOWN_KEYS else ""
     return ", ".join(names[:SHOWN_KEYS]) + more

@@ -1,4 +1,4 @@
-"""learning_curves.png and reconstructions.png. Drawn without pyplot: no global state, no display needed."""
+"""Draw learning_curves.png and reconstructions.png, without pyplot: no global state, no display needed."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class Reconstructed(Protocol):
 
 
 def learning_curves(metrics_csv: str | Path, png: str | Path) -> None:
-    """Draws loss, accuracy and every term of the modules' local losses against the number of batches.
+    """Draw loss, accuracy and every term of the local losses against the number of batches.
 
     Raises:
-        UserError: the file holds no training or validation figures.
+        UserError: the file holds no training or validation metrics.
         RunFailed: ``png`` cannot be written.
     """
     series = read_series(metrics_csv)
@@ -67,7 +67,7 @@ def learning_curves(metrics_csv: str | Path, png: str | Path) -> None:
 
 
 def module_terms(series: dict[str, Points]) -> dict[str, dict[int, Points]]:
-    """Term ("loss", "reconstruction", …) -> module -> points; the total loss first, the rest by name."""
+    """Return term ("loss", "reconstruction", …) -> module -> points; the total loss first, the rest by name."""
     terms: dict[str, dict[int, Points]] = {}
     for name, points in series.items():
         if match := MODULE_TERM.fullmatch(name):
@@ -76,7 +76,7 @@ def module_terms(series: dict[str, Points]) -> dict[str, dict[int, Points]]:
 
 
 def small_multiples(count: int) -> tuple[Figure, list[Axes]]:
-    """A figure with ``count`` equal panels in rows of three."""
+    """Return a figure with ``count`` equal panels in rows of three."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -102,7 +102,7 @@ def style_axis(axis: Axes) -> None:
 
 
 def draw_stage_panel(axis: Axes, name: str, series: dict[str, Points]) -> None:
-    """Training against validation for one metric; accuracies in per cent."""
+    """Draw training and validation curves of one metric; accuracies in per cent."""
     factor = 100.0 if name == "accuracy" else 1.0
     axis.set_title("Accuracy (%)" if name == "accuracy" else "Loss", fontsize=10, loc="left", color=INK)
     if train := series.get(f"train/{name}"):
@@ -114,7 +114,7 @@ def draw_stage_panel(axis: Axes, name: str, series: dict[str, Points]) -> None:
 
 
 def draw_module_panel(axis: Axes, term: str, by_module: dict[int, Points], last: int) -> None:
-    """One line per module, from light (the first) to dark (``last``), the same in every panel."""
+    """Draw one line per module, from light (the first) to dark (``last``), the same in every panel."""
     from matplotlib import colormaps
 
     axis.set_title(TERM_TITLES.get(term, f"{term.replace('_', ' ').capitalize()} by module"), fontsize=10, loc="left")
@@ -124,7 +124,7 @@ def draw_module_panel(axis: Axes, term: str, by_module: dict[int, Points], last:
 
 
 def draw_module_legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend below all panels of modules: within a panel, many modules would cover their curves."""
+    """Draw one legend below all module panels: inside a panel it would cover the curves."""
     lines = {int(str(line.get_label()).split()[1]): line for axis in axes for line in labelled(axis)}
     handles = [lines[module] for module in sorted(lines)]
     names = [str(line.get_label()) for line in handles]
@@ -133,12 +133,12 @@ def draw_module_legend(figure: Figure, axes: Sequence[Axes]) -> None:
 
 
 def labelled(axis: Axes) -> list[Line2D]:
-    """The lines that were given a label; matplotlib names the others ``_child0`` and so on."""
+    """Return the lines that were given a label; matplotlib names the others ``_child0`` and so on."""
     return [line for line in axis.get_lines() if not str(line.get_label()).startswith("_")]
 
 
 def draw_noisy(axis: Axes, points: Points, color: object, label: str, factor: float = 1.0) -> None:
-    """The values as a pale line and their running mean (a fortieth of the points) as a strong one."""
+    """Draw the values as a pale line and their running mean (over a fortieth of the points) as a strong one."""
     steps, values = columns(points, factor)
     smooth = running_mean(values, max(1, len(values) // 40))
     if len(values) >= 80:
@@ -147,12 +147,12 @@ def draw_noisy(axis: Axes, points: Points, color: object, label: str, factor: fl
 
 
 def columns(points: Points, factor: float = 1.0) -> tuple[list[int], list[float]]:
-    """Batches done (the row of the first batch is step 0) and values."""
+    """Return the numbers of batches done (step 0 is the row of the first batch) and the values."""
     return [step + 1 for step, _ in points], [value * factor for _, value in points]
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Mean over a window of ``2 * width + 1`` values around each, smaller at the ends; width 1 leaves them as is."""
+    """Return the mean over ``2 * width + 1`` values around each, fewer at the ends; width 1 leaves them unchanged."""
     if width <= 1:
         return list(values)
     sums = [0.0]
@@ -165,16 +165,16 @@ def running_mean(values: Sequence[float], width: int) -> list[float]:
 def reconstruction_grid(
     reconstructions: Sequence[Reconstructed], images_pixels: Tensor, png: str | Path, *, max_images: int = 8
 ) -> None:
-    """Draws the input images and, for every module, its reconstruction target and what it made of it.
+    """Draw the input images and, for every module, its reconstruction target and output.
 
-    Features have no colours: a module's target and output are both projected on the first three principal components
-    of the target, and scaled alike, so equal colours mean equal features.
+    Features have no colours: a module's target and output are both projected onto the first three principal components
+    of the target and scaled alike, so equal colours mean equal features.
 
     Args:
         reconstructions: one entry per module that reconstructs, for the same images.
-        images_pixels: (B, 3, H, W) in [0, 1].
+        images_pixels: the images (B, 3, H, W) in [0, 1].
         png: the file to write.
-        max_images: columns at most.
+        max_images: the largest number of columns.
 
     Raises:
         RunFailed: ``png`` cannot be written.
@@ -191,7 +191,7 @@ def reconstruction_grid(
 
 
 def as_pixels(entry: Reconstructed, count: int) -> tuple[Tensor, Tensor]:
-    """Target and output of the first ``count`` images as (count, 3, H, W) in [0, 1]."""
+    """Return target and output of the first ``count`` images as (count, 3, H, W) in [0, 1]."""
     target, output = entry.target[:count].detach().float().cpu(), entry.output[:count].detach().float().cpu()
     if entry.kind == "image":
         return target.clamp(0, 1), output.clamp(0, 1)
@@ -204,13 +204,13 @@ def as_pixels(entry: Reconstructed, count: int) -> tuple[Tensor, Tensor]:
 
 
 def principal_components(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (C,) and the first three principal directions (C, 3) of (B, C, H, W); zeros where C < 3."""
+    """Return mean (C,) and first three principal directions (C, 3) of features (B, C, H, W); zeros where C < 3."""
     flat = features.transpose(1, -1).flatten(0, -2)  # (B·H·W, C)
     mean = flat.mean(0)
     centred = (flat - mean).double()
     _, vectors = torch.linalg.eigh(centred.T @ centred)  # ascending
     components = vectors.flip(1)[:, :3]
-    # An eigenvector's sign is arbitrary: fix it, so that the same features always give the same colours.
+    # An eigenvector's sign is arbitrary; fix it so that the same features always get the same colours.
     largest = components.gather(0, components.abs().argmax(0, keepdim=True))
     components = components * largest.sign()
     padding = components.new_zeros(len(components), 3 - components.shape[1])
@@ -218,12 +218,12 @@ def principal_components(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def project(features: Tensor, mean: Tensor, components: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, 3, H, W)."""
+    """Project features (B, C, H, W) onto the components; return (B, 3, H, W)."""
     return torch.einsum("bchw,ck->bkhw", features - mean[:, None, None], components)
 
 
 def draw_rows(rows: Sequence[tuple[str, Tensor]], png: str | Path) -> None:
-    """One labelled row per entry; pixels are enlarged without smoothing."""
+    """Draw one labelled row per entry; pixels are enlarged without smoothing."""
     from matplotlib.figure import Figure
 
     count = len(rows[0][1])
@@ -239,7 +239,7 @@ def draw_rows(rows: Sequence[tuple[str, Tensor]], png: str | Path) -> None:
 
 
 def save(figure: Figure, png: str | Path) -> None:
-    """Draw ``figure`` and write it whole: a crash leaves no half picture."""
+    """Draw ``figure`` and write it whole: a crash leaves no partial picture."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=150)
     with failing_in_one_line(png):

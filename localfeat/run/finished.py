@@ -1,4 +1,4 @@
-"""A finished run's network, opened again."""
+"""Load a finished run's network."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from localfeat.utils.errors import UserError
 
 
 def saved_configuration(folder: RunFolder) -> RunConfiguration:
-    """Return the configuration that a run left in its folder.
+    """Return the configuration in a run's folder.
 
     Raises:
-        UserError: no run's folder, or a ``config.yaml`` that no run can have.
+        UserError: not a run's folder, or an invalid ``config.yaml``.
     """
     values = folder.read_config()
     try:
@@ -29,12 +29,12 @@ def saved_configuration(folder: RunFolder) -> RunConfiguration:
 
 
 def open_learner(folder: RunFolder, configuration: RunConfiguration, num_classes: int, checkpoint: str) -> Learner:
-    """Return the run's learner in evaluation mode, on the GPU if there is one, with the weights of a checkpoint.
+    """Return the run's learner with a checkpoint's weights, in evaluation mode, on the GPU if there is one.
 
     Args:
-        folder: of the run.
-        configuration: of the run.
-        num_classes: of its classifier.
+        folder: the run's folder.
+        configuration: the run's configuration.
+        num_classes: the number of its classifier's classes.
         checkpoint: ``best`` (on validation; the last one of a run without validation) or ``last``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The folder of one run: which file is what, and what the files of an earlier process say."""
+"""A run's folder: the paths of its files, and how to read them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _WANDBS_LINK = "debug-core.log"
 
 
 class RunFolder:
-    """The folder of a run, which need not exist.
+    """A run's folder, which need not exist.
 
     Args:
-        path: of the folder.
+        path: the folder's path.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -40,11 +40,11 @@ class RunFolder:
         return str(self.path)
 
     def has_ended(self) -> bool:
-        """Return whether the run is complete: its summary is the last thing that it writes."""
+        """Return whether the run is complete: its summary is written last."""
         return self.summary.is_file()
 
     def resumable(self) -> list[Path]:
-        """Return the checkpoints that the run may be resumed from, the newest first; sound or not."""
+        """Return the existing checkpoints to resume from, newest first, without checking their content."""
         return [file for file in (self.last, self.previous) if file.is_file()]
 
     def checkpoint(self, which: str) -> Path:
@@ -62,12 +62,12 @@ class RunFolder:
         return found
 
     def read_config(self) -> dict[str, Any]:
-        """Return the plain values of ``config.yaml`` as they stand there: nothing is looked up.
+        """Return the plain values of ``config.yaml``, with nothing resolved.
 
-        Targets of earlier versions are named as they are named now.
+        Targets of earlier versions get their current names.
 
         Raises:
-            UserError: no run's folder, or one whose file cannot be read.
+            UserError: not a run's folder, or a file that cannot be read.
         """
         if not self.config.is_file():
             raise UserError(f"{self} is not the folder of a run: it has no config.yaml")
@@ -83,7 +83,7 @@ class RunFolder:
         return config
 
     def read_summary(self) -> dict[str, Any]:
-        """Return what the run wrote down when it ended.
+        """Return the content of the run's summary.json.
 
         Raises:
             UserError: the run has not ended, or the file is damaged.
@@ -92,17 +92,17 @@ class RunFolder:
             raise UserError(f"{self} has no summary.json: the run has not ended (resume={self} resumes it)")
         try:
             found = json.loads(self.summary.read_text())
-        except ValueError as error:  # no JSON, or no text
-            raise UserError(f"{self.summary} is damaged, or no summary of a run ({error})") from error
+        except ValueError as error:  # not JSON, or not text
+            raise UserError(f"{self.summary} is damaged, or not a run's summary ({error})") from error
         if not isinstance(found, dict):
-            raise UserError(f"{self.summary} is damaged, or no summary of a run")
+            raise UserError(f"{self.summary} is damaged, or not a run's summary")
         return found
 
     def read_overrides(self) -> list[str]:
-        """Return what was typed to begin the run, as Hydra noted it; for a job of a sweep that job's choices.
+        """Return the overrides that the run was started with, as Hydra recorded them; in a sweep, those of this job.
 
         Raises:
-            UserError: a file that cannot be read.
+            UserError: the file cannot be read.
         """
         if not self.overrides.is_file():
             return []
@@ -112,18 +112,18 @@ class RunFolder:
         return [str(override) for override in found if not str(override).startswith("resume=")]
 
     def check_inside(self) -> None:
-        """Refuse a folder in which something leads out of it, before anything is written there.
+        """Refuse a folder with a link that leads out of it, before anything is written there.
 
-        A link's target need not exist: writing to its name would make it. The folder itself may be a link, and links
-        may lead to places within it. W&B's own link to its service's log is left alone: every start of W&B makes a new
-        one, in a folder named after the time, and nothing is written through the old ones.
+        The link's target need not exist, because writing through the link would create it. The folder itself may be a
+        link, and links within it are allowed. So is W&B's link to its service's log: W&B makes a new one at every
+        start, and nothing is written through the old ones.
 
         Raises:
-            UserError: names a symbolic link that leads out, or what is neither a file nor a folder (opening a pipe
-                waits for ever).
+            UserError: a symbolic link leads out, or an entry is neither a file nor a folder (opening a pipe would block
+                forever).
         """
         top = os.path.realpath(self.path)
-        for place, folders, files in os.walk(self.path):  # which follows no links
+        for place, folders, files in os.walk(self.path):  # does not follow links
             for name in sorted([*folders, *files]):
                 path = os.path.join(place, name)
                 if name == _WANDBS_LINK and Path(place).match("wandb/*/logs") and os.path.islink(path):

@@ -1,7 +1,7 @@
-"""Hydra's own part of a configuration, which names classes, too: callbacks, loggers, launchers.
+"""Check Hydra's own part of a configuration, which also names classes: callbacks, loggers, launchers.
 
-A file in a folder given with ``--config-dir`` can set anything below ``hydra``, which Hydra builds before a job begins.
-Newer versions refuse a list of well-known functions there; this leaves what localfeat itself needs.
+A file in a folder given with ``--config-dir`` can set anything below ``hydra``, and Hydra builds it before a job
+begins. Newer versions of Hydra refuse some well-known functions there; this check allows only what localfeat needs.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _NAMING = ("_target_", "class", "()")
 
 
 def check_foreign(arguments: Sequence[str], own: Path) -> None:
-    """Compose what a command line of Hydra's says, job by job, and check it, before Hydra itself does and acts on it.
+    """Compose and check the configuration of every job of a command line, before Hydra acts on it.
 
-    Only where other people's files may be in it: with a folder beside ``own``, or with overrides of Hydra's own part,
-    as a study may have. Everything else is localfeat's own ``conf/``.
+    This is done only if other people's files may take part: with a configuration folder other than ``own``, or with
+    overrides of Hydra's own part, as a study may have. Otherwise all comes from localfeat's own ``conf/``.
 
     Args:
-        arguments: of the command line.
-        own: the folder of localfeat's configuration.
+        arguments: the command line's arguments.
+        own: the folder of localfeat's own configuration.
 
     Raises:
         UserError: see :func:`check_hydra`.
@@ -52,13 +52,13 @@ def check_foreign(arguments: Sequence[str], own: Path) -> None:
     if not elsewhere and not any("hydra" in key for key in typed if key not in _FOLDERS):
         return
     if given.config_dir is not None and not Path(given.config_dir).is_dir():
-        return  # Hydra says so
+        return  # Hydra itself refuses it
     for config in _composed(given, own):
         check_hydra(config)
 
 
 def _composed(given: Namespace, own: Path) -> Iterator[DictConfig]:
-    """The configuration of the command, then those of its jobs if it has several."""
+    """Yield the configuration of the command, then those of its jobs in a multirun."""
     from hydra import compose
     from hydra._internal.hydra import Hydra
     from hydra._internal.utils import create_config_search_path
@@ -73,7 +73,7 @@ def _composed(given: Namespace, own: Path) -> Iterator[DictConfig]:
         beside = f"file://{Path(given.config_dir).resolve()}"
         path.prepend("command-line", beside, anchor=SearchPathQuery(provider="schema"))
     GlobalHydra.instance().clear()
-    Hydra.create_main_hydra2("command", path)  # as hydra.main does: hydra.compose has no way to add a folder
+    Hydra.create_main_hydra2("command", path)  # as hydra.main does; hydra.compose cannot add a folder
     parser = OverridesParser.create()
     parsed = parser.parse_overrides(given.overrides)
     single = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
@@ -92,17 +92,17 @@ def _composed(given: Namespace, own: Path) -> Iterator[DictConfig]:
 
 
 def _choices(override: Override) -> list[str]:
-    """One override for each of its values."""
+    """Return one override for each value of a sweep override."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
 def check_hydra(config: DictConfig) -> None:
-    """Refuse code in ``config.hydra`` that is neither Hydra's nor of a trusted package, and variables to be set.
+    """Refuse a ``config.hydra`` that names code outside Hydra and trusted packages, or sets environment variables.
 
     Raises:
-        UserError: names the key.
+        UserError: a key has such a value.
     """
     if "hydra" not in config:
         return
@@ -117,9 +117,9 @@ def check_hydra(config: DictConfig) -> None:
         if "logging" in key and isinstance(value, str) and "://" in value and value not in _STREAMS:
             raise UserError(f"{key}={value}: only {' and '.join(_STREAMS)} are looked up")
         if key.startswith(tuple(f"hydra.{part}" for part in _ACTED_ON)) and _POINTER.fullmatch(str(value)):
-            raise UserError(f"{key}={value}: what Hydra acts on stands there itself, not somewhere else")
+            raise UserError(f"{key}={value}: give the value itself here, not a reference")
         if key.startswith("hydra.job.env_set"):
-            raise UserError(f"{key}={value}: a configuration sets no variables of the environment, set them yourself")
+            raise UserError(f"{key}={value}: a configuration cannot set environment variables; set them yourself")
 
 
 def _flat(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:

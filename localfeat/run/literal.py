@@ -1,7 +1,7 @@
-"""YAML files that localfeat wrote itself, read back as plain values: nothing in them is resolved, built or repeated.
+"""Read YAML files that localfeat wrote as plain values, without resolving, building or repeating anything.
 
-OmegaConf's reader would look up ``${…}``, which can name environment variables and files, and would follow aliases,
-by which a few lines become gigabytes. A run's folder may come from somebody else.
+OmegaConf's reader would resolve ``${…}``, which can name environment variables and files, and would follow aliases,
+which can expand a few lines to gigabytes. A run's folder may come from somebody else.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ DEEPEST = 32  # a value of a run's configuration lies 5 deep at most
 
 
 def read_yaml(file: str | Path) -> Any:
-    """The dicts, lists, texts, numbers, booleans and nulls in a YAML file.
+    """Return the dicts, lists, strings, numbers, booleans and nulls in a YAML file.
 
     Raises:
-        UserError: a file that cannot be read, is larger than 256 KiB or deeper than 32 levels, has aliases or tags of
-            other types, or is no YAML.
+        UserError: the file cannot be read, is larger than 256 KiB or deeper than 32 levels, has aliases or tags of
+            other types, or is not YAML.
     """
     import yaml
 
@@ -33,9 +33,9 @@ def read_yaml(file: str | Path) -> Any:
         text = content.decode()
         _check_shape(text)
         found = yaml.load(text, Loader=_loader())
-        str(found)  # raises for numbers that Python reads and does not print, before a message has to name them
+        str(found)  # raises for numbers too long to print, before a message has to print them
         return found
-    except (OSError, ValueError, LookupError, ArithmeticError, yaml.YAMLError) as error:  # no UTF-8, !!bool maybe …
+    except (OSError, ValueError, LookupError, ArithmeticError, yaml.YAMLError) as error:  # not UTF-8, !!bool maybe …
         reason = error.strerror if isinstance(error, OSError) else _said(error)
         raise UserError(f"{file} cannot be read: {reason}") from error
 
@@ -46,13 +46,13 @@ def _said(error: Exception) -> str:
 
 
 def _check_shape(text: str) -> None:
-    """Go through the file's parts one after the other, which takes no stack, before anything is built of them."""
+    """Refuse aliases and deep nesting, event by event, so that neither stack nor memory grows."""
     import yaml
 
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"*{event.anchor} repeats another part, which no file of localfeat's does")
+            raise ValueError(f"*{event.anchor} is an alias, which no file of localfeat's has")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
             raise ValueError(f"it is more than {DEEPEST} levels deep")
@@ -60,14 +60,14 @@ def _check_shape(text: str) -> None:
 
 @functools.cache
 def _loader() -> type:
-    """PyYAML's safe reader with numbers like 1e-3, as OmegaConf reads them, and nothing but plain types."""
+    """Return PyYAML's safe loader restricted to plain types, with numbers like 1e-3 read as OmegaConf reads them."""
     import yaml
     from omegaconf._utils import get_yaml_loader
 
     known = ("null", "bool", "int", "float", "str", "seq", "map")
     constructors = {f"tag:yaml.org,2002:{name}" for name in known}
 
-    class Literal(get_yaml_loader()):  # type: ignore[misc]  # numbers and repeated keys as OmegaConf has them
+    class Literal(get_yaml_loader()):  # type: ignore[misc]  # numbers and repeated keys as in OmegaConf
         yaml_constructors = {  # noqa: RUF012  (PyYAML's own way)
             tag: made for tag, made in yaml.SafeLoader.yaml_constructors.items() if tag in constructors or tag is None
         }

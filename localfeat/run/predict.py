@@ -1,4 +1,4 @@
-"""Class probabilities of your own images: ``localfeat predict run=<folder> images=<folder>``."""
+"""Predict class probabilities of your own images: ``localfeat predict run=<folder> images=<folder>``."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from localfeat.utils.files import failing_in_one_line, whole_file
 USAGE = """
 localfeat predict run=<folder> images=<folder> [output=predictions.csv] [checkpoint=best] [batch_size=64]
 
-  run         folder of a finished run
-  images      folder of image files of any size, also in folders below it
-  output      CSV file to write: file, prediction, and the probability of every class
+  run         the folder of a finished run
+  images      a folder of image files of any size, searched with its subfolders
+  output      the CSV file to write: file, prediction, and the probability of every class
   checkpoint  best (on validation) or last
-  batch_size  images at a time
+  batch_size  the number of images per batch
 """
 
 
 def predict(
     folder: str | Path, images: str | Path, checkpoint: str = "best", batch_size: int = 64
 ) -> tuple[list[str], Iterator[tuple[Path, list[float]]]]:
-    """Class names, and for every image file below ``images`` its path and one probability per class.
+    """Return class names, and for every image file below ``images`` its path and one probability per class.
 
     The training data are not needed.
 
@@ -65,10 +65,10 @@ def predict(
 
 
 def write_csv(file: Path, classes: list[str], rows: Iterator[tuple[Path, list[float]]]) -> int:
-    """Write one line per image; returns how many.
+    """Write one line per image; return the number of images.
 
     Raises:
-        RunFailed: it cannot be written.
+        RunFailed: the file cannot be written.
     """
     count = 0
     with failing_in_one_line(file), whole_file(file) as binary:
@@ -83,7 +83,7 @@ def write_csv(file: Path, classes: list[str], rows: Iterator[tuple[Path, list[fl
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     with one_line_errors():
         defaults = {"run": ..., "images": ..., "output": "predictions.csv", "checkpoint": "best", "batch_size": "64"}
         arguments = parse_arguments(USAGE, defaults)

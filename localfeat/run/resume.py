@@ -1,4 +1,4 @@
-"""Resume a run: find the one that the same command began, and take its folder over."""
+"""Resume a run: find the one that the same command began, and take over its folder."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from localfeat.utils.text import as_typed
 
 NEUTRAL = ("resume", "output_dir", "dataset.root", "dataset.download", "dataset.num_workers", "dataset.in_memory")
 NEUTRAL_PARTS = ("logger", "callbacks.progress_bar", "callbacks.checkpoint_every_")
-"""Keys that can change no result: a run may have begun with other values of them."""
+"""Keys that cannot change a result: a run may be resumed with other values of them."""
 
 OF_OWN_IMAGES = ("dataset.root", "dataset.in_memory")
-"""Neutral, but not for dataset=image_folder: which images they are, and at which size they are kept."""
+"""Neutral keys, except for dataset=image_folder: there they choose the images and the size they are kept at."""
 
 DEPTHS = ("*/*", "*/*/*")
-"""Where runs lie in ``output_dir``: a day's folder, the run's; for sweeps, the job's in there."""
+"""Paths of runs below ``output_dir``: <date>/<run>, and <date>/<sweep>/<job>."""
 
 
 def is_neutral(key: str) -> bool:
-    """Whether a key can change no result."""
+    """Return whether a key cannot change a result."""
     return key in NEUTRAL or key.startswith(NEUTRAL_PARTS)
 
 
 def earlier_run(asked: Mapping[str, Any], folder: RunFolder) -> RunFolder | None:
-    """The newest run that ``asked`` describes, finished or not: the one in ``folder`` or one in the output folder.
+    """Return the newest run of the configuration ``asked``, finished or not, in ``folder`` or the output folder.
 
-    A folder of the user's own choice, elsewhere than new runs go, is the only one that is looked at.
+    If the user chose ``folder`` (it is not where new runs go), only that one is searched.
 
     Args:
         asked: a configuration, resolved and checked.
-        folder: where a new run would go.
+        folder: the folder that a new run would get.
 
     Raises:
         UserError: ``folder`` holds a run of another configuration.
@@ -59,7 +59,7 @@ def earlier_run(asked: Mapping[str, Any], folder: RunFolder) -> RunFolder | None
             continue
         try:
             saved = candidate.read_config()
-        except UserError:  # another project's, or damaged: not ours to go on with
+        except UserError:  # another project's, or damaged: not ours to resume
             continue
         if difference(saved, asked) is None:
             return candidate
@@ -75,16 +75,16 @@ QUICKLY_COMPARED = ("seed", "epochs", "batch_size", "image_size")
 
 
 def _may_be(folder: RunFolder, asked: Mapping[str, Any]) -> bool:
-    """Whether some whole numbers are the same: reading the rest of a configuration takes some 10 ms."""
+    """Return whether a few numbers are equal: a quick test, as reading a whole configuration takes some 10 ms."""
     try:
         lines = set(folder.config.read_text().splitlines())
-    except (OSError, ValueError):  # not ours to go on with
+    except (OSError, ValueError):  # not ours to resume
         return False
     return all(f"{key}: {asked[key]}" in lines for key in QUICKLY_COMPARED if key in asked)
 
 
 def difference(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:
-    """The first value of a saved configuration that changes results and is not what is asked for now, in words."""
+    """Describe the first value that changes results and differs between a saved and a requested configuration."""
     had, has = _flat(_comparable(saved, asked)), _flat(asked)
     own_images = has.get("dataset.source") == "image_folder"
     for key in {**has, **had}:
@@ -102,7 +102,7 @@ def _same_place(had: Any, has: Any) -> bool:
 
 
 def _comparable(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A run that searched for its cuts has saved those that it found: as good as the search that is asked for."""
+    """Return ``saved`` with the requested split, if its cuts are the result of the same search."""
     cuts = saved["split"].get("cuts")
     if "k" in asked["split"] and isinstance(cuts, list | tuple) and len(cuts) + 1 == asked["split"]["k"]:
         return {**saved, "split": asked["split"]}
@@ -110,7 +110,7 @@ def _comparable(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> Mapping[s
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value."""
+    """Return dotted key -> value."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
@@ -121,17 +121,17 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _as_number(value: Any) -> Any:
-    """So that 1 is 1.0, in lists too, but not true; a checked configuration has numbers of their declared types."""
+    """Return integers as floats, so that 1 equals 1.0 (also in lists) but not true."""
     if isinstance(value, list | tuple):
         return [_as_number(item) for item in value]
     return float(value) if type(value) is int else value if isinstance(value, float) else (type(value), value)
 
 
 def check_folder(folder: RunFolder, *, resume: bool) -> None:
-    """Refuse to train where a run would be damaged, or where files of somebody else would be written to.
+    """Refuse to train in a folder where a run or somebody else's files would be damaged.
 
     Raises:
-        UserError: says what is there.
+        UserError: the folder holds another run, or a link that leads out of it.
     """
     if folder.path.is_dir():
         folder.check_inside()
@@ -140,36 +140,36 @@ def check_folder(folder: RunFolder, *, resume: bool) -> None:
             raise UserError(f"resume={folder}: this run has ended, its summary.json is there")
         raise UserError(f"{folder} holds a run that has ended: give another folder, or move this one away")
     if not resume and folder.resumable():
-        raise UserError(f"{folder} holds a run that was cut short: resume={folder} goes on with it, or move it away")
+        raise UserError(f"{folder} holds a run that was cut short: resume={folder} resumes it; or move it away")
 
 
 def take_over(folder: RunFolder, trainer: lightning.Trainer, *, resume: bool) -> Path | None:
-    """Put the folder in order, now that nobody else trains there (see ``sole_run``).
+    """Prepare the folder for training; the caller holds its lock (see ``sole_run``).
 
     Args:
-        folder: of the run; it need not hold one.
-        trainer: whose ``MetricsCsv`` is told where to go on.
-        resume: go on with the run there.
+        folder: the run's folder; it need not hold a run.
+        trainer: the trainer, whose ``MetricsCsv`` is told the step to resume from.
+        resume: whether to resume the run in ``folder``.
 
     Returns:
-        The checkpoint to go on from; None for the beginning.
+        The checkpoint to resume from; None to start at the beginning.
 
     Raises:
         UserError: see ``check_folder``; also if all checkpoints are damaged.
     """
-    check_folder(folder, resume=resume)  # another process may have been there meanwhile
+    check_folder(folder, resume=resume)  # again, as another process may have changed it before the lock
     for place in (folder.path, folder.checkpoints):
         remove_parts(place)
     if not resume:
-        folder.best.unlink(missing_ok=True)  # of one that was killed before its first last.ckpt
+        folder.best.unlink(missing_ok=True)  # left by a run that was killed before its first last.ckpt
         return None
     checkpoint, batches = newest_sound(folder)
     if checkpoint is None:
-        print(f"{folder}: no checkpoint yet, the run begins at its beginning")
+        print(f"{folder}: no checkpoint yet, the run starts from the beginning")
         folder.best.unlink(missing_ok=True)
     for logger in trainer.loggers:
         if isinstance(logger, MetricsCsv):
             logger.resume_from_step = batches
             if batches >= trainer.log_every_n_steps and not logger.path.is_file():  # type: ignore[attr-defined]
-                print(f"warning: {logger.path} is gone: it begins again behind batch {batches}", file=sys.stderr)
+                print(f"warning: {logger.path} is missing: new rows begin after batch {batches}", file=sys.stderr)
     return checkpoint

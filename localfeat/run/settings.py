@@ -1,4 +1,4 @@
-"""Groups of a run's configuration that are no objects of their own rooms: backbone, data, trainer, callbacks."""
+"""Configuration groups without a class elsewhere in localfeat: backbone, dataset, trainer, callbacks."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 @dataclass(frozen=True)
 class BackboneSettings:
-    """Which timm model is trained, and where its initial weights come from.
+    """The timm model to train and the source of its initial weights.
 
     Args:
-        name: timm model.
-        variants: image size -> the timm model to take instead of ``name`` at that size.
-        pretrained: take timm's ImageNet weights.
-        weights: file with weights under timm's keys; its classifier is left out.
-        drop_path_rate: stochastic depth; ``None`` keeps the model's own.
+        name: the timm model's name.
+        variants: image size -> the timm model used instead of ``name`` at that size.
+        pretrained: whether to load timm's ImageNet weights.
+        weights: a file with weights under timm's keys; its classifier is ignored.
+        drop_path_rate: the stochastic depth rate; ``None`` keeps the model's own.
         arguments: further constructor arguments of the model.
 
     Raises:
-        UserError: initial weights from two places.
+        UserError: both ``pretrained`` and ``weights`` are given.
     """
 
     name: str
@@ -40,16 +40,16 @@ class BackboneSettings:
             raise UserError("backbone.pretrained and backbone.weights: initial weights come from one of them")
 
     def model_name(self, image_size: int) -> str:
-        """Return the timm model for images of ``image_size`` pixels."""
+        """Return the name of the timm model for images of ``image_size`` pixels."""
         return model_name(self.name, image_size, self.variants)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A class or function of the user's choice with its checked arguments, called when the rest is known.
+    """A configured class or function with its checked arguments, called once the other arguments are known.
 
     Attributes:
-        target: what is called.
+        target: the class or function.
         values: its arguments from the configuration.
     """
 
@@ -57,7 +57,7 @@ class Part:
     values: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, **more: Any) -> Any:
-        """Call the target; ``more`` are arguments that no configuration can hold."""
+        """Call the target; ``more`` holds arguments that no configuration can hold."""
         return self.target(**self.values, **more)
 
 
@@ -72,23 +72,23 @@ class DatasetSettings(Part):
 
     @property
     def root(self) -> str:
-        """Folder of the dataset's files."""
+        """The folder of the dataset's files."""
         return str(self.values.get("root", "data"))
 
     @property
     def val_fraction(self) -> float:
-        """Share of the training images that is held out for validation."""
+        """The share of the training images held out for validation."""
         return float(self.values.get("val_fraction", 0.1))
 
     @property
     def mixes(self) -> bool:
-        """Whether mixup or cutmix make probabilities of the labels."""
+        """Whether mixup or cutmix turns labels into probabilities."""
         return bool(self.values.get("mixup") or self.values.get("cutmix"))
 
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """Arguments of the Trainer that a configuration sets; see Lightning's documentation.
+    """The configurable arguments of Lightning's Trainer; see its documentation.
 
     Raises:
         UserError: more than one device, numbers out of range, fp16 with anomaly detection.
@@ -113,8 +113,8 @@ class TrainerSettings:
             raise UserError(f"trainer.devices={devices}: localfeat trains on one device for now, trainer.devices=1")
         if self.precision == "16-mixed" and self.detect_anomaly:
             raise UserError(
-                "trainer.detect_anomaly=true and trainer.precision=16-mixed exclude each other: 16-bit gradients "
-                "overflow now and then, which is no anomaly; use bf16-mixed or 32-true"
+                "trainer.detect_anomaly=true and trainer.precision=16-mixed cannot be combined: 16-bit gradients "
+                "overflow now and then, which is not an anomaly; use bf16-mixed or 32-true"
             )
         if self.log_every_n_steps < 1:
             raise UserError(f"trainer.log_every_n_steps={self.log_every_n_steps}: it must be at least 1")
@@ -128,25 +128,25 @@ class TrainerSettings:
 
     @property
     def limits(self) -> dict[str, int | float | None]:
-        """Batches per epoch of ``train``, ``val`` and ``test``: a number, a share, or ``None`` for all."""
+        """The batches per epoch of ``train``, ``val`` and ``test``: a number, a share, or ``None`` for all."""
         return {"train": self.limit_train_batches, "val": self.limit_val_batches, "test": self.limit_test_batches}
 
 
 def _check_limit(key: str, limit: int | float | None) -> None:
     if limit is not None and (limit <= 0 or (isinstance(limit, float) and limit > 1)):
-        raise UserError(f"{key}={limit}: it must be a number of batches from 1 on, a share like 0.1, or null for all")
+        raise UserError(f"{key}={limit}: it must be a number of batches from 1, a share like 0.1, or null for all")
 
 
 @dataclass(frozen=True)
 class CallbackSettings:
-    """What watches a run.
+    """The settings of a run's callbacks.
 
     Args:
-        checkpoint_every_n_epochs: how often ``checkpoints/last.ckpt`` is written.
-        checkpoint_every_n_batches: how often it is also written within epochs.
-        progress_bar: ``False`` for none.
-        early_stopping: epochs without a better validation accuracy before the run ends.
-        ema: decay of the weights' moving average.
+        checkpoint_every_n_epochs: the number of epochs between writes of ``checkpoints/last.ckpt``.
+        checkpoint_every_n_batches: the number of batches between further writes; ``None`` for none.
+        progress_bar: whether to show progress.
+        early_stopping: epochs without a better validation accuracy that end the run; ``None`` for never.
+        ema: the decay of the weights' moving average; ``None`` for no average.
 
     Raises:
         UserError: values out of range.

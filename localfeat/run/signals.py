@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it finishes the batch under way, saves, and ends; a second one ends it at once."""
+"""Signals that stop a run: it finishes the current batch, saves, and ends; a second signal ends it at once."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from localfeat.utils.errors import Stopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 REQUEUE_SIGNAL = signal.SIGUSR1
-"""What Slurm is told to send some time before the end: ``#SBATCH --signal=USR1@90``."""
+"""The signal that Slurm sends before the time limit, with ``#SBATCH --signal=USR1@90``."""
 
 
 class StopRequest:
-    """What signals have asked for.
+    """A request to stop, set by signals.
 
     Attributes:
-        signum: the first signal that has come, None as long as there is none.
-        waits: whether somebody looks at ``signum`` at the next batch. Otherwise a signal raises ``Stopped`` where
-            the process is: before and after training, when there is nothing to save.
+        signum: the first signal received; None before that.
+        waits: whether ``signum`` is read after every batch. If not (before and after training, when there is nothing to
+            save), a signal raises ``Stopped`` at once.
     """
 
     def __init__(self) -> None:
@@ -36,22 +36,22 @@ class StopRequest:
         return self.signum
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        """The handler of all ``SIGNALS``."""
-        if self.signum is not None:  # a second one: as if there were no handler
+        """Handle any of ``SIGNALS``."""
+        if self.signum is not None:  # a second signal acts as if it were not handled
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
             return
         self.signum = signum
         if not self.waits:
             raise Stopped(signum)
-        # os.write, as the signal may have come within a print
-        os.write(2, f"\n{name(signum)}: saving after this batch; once more to end at once\n".encode())
+        # os.write, because the signal may have interrupted a print
+        os.write(2, f"\n{name(signum)}: saving after this batch; a second signal ends at once\n".encode())
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle the signals, but those that whoever began this process wants to be ignored (nohup)."""
+        """Handle the signals, except those that the parent process set to be ignored (nohup)."""
         if threading.current_thread() is not threading.main_thread():
-            yield  # Python hands signals to the main thread only
+            yield  # only the main thread can handle signals
             return
         before = {signum: signal.getsignal(signum) for signum in SIGNALS}
         self.install()
@@ -62,7 +62,7 @@ class StopRequest:
                 signal.signal(signum, handler)
 
     def install(self) -> None:
-        """Take the signals over, also from a library that has put its own handlers there meanwhile."""
+        """Install the handlers, replacing any that a library has set meanwhile."""
         if threading.current_thread() is threading.main_thread():
             for signum in SIGNALS:
                 if signal.getsignal(signum) is not signal.SIG_IGN:
@@ -70,14 +70,14 @@ class StopRequest:
 
 
 def name(signum: int) -> str:
-    """SIGINT for 2."""
+    """Return a signal's name: SIGINT for 2."""
     return signal.Signals(signum).name
 
 
 def requeue(signum: int, environment: Mapping[str, str] = os.environ) -> str | None:
-    """Put this job into Slurm's queue again, if it is one and the signal was the one that announces its end.
+    """Requeue this job if Slurm runs it and the signal announced its time limit.
 
-    Returns what came of it, for the user; None if there was nothing to do.
+    Return a message for the user; None if there was nothing to do.
     """
     job = environment.get("SLURM_JOB_ID", "")
     if array := environment.get("SLURM_ARRAY_JOB_ID"):
@@ -86,10 +86,10 @@ def requeue(signum: int, environment: Mapping[str, str] = os.environ) -> str | N
         return None
     program = shutil.which("scontrol")
     if program is None:
-        return f"Slurm job {job} was not put into the queue again: there is no scontrol here"
+        return f"Slurm job {job} was not requeued: scontrol is not installed here"
     try:
         subprocess.run([program, "requeue", job], capture_output=True, text=True, timeout=60, check=True)
     except subprocess.SubprocessError as error:
         said = getattr(error, "stderr", None) or str(error)
-        return f"Slurm job {job} was not put into the queue again: {' '.join(str(said).split())}"
-    return f"Slurm job {job} is in the queue again"
+        return f"Slurm job {job} was not requeued: {' '.join(str(said).split())}"
+    return f"Slurm job {job} was requeued"

@@ -1,4 +1,4 @@
-"""summary.json: what a run measured, and everything needed to know what ran where."""
+"""summary.json: a run's figures, and the software and hardware it ran on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOT_FINITE = "not_finite"
 
 @dataclass
 class RunSummary:
-    """The figures of one run. None means that the figure was not taken, never that it was zero."""
+    """The figures of one run. None means that the figure was not measured, never that it was zero."""
 
     method: str
     dataset: str
@@ -45,19 +45,19 @@ class RunSummary:
     peak_memory_bytes: int | None = None
     peak_memory_source: str | None = None
     peak_reserved_bytes: int | None = None
-    """What CUDA's caching allocator held for it; None off CUDA."""
+    """Peak of the memory reserved by CUDA's caching allocator; None on other devices."""
     module_peak_memory_bytes: dict[str, int] = field(default_factory=dict)
-    """Most bytes during each local module's forward, backward and update, with all that is allocated meanwhile."""
+    """Peak during each local module's forward, backward and update, everything allocated at that time included."""
     seconds: float | None = None
-    """Wall time of training, validation included; of a resumed run without what a killed part had to do again."""
+    """Wall time of training, validation included; for a resumed run, without the work that was repeated."""
     parameters: dict[str, int] = field(default_factory=dict)
     """Number of parameters by part: backbone, auxiliary, total, module_1, …"""
     module_losses: dict[str, float] = field(default_factory=dict)
     """Mean training loss of every local module over the last epoch."""
     skipped_steps: dict[str, int] = field(default_factory=dict)
-    """Steps that a module did not take since its loss or gradient was not finite: module_1, …; all parts of the run."""
+    """Steps that each module skipped because its loss or gradient was not finite: module_1, …"""
     scaler_skips: int | None = None
-    """Steps left out since 16-bit gradients overflowed, all modules together; None without a loss scale."""
+    """Steps skipped because 16-bit gradients overflowed, over all modules; None without a loss scale."""
     classes: list[str] = field(default_factory=list)
     """Class names, in the order of the classifier's outputs."""
     versions: dict[str, str | None] = field(default_factory=dict)
@@ -67,17 +67,17 @@ class RunSummary:
     overrides: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Field name -> value, in the order of the fields."""
+        """Return field name -> value, in the order of the fields."""
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
 
 def environment() -> dict[str, Any]:
-    """``versions``, ``hardware``, ``commit`` and ``command``, named as the fields of ``RunSummary``."""
+    """Return ``versions``, ``hardware``, ``commit`` and ``command``, the fields of ``RunSummary``."""
     return {"versions": versions(), "hardware": hardware(), "commit": git_commit(), "command": command_line()}
 
 
 def versions() -> dict[str, str | None]:
-    """Installed versions; None for a package that runs without being installed."""
+    """Return package versions; None for a package that runs without being installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in VERSIONED:
         try:
@@ -88,7 +88,7 @@ def versions() -> dict[str, str | None]:
 
 
 def hardware() -> dict[str, Any]:
-    """CPU model, cores this process may use, threads torch uses, memory in GiB, GPU name or None."""
+    """Return CPU model, cores this process may use, torch's threads, memory in GiB, and GPU name or None."""
     import torch
 
     return {
@@ -102,7 +102,7 @@ def hardware() -> dict[str, Any]:
 
 
 def cpu_model() -> str:
-    """The processor's name as Linux gives it, elsewhere as Python does."""
+    """Return the processor's name, from Linux or else from Python."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -112,7 +112,7 @@ def cpu_model() -> str:
 
 
 def memory_gib() -> float | None:
-    """The machine's main memory in GiB; None where the system does not tell."""
+    """Return the machine's main memory in GiB; None if the system does not report it."""
     try:
         return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1024**3, 1)
     except (AttributeError, ValueError, OSError):
@@ -120,10 +120,10 @@ def memory_gib() -> float | None:
 
 
 def git_commit(source: Path | None = None) -> dict[str, Any] | None:
-    """``{"id", "dirty"}`` of the checkout that holds this package; None outside one or without git.
+    """Return ``{"id", "dirty"}`` of the checkout that holds this package; None outside a checkout or without git.
 
-    The working directory plays no part. The file must be tracked, or an environment that merely lies inside another
-    project's checkout would report that project's commit. ``dirty``: tracked files differ from the commit.
+    The working directory does not matter. The file must be tracked, or an environment inside another project's
+    checkout would report that project's commit. ``dirty``: tracked files differ from the commit.
     """
     source = source or Path(__file__).resolve()
     if git(source.parent, "ls-files", "--error-unmatch", source.name) is None:
@@ -134,8 +134,8 @@ def git_commit(source: Path | None = None) -> dict[str, Any] | None:
 
 
 def git(folder: Path, *arguments: str) -> str | None:
-    """Output of a git command run in ``folder``; None if it fails or there is no git."""
-    # Within a git hook, GIT_DIR and its kin would point to the hook's repository.
+    """Return the output of a git command run in ``folder``; None if it fails or git is not installed."""
+    # Inside a git hook, GIT_DIR and similar variables would point to the hook's repository.
     clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         done = subprocess.run(
@@ -147,12 +147,12 @@ def git(folder: Path, *arguments: str) -> str | None:
 
 
 def command_line() -> str:
-    """The command as typed, quoted for a shell; ``python -m module`` is kept as such."""
+    """Return the command as typed, quoted for a shell; ``python -m module`` is kept."""
     return shlex.join(sys.orig_argv)
 
 
 def write_summary(path: str | Path, summary: RunSummary | Mapping[str, Any]) -> list[str]:
-    """Writes ``summary`` as JSON, whole or not at all, in the order given.
+    """Write ``summary`` as JSON, whole or not at all, in the given order.
 
     JSON has no NaN and no infinity: such numbers become null, and their dotted names are listed under
     ``"not_finite"`` in the file and returned.
@@ -171,7 +171,7 @@ def write_summary(path: str | Path, summary: RunSummary | Mapping[str, Any]) -> 
 
 
 def to_json(value: Any, name: str, not_finite: list[str]) -> Any:
-    """``value`` with only what strict JSON knows; dotted names of NaN and infinite numbers go to ``not_finite``."""
+    """Return ``value`` in strict JSON's types; append dotted names of NaN and infinite numbers to ``not_finite``."""
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a scalar of torch or NumPy
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""One run from beginning to end: build, fit, test, and leave a folder that says everything about it."""
+"""Train one run from beginning to end: build, fit, test, and write its folder."""
 
 from __future__ import annotations
 
@@ -50,20 +50,21 @@ _C = TypeVar("_C", bound=Callback)
 def train(
     configuration: RunConfiguration, folder: RunFolder, *, resume: bool, notes: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, Any]:
-    """Train what ``configuration`` says in ``folder``; return what summary.json holds.
+    """Train a configuration in ``folder``; return the content of summary.json.
 
-    SIGINT, SIGTERM, SIGUSR1 and SIGHUP end it: while it trains, when the batch under way is in ``last.ckpt``.
+    SIGINT, SIGTERM, SIGUSR1 and SIGHUP stop it; while it trains, the current batch is finished and saved first.
 
     Args:
-        resume: go on with the run in ``folder`` from its newest sound checkpoint, or from its beginning if it was cut
-            short before the first one.
-        notes: files to write when a new run has its folder for itself, name -> text.
+        configuration: the run's configuration.
+        folder: the run's folder.
+        resume: whether to resume the run in ``folder``, from its newest sound checkpoint or, without one, from the
+            beginning.
+        notes: files that a new run writes once it has locked its folder, name -> text.
 
     Raises:
-        UserError: before anything is trained or overwritten, if the configuration cannot be, or if ``folder`` holds
-            a run already.
-        RunFailed: something around the run is not as it should be, like a full disk.
-        Stopped: by a signal.
+        UserError: the configuration is invalid, or ``folder`` holds a run already; nothing was trained or overwritten.
+        RunFailed: the environment failed the run, for example with a full disk.
+        Stopped: a signal stopped the run.
     """
     _quiet()
     stop = StopRequest()
@@ -74,15 +75,15 @@ def train(
 def _train(
     configuration: RunConfiguration, folder: RunFolder, stop: StopRequest, notes: Mapping[str, str], *, resume: bool
 ) -> dict[str, Any]:
-    surroundings = environment()  # now: a commit made while the run trains is not what ran
+    surroundings = environment()  # read now: a commit made during training is not the code that ran
     check_free(folder.path)
     check_folder(folder, resume=resume)
     datamodule = build_datamodule(configuration)
     trainer = _trainer(configuration, folder, datamodule, stop)
-    has_weights = resume and folder.resumable()  # nothing to download for it
+    has_weights = resume and folder.resumable()  # then no pretrained weights need downloading
     initial = configuration.without_initial_weights() if has_weights else configuration
     learner = build_learner(initial, datamodule.num_classes)
-    datamodule.prepare_data()  # last: what is to be refused should not wait for a download
+    datamodule.prepare_data()  # last, so that a refusal need not wait for a download
     datamodule.setup("fit")
     _check_shares(configuration, datamodule)
     with ExitStack() as stack:
@@ -116,7 +117,7 @@ def _fit(
     """Train until the end, or until a signal.
 
     Raises:
-        UserError: also for a checkpoint that is sound and not this run's.
+        UserError: among others, the checkpoint belongs to another run.
     """
     try:
         trainer.fit(learner, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -127,19 +128,19 @@ def _fit(
             raise
         line = str(error).strip().splitlines() or [""]
         raise UserError(f"{checkpoint} does not fit this run ({type(error).__name__}: {line[0]})") from error
-    if (signum := stop()) is not None:  # it came after the last batch
+    if (signum := stop()) is not None:  # received after the last batch
         raise Stopped(signum)
 
 
 def _with_cuts(configuration: RunConfiguration, learner: Learner) -> RunConfiguration:
-    """Return the configuration with the cuts that a search has found, so that nobody has to search again."""
+    """Return the configuration with the cuts that a search has found, so that they are not searched for again."""
     if isinstance(configuration.split, Split):
         return configuration
     return configuration.with_cuts(list(accumulate(learner.blocks_per_module))[:-1])
 
 
 def _check_shares(configuration: RunConfiguration, datamodule: ImageDataModule) -> None:
-    """Refuse a share of the batches that is less than one; of the test batches Lightning says so after training."""
+    """Refuse a share that is less than one batch; Lightning would refuse it for the test set only after training."""
     loaders = {
         "train": datamodule.train_dataloader,
         "val": datamodule.val_dataloader,
@@ -152,7 +153,7 @@ def _check_shares(configuration: RunConfiguration, datamodule: ImageDataModule) 
 
 
 def _quiet() -> None:
-    """Leave out what libraries say that a user of localfeat can do nothing about."""
+    """Silence messages of libraries that a user of localfeat can do nothing about."""
     for name in ("lightning.pytorch", "timm"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
@@ -169,7 +170,7 @@ def _quiet() -> None:
 
 @contextmanager
 def _clean_process(seed: int) -> Iterator[None]:
-    """Seed everything, and leave nothing behind for the next job of a sweep in this process."""
+    """Seed everything, and afterwards restore the process for the next job of a sweep."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -195,10 +196,10 @@ def _clean_process(seed: int) -> Iterator[None]:
 
 
 def _is_worker_death(error: BaseException | None) -> bool:
-    """Return whether torch tells of a killed worker process in a finaliser, where Python can only print it.
+    """Return whether torch reports a killed worker process in a finaliser, where Python can only print it.
 
-    Torch raises wherever the main process is when the signal comes. The loader says the same again at its next batch,
-    which ends the run in one line.
+    Torch raises wherever the main process is when the signal arrives. The loader raises again at its next batch, which
+    ends the run with one line.
     """
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
 
@@ -221,7 +222,7 @@ def _trainer(
 
 
 def _names(configuration: RunConfiguration, folder: RunFolder) -> dict[str, str | None]:
-    """What a W&B run is called unless the user says so; the jobs of a sweep lie beside each other and share a group."""
+    """Return the default name and group of a W&B run; the jobs of a sweep share a group."""
     split = configuration.split
     modules = split.modules if isinstance(split, Split) else split.k
     cut = f"k{modules}" if modules else "cuts"
@@ -233,7 +234,7 @@ def _names(configuration: RunConfiguration, folder: RunFolder) -> dict[str, str 
 
 
 def _load_best(learner: Learner, folder: RunFolder, trainer: lightning.Trainer) -> BestCheckpoint | None:
-    """Put the weights into ``learner`` that were best on validation, else the last ones; returns who knows the best."""
+    """Load the weights that were best on validation, else the last ones; return the callback that kept the best."""
     known = [c for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint) and c.score is not None]
     best = known[0] if known else None
     file = folder.last if best is None else folder.best
@@ -292,7 +293,7 @@ def _write(
     learner: Learner,
     datamodule: ImageDataModule,
 ) -> dict[str, Any]:
-    """The run's files, the table on the terminal, and the same for W&B."""
+    """Write the run's files, print the final table, and send both to W&B; return the summary."""
     learner.eval()
     with failing_in_one_line(folder.weights):
         export_backbone(learner.backbone, folder.weights, arguments=configuration.backbone.arguments)

@@ -1,7 +1,7 @@
-"""What a configuration may build: localfeat's own parts, and code of packages that the user trusts by name.
+"""Restrict the code that a configuration may call to localfeat's own and to packages that the user trusts by name.
 
-A configuration is often somebody else's: of a run that was handed on, of a study, of a folder from the network. The
-``_target_`` of a group names what is called with the group's values, so it must not name whatever Python can import.
+A configuration often comes from somebody else, with a run, a study or a download. The ``_target_`` of a group is called
+with the group's values, so it must not name just anything that Python can import.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 from localfeat.utils.errors import UserError
 
 VARIABLE = "LOCALFEAT_TRUST"
-"""The environment variable with the packages, separated by commas, whose code configurations may call."""
+"""The environment variable that lists the packages, separated by commas, whose code configurations may call."""
 
-_GIVEN = os.environ.get(VARIABLE, "")  # now: Hydra sets variables for a job when its configuration says so
+_GIVEN = os.environ.get(VARIABLE, "")  # read at import, before a configuration can make Hydra set it
 
 _OWN = "localfeat"
 _FITTING = {
@@ -30,7 +30,7 @@ _FITTING = {
     "efficiency": ("localfeat.Efficiency",),
     "logger": ("localfeat.run.loggers.wandb_logger.wandb_logger",),
 }
-"""For every group of values that has a ``_target_``: what fits it, and (of classes) what is derived from it."""
+"""For every group with a ``_target_``, the targets that fit it; subclasses of a class fit, too."""
 
 _MOVED = {
     "localfeat.artifacts.wandb_logger.wandb_logger": "localfeat.run.loggers.wandb_logger.wandb_logger",
@@ -42,7 +42,7 @@ _MOVED = {
     "localfeat.objectives.OneLayerDecoder": "localfeat.OneLayerDecoder",
     "localfeat.optimization.Optimization": "localfeat.Optimization",
 }
-"""What configurations of version 0.1 name -> its name now."""
+"""Target in configurations of version 0.1 -> its current name."""
 
 _STANDS_FOR = {"localfeat.Method": "localfeat.HeadAndDecoder"}
 """``localfeat.Method`` is what methods are derived from; as a target it names the family of the first ones."""
@@ -51,17 +51,17 @@ _PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
 def current_name(path: Any) -> Any:
-    """The name now of a target that a configuration of an earlier version names; any other as it is."""
+    """Return the current name of a target from an earlier version; return any other unchanged."""
     return _MOVED.get(path, path) if isinstance(path, str) else path
 
 
 def find(path: object, group: str) -> Callable[..., Any]:
-    """What ``group._target_=path`` names.
+    """Return the class or function that ``group._target_=path`` names.
 
-    A module is imported only if it is localfeat's or of a trusted package.
+    Only modules of localfeat and of trusted packages are imported.
 
     Raises:
-        UserError: no such thing, one that is not trusted, or one that does not fit the group.
+        UserError: the target does not exist, is not trusted, or does not fit the group.
     """
     path = current_name(path)
     key = f"{group}._target_={path}"
@@ -70,23 +70,23 @@ def find(path: object, group: str) -> Callable[..., Any]:
     package = next((name for name in (_OWN, *trusted()) if path.startswith(f"{name}.")), None)
     if package is None:
         raise UserError(
-            f"{key}: only localfeat's own parts are built, as a configuration could run any code; if you trust this "
-            f"one, say so with the environment variable {VARIABLE}={path.partition('.')[0]}"
+            f"{key}: only localfeat's own targets are allowed, as a configuration could run any code; if you trust "
+            f"this one, set the environment variable {VARIABLE}={path.partition('.')[0]}"
         )
     target = _imported(_STANDS_FOR.get(path, path), key)
     if package == _OWN and not any(_is_kind_of(target, fitting) for fitting in _fitting(group)):
-        raise UserError(f"{key}: it is none of what fits there: {', '.join(_FITTING[group])}")
+        raise UserError(f"{key}: it must be one of (or derived from) {', '.join(_FITTING[group])}")
     home = str(getattr(target, "__module__", None))
-    if not callable(target) or not f"{home}.".startswith(f"{package}."):  # what a trusted module has imported
+    if not callable(target) or not f"{home}.".startswith(f"{package}."):  # imported there
         raise UserError(f"{key}: it must be a class or function that {package} itself defines")
     return target
 
 
 def check_fits(made: object, path: object, group: str) -> None:
-    """Refuse an object that a trusted target has made and that is not what its group is for.
+    """Refuse an object of the wrong class, made by a trusted target.
 
     Raises:
-        UserError: one line that says of which class it has to be.
+        UserError: the object is not of the class that its group needs.
     """
     kinds = tuple(fitting for fitting in _fitting(group) if inspect.isclass(fitting))
     if kinds and not isinstance(made, kinds):
@@ -95,15 +95,15 @@ def check_fits(made: object, path: object, group: str) -> None:
 
 
 def trusted() -> tuple[str, ...]:
-    """Names of the packages that the user trusts beside localfeat.
+    """Return the names of the packages that the user trusts besides localfeat.
 
     Raises:
-        UserError: a name that no package can have.
+        UserError: a name is not a valid package name.
     """
     names = tuple(name.strip() for name in _GIVEN.split(",") if name.strip())
     for name in names:
         if not all(part.isidentifier() for part in name.split(".")):
-            raise UserError(f"{VARIABLE}={_GIVEN}: {name} is no package's name (several are separated by commas)")
+            raise UserError(f"{VARIABLE}={_GIVEN}: {name} is not a package name (separate several with commas)")
     return names
 
 
@@ -121,6 +121,6 @@ def _imported(path: str, key: str) -> Callable[..., Any]:
         target: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except (ModuleNotFoundError, AttributeError) as error:
         if isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{error.name}."):
-            raise  # it is there, and something that it imports is not
-        raise UserError(f"{key}: there is nothing of that name to import") from error
+            raise  # the module exists, but something that it imports does not
+        raise UserError(f"{key}: nothing of that name can be imported") from error
     return target

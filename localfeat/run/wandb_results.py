@@ -1,4 +1,4 @@
-"""What a training run tells Weights & Biases beside its metrics: configuration, tables, pictures, summary."""
+"""Send Weights & Biases a run's configuration, tables, pictures and summary; metrics go through the logger."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from localfeat.run.folder import RunFolder
 from localfeat.run.loggers.wandb_logger import RunLogger, log_images
 from localfeat.run.summary import RunSummary, environment
 
-SHOWN = 8  # images of a picture
-SMALLEST = 64  # side of an image in a picture, in pixels: feature maps are enlarged
+SHOWN = 8  # images per picture
+SMALLEST = 64  # smallest side of an image in a picture, in pixels: feature maps are enlarged
 
 Table = tuple[list[str], list[list[Any]]]
 """Columns and rows."""
@@ -37,7 +37,7 @@ Table = tuple[list[str], list[list[Any]]]
 def begin(
     loggers: Iterable[Logger], configuration: RunConfiguration, learner: Learner, folder: RunFolder, *, resume: bool
 ) -> None:
-    """Tell loggers the configuration, for which W&B's run is started.
+    """Start W&B's run, and give every logger the configuration.
 
     Raises:
         UserError: see :meth:`RunLogger.begin`.
@@ -54,7 +54,7 @@ def begin(
 
 
 def network_of(configuration: RunConfiguration, learner: Learner) -> dict[str, Any]:
-    """What follows from the configuration and is worth sorting runs by: model, modules, blocks, parameters."""
+    """Return facts that follow from the configuration, to sort runs by: model, modules, blocks, parameters."""
     return {
         "model": configuration.model_name,
         "modules": len(learner.blocks_per_module),
@@ -69,7 +69,7 @@ def end(
     images: Mapping[str, Path],
     reconstructions: Sequence[Reconstructed],
 ) -> None:
-    """The results of a finished run: what summary.json holds, two tables, the pictures."""
+    """Send the results of a finished run: summary.json, two tables, the pictures."""
     for logger in loggers:
         if isinstance(logger, RunLogger):
             logger.attempt(partial(_tell, logger, summary, images, reconstructions))
@@ -90,7 +90,7 @@ def _tell(
 
 
 def modules_table(summary: RunSummary) -> Table:
-    """A row for each local module; losses are means over the last epoch, None where a module has no such term."""
+    """Return one row per local module; losses are means over the last epoch, None if a module has no such term."""
     terms = sorted({name.partition("/")[2] for name in summary.module_losses}, key=lambda term: (term != "loss", term))
     columns = ["module", "first_block", "last_block", "parameters", "peak_memory_gib", *terms]
     ends = list(accumulate(summary.split))
@@ -120,7 +120,7 @@ RESULTS = (
 
 
 def results_table(summary: RunSummary) -> Table:
-    """One row, so that the tables of many runs make one."""
+    """Return one row, so that the tables of many runs can be joined."""
     values = {name: getattr(summary, name) for name in RESULTS}
     values["modules"] = len(summary.split)
     peak = summary.peak_memory_bytes
@@ -130,9 +130,9 @@ def results_table(summary: RunSummary) -> Table:
 
 
 def reconstructed(learner: Learner, datamodule: ImageDataModule) -> tuple[list[Any], Tensor]:
-    """What the decoders make of some validation images (training images without validation), and these images.
+    """Return reconstructions of some validation images (training images without validation), and these images.
 
-    Never test images. The pixels (B, 3, H, W) lie in [0, 1].
+    Test images are never used. The images (B, 3, H, W) lie in [0, 1].
     """
     split = "train" if datamodule.val_dataloader() == [] else "val"
     images, labels = next(iter(datamodule.ordered_loader(split)))
@@ -141,7 +141,7 @@ def reconstructed(learner: Learner, datamodule: ImageDataModule) -> tuple[list[A
 
 
 def log_reconstructions(logger: RunLogger, found: Sequence[Reconstructed], step: int | None = None) -> None:
-    """One picture for each module that reconstructs: ``reconstructions/module_<i>``."""
+    """Log one picture for each module that reconstructs: ``reconstructions/module_<i>``."""
     import wandb
 
     for entry in found:
@@ -153,7 +153,7 @@ def log_reconstructions(logger: RunLogger, found: Sequence[Reconstructed], step:
 
 
 def picture(entry: Reconstructed) -> Image:
-    """Targets in the first row, reconstructions below, enlarged without smoothing."""
+    """Return a picture with targets in the first row and reconstructions below, enlarged without smoothing."""
     target, output = as_pixels(entry, SHOWN)
     factor = max(1, -(-SMALLEST // target.shape[-1]))
     both = interpolate(torch.cat([target, output]), scale_factor=factor)
@@ -161,13 +161,13 @@ def picture(entry: Reconstructed) -> Image:
 
 
 class LogReconstructions(Callback):
-    """Logs reconstructions after validation in every n-th epoch. Changes nothing of the training."""
+    """Logs reconstructions after validation in every n-th epoch, without affecting the training."""
 
     def __init__(self, logger: RunLogger, every: int) -> None:
         self.logger, self.every = logger, every
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Before PeakMemory looks again: what this takes is no part of the training."""
+        """Log here, before PeakMemory measures again, because this memory is not the training's."""
         if not trainer.sanity_checking and (trainer.current_epoch + 1) % self.every == 0:
             assert isinstance(pl_module, Learner)
             found, _ = reconstructed(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
@@ -176,7 +176,7 @@ class LogReconstructions(Callback):
 
 
 def callbacks(loggers: Iterable[Logger]) -> Iterator[Callback]:
-    """What loggers want to see during training."""
+    """Yield the callbacks that loggers need during training."""
     for logger in loggers:
         if isinstance(logger, RunLogger) and logger.reconstructions_every_n_epochs:
             yield LogReconstructions(logger, logger.reconstructions_every_n_epochs)

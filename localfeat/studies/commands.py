@@ -1,4 +1,4 @@
-"""``localfeat <command> …``: every command by one name."""
+"""``localfeat <command> …``: all commands under one name."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import sys
 
 COMMANDS = {
     "run": ("localfeat.run.command", "train one configuration, or several with -m"),
-    "plan": ("localfeat.run.plan.command", "what fits into a memory budget, without a GPU"),
+    "plan": ("localfeat.run.plan.command", "plan what fits into a memory budget, without a GPU"),
     "evaluate": ("localfeat.run.evaluate", "score a finished run on a split"),
-    "predict": ("localfeat.run.predict", "class probabilities of a folder of images"),
+    "predict": ("localfeat.run.predict", "write class probabilities for a folder of images"),
     "sweep": ("localfeat.studies.sweep.command", "run the jobs of a study"),
-    "report": ("localfeat.studies.report.command", "tables and plots of finished runs"),
-    "probe": ("localfeat.studies.probe.command", "what each block of a trained network knows"),
+    "report": ("localfeat.studies.report.command", "make tables and plots of finished runs"),
+    "probe": ("localfeat.studies.probe.command", "measure what each block of a trained network has learned"),
 }
 
 
 def main() -> None:
-    """Hand the arguments on to the command that the first one names."""
+    """Run the command that the first argument names with the other arguments."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
         sys.argv = [f"localfeat {name}", *arguments]

@@ -1,4 +1,4 @@
-"""What a user gets wrong: one line on stderr that says what and how to mend it, exit code 2, nothing left behind."""
+"""Users' mistakes: one line on stderr that names the mistake and its fix, exit code 2, nothing left behind."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from tests.helpers.command_line import call
 from tests.helpers.whole_runs import TINY_SWIN, composed
 
 SHORT = ["experiment=smoke", "trainer=cpu", *TINY_SWIN, "callbacks.progress_bar=false"]
-"""Should something not be refused, it is over in a second."""
+"""Overrides that keep a run to a second, should it not be refused."""
 
 HEAVY = ["torch", "torchvision", "lightning", "timm", "wandb", "matplotlib", "sklearn", "numpy", "torchmetrics"]
 CONTRASTS = "method=feature_recon contrasts images by their class, which mixup and cutmix blur: set dataset.mixup=0"
-BATCHES = "it must be a number of batches from 1 on, a share like 0.1, or null for all"
+BATCHES = "it must be a number of batches from 1, a share like 0.1, or null for all"
 METHOD_FILES = "e2e, feature_recon, feature_recon_ce, greedy_ce, greedy_contrast, image_recon, image_recon_ce"
-SYNTAX = "not key=value (a list is [1,2]; text with special characters stands in quotes)"
+SYNTAX = "not key=value (a list is [1,2]; text with special characters needs quotes)"
 
 KEYS_AND_GROUPS = {
     "epoch=3": "epoch: there is no such key; did you mean epochs?",
@@ -48,7 +48,7 @@ KEYS_AND_GROUPS = {
     "+method.depth=1": "method.depth: there is no such key",
     "+callbacks.folder=here": "callbacks.folder: there is no such key",
     "+dataset.mean=[0,0,0]": "dataset.mean: there is no such key",
-    "+epochs=3": "+epochs: there is such a key already; leave out the +",
+    "+epochs=3": "+epochs: this key exists already; leave out the +",
     "~method.temperature": "~method.temperature: keys cannot be removed; give them another value",
     "method=foo": f"method=foo: it is one of {METHOD_FILES}",
     "dataset=mnist": "dataset=mnist: it is one of cifar10, cifar100, digits, image_folder, stl10, svhn",
@@ -72,7 +72,7 @@ TYPES = {
     "trainer.precision=64": "trainer.precision=64: it must be '32-true', 'bf16-mixed' or '16-mixed'",
     "split=cuts split.cuts=3": "split.cuts=3: it must be a list",
     "backbone.arguments=3": "backbone.arguments=3: it must be a group of values",
-    "method._target_=localfeat.nothing": "method._target_=localfeat.nothing: there is nothing of that name to import",
+    "method._target_=localfeat.nothing": "method._target_=localfeat.nothing: nothing of that name can be imported",
 }
 RANGES = {
     "epochs=0": "epochs=0: it must be at least 1",
@@ -89,7 +89,7 @@ RANGES = {
     "optimizer.betas=[0.9,1.5]": "optimizer.betas=(0.9, 1.5): it must be two numbers in [0, 1)",
     "dataset.val_fraction=1.5": "val_fraction=1.5: it must lie in [0, 1)",
     "dataset.num_workers=-1": "num_workers=-1: it must be 0 or more",
-    "dataset.seed=7": "dataset.seed=7 is not seed=0, which it follows: set seed",
+    "dataset.seed=7": "dataset.seed=7 differs from seed=0: set only seed",
     "method.reconstruction_loss=l1": "method.reconstruction_loss=l1: it is one of bce, mse, smooth_l1, cosine",
     "method.reconstruction_weight=[1,2,3]": "method.reconstruction_weight=[1.0, 2.0, 3.0]: two weights ≥ 0",
     "decoder=interp decoder.hidden_channels=0": "decoder.hidden_channels=0: it must be at least 1, or null",
@@ -113,7 +113,7 @@ COMBINATIONS = {
     "split=cuts split.cuts=[1,9]": "split.cuts=[1, 9]: cuts must rise and lie between 1 and 3 (after that many blocks)",
     "image_size=30": "image_size=30: patches of 2 px and windows of 4 over 4 stages cannot tile it; sizes that work: ",
     "trainer.devices=2": "trainer.devices=2: localfeat trains on one device for now, trainer.devices=1",
-    "trainer=gpu": "trainer=gpu: there is no GPU that this torch can use; trainer=cpu works everywhere",
+    "trainer=gpu": "trainer=gpu: torch finds no usable GPU; trainer=cpu works everywhere",
     "trainer.precision=16-mixed": "trainer.precision=16-mixed needs a GPU: use bf16-mixed",
     "logger=wandb logger.mode=online": "W&B mode 'online' without a login: run 'wandb login'",
     "logger=wandb logger.mode=loud": "unknown W&B mode 'loud': use one of auto, online, offline, disabled",
@@ -128,7 +128,7 @@ BACKBONES = {
     "backbone.weights=x.pth": "no weights file x.pth: give a .safetensors file or a torch state dict",
     "backbone.weights=other.pth": "other.pth lacks layers.0.blocks.0.",
     "backbone.weights=code.pth": "code.pth needs code to be unpickled, which is refused: save a plain state dict",
-    "backbone.weights=text": "text is no safetensors and no torch file: ",
+    "backbone.weights=text": "text is neither a safetensors nor a torch file (",
     "backbone.pretrained=true": "backbone.pretrained=true: the weights of swin_tiny_patch4_window7_224 cannot be downl",
 }
 FILES = {
@@ -141,7 +141,7 @@ FILES = {
     "dataset=image_folder dataset.root=untested": "image_folder: {here}/untested has no test folder; expected train/<c",
     "dataset=image_folder dataset.root=broken batch_size=4": "broken/train/cat/0.png",
     "output_dir=text": "output_dir: text/",
-    "output_dir=null": "output_dir is empty: give the folder that gets a folder for every run, e.g. outputs",
+    "output_dir=null": "output_dir is empty: give the parent folder of all runs, e.g. outputs",
     "output_dir=": "output_dir is empty",
     "hydra.run.dir=text": "output_dir: text cannot be written to (File exists)",
 }
@@ -154,8 +154,8 @@ RESUME = {
     "resume=garbled": "garbled/config.yaml cannot be read: ",
     "resume=damaged": "damaged/checkpoints/last.ckpt cannot be read (",
     "resume=ended": "resume=ended: this run has ended, its summary.json is there",
-    "resume=atuo epochs=9": "resume=atuo: it is auto, or the folder of a run that was cut short",
-    "resume=fresh epochs=9": "resume=<folder> takes the run's own configuration: leave out epochs=9",
+    "resume=atuo epochs=9": "resume=atuo: it must be auto or the folder of a run that was cut short",
+    "resume=fresh epochs=9": "resume=<folder> uses the run's own configuration: leave out epochs=9",
 }
 LINES = {**KEYS_AND_GROUPS, **TYPES, **RANGES, **COMBINATIONS, **BACKBONES, **FILES}
 
@@ -172,7 +172,7 @@ def stumbling_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(stumbling_blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with files to stumble over, the current one; no network, no GPU, no login."""
+    """Change to a folder with bad files; disable network, GPU and login."""
     shutil.copytree(stumbling_blocks, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
 
@@ -181,7 +181,7 @@ def here(stumbling_blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(training.gc, "collect", lambda: 0)  # 0.1 s of every refusal
+    monkeypatch.setattr(training.gc, "collect", lambda: 0)  # it takes 0.1 s of every refusal
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path.parent / "hub"))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     for name in [name for name in os.environ if name.lower().endswith("_proxy") or name.startswith("WANDB_")]:
@@ -226,7 +226,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 
 def refused(arguments: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> str:
-    """The line that a command is refused with; everything is as it was before."""
+    """Return the line that a command is refused with; assert that nothing else has changed."""
     before = contents(here)
     assert call(monkeypatch, "run", *arguments) == 2
     printed = capsys.readouterr()
@@ -269,7 +269,7 @@ def test_an_image_that_a_worker_cannot_read_is_one_line(
 
 
 READING = ["dataset=image_folder", "dataset.root=broken", "batch_size=4", "image_size=16", "method=e2e"]
-"""Trains on the folder with one image that is cut short."""
+"""Arguments that train on the folder with one truncated image."""
 
 
 def replace_image(kind: str, image: Path) -> None:
@@ -333,7 +333,7 @@ def test_a_sweep_that_cannot_be_composed_runs_nothing(
     assert {path.name for path in (here / "out").rglob("*") if path.is_file()} == {"multirun.yaml"}
 
 
-# --- faults of ours are not passed off as the user's ---
+# --- bugs are not reported as users' mistakes ---
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, ValueError, KeyError, FileNotFoundError, TypeError])
@@ -391,7 +391,7 @@ def test_a_process_with_a_fault_of_ours_ends_with_a_stack_trace(tmp_path: Path) 
     assert "Traceback" in ended.stderr and "ZeroDivisionError: division by zero" in ended.stderr
 
 
-# --- what answers without running anything ---
+# --- commands that answer without running anything ---
 
 
 @pytest.mark.parametrize("typed", ["--help", "--cfg job", "--cfg job zzz=1", "dataset=mnist"])

@@ -1,4 +1,4 @@
-"""Files of the published data sets that are damaged, swapped or made to do harm: one line, nothing runs."""
+"""Files of published datasets that are damaged, swapped or malicious: one line, nothing runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Command:
 
 @pytest.mark.parametrize("verified", [False, True])
 def test_code_in_a_pickle_never_runs(verified: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file swapped after it was verified, and one whose checksum is right."""
+    """The file is swapped after it was verified, or has the right checksum."""
     root = tmp_path / "made"
     formats.write_source(monkeypatch, "cifar10", root)
     source = make_source("cifar10", root, 32, None)
@@ -48,7 +48,7 @@ def test_code_in_a_pickle_never_runs(verified: bool, tmp_path: Path, monkeypatch
 
 
 def test_a_file_swapped_while_it_is_read_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is unpickled are the bytes that were verified; torchvision opens the file a second time."""
+    """The verified bytes are unpickled, while torchvision would open the file a second time."""
     root = tmp_path / "made"
     formats.write_source(monkeypatch, "cifar10", root)
     read = Path.read_bytes
@@ -86,7 +86,7 @@ def test_every_file_that_is_cut_short_is_named(name: str, tmp_path: Path, monkey
 def test_a_file_damaged_after_the_check_is_one_line(
     name: str, split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also when torchvision's own check does not see it."""
+    """Even if torchvision's own check does not notice it."""
     formats.write_source(monkeypatch, name, tmp_path)
     source = make_source(name, tmp_path, 32, None)
     source.prepare(download=False)
@@ -99,8 +99,8 @@ def test_a_file_damaged_after_the_check_is_one_line(
         refused(source, f"{name}.* in {tmp_path}", lambda source: source.load(split))
 
 
-def test_half_a_list_of_class_names_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one file that is published without a checksum."""
+def test_half_a_list_of_class_names_is_repaired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This is the only file published without a checksum."""
     formats.write_source(monkeypatch, "stl10", tmp_path)
     content = formats.archive(tmp_path / STL10.base_folder)
     (tmp_path / "packed").write_bytes(content)
@@ -114,7 +114,7 @@ def test_half_a_list_of_class_names_is_mended(tmp_path: Path, monkeypatch: pytes
 
 
 def test_python_2_s_arrays_are_read() -> None:
-    """The published files were pickled by the NumPy of that time."""
+    """The published files were pickled by NumPy under Python 2."""
     old = (
         b"\x80\x02cnumpy.core.multiarray\n_reconstruct\nq\x01cnumpy\nndarray\nq\x02K\x00\x85U\x01b\x87Rq\x03(K\x01K\x03"
         b"\x85cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x03\x01\x02"

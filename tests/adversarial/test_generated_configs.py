@@ -1,4 +1,4 @@
-"""Generated command lines: what is right trains, what is wrong is one line, and nothing is a stack trace."""
+"""Generated command lines: valid ones train, invalid ones give one line, and none gives a stack trace."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.helpers.whole_runs import draw_nothing
 
 @dataclass
 class Ended:
-    """How a command ended and what it left."""
+    """A command's exit code, output and files."""
 
     code: int
     out: str
@@ -38,7 +38,7 @@ class Ended:
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[list[str]], Ended]]:
-    """Runs ``localfeat.run`` with further arguments in an empty folder: no network, no GPU, no W&B login."""
+    """Return a function that runs ``localfeat.run`` in an empty folder without network, GPU or W&B login."""
 
     def no_network(*args: Any, **kwargs: Any) -> None:
         raise socket.gaierror("no network")
@@ -95,7 +95,7 @@ def check_either(ended: Ended) -> None:
 
 
 def examples(count: int) -> Callable[[Any], Any]:
-    """Always the same ones; a failing one is not made simpler, which would take minutes."""
+    """Return hypothesis settings: the same examples every time, and no shrinking, which would take minutes."""
     return settings(
         max_examples=count,
         deadline=None,
@@ -133,7 +133,7 @@ FOUND = {
     "backbone.weights='a\x00b'": "no weights file a\\x00b",
     "backbone.arguments.embed_dim=0": "cannot be built like this",  # without torch's warning before it
 }
-"""What was no single line once."""
+"""Mistakes that once gave more than one line."""
 
 
 @pytest.mark.parametrize("override", FOUND, ids=lambda text: text[:30].encode("unicode_escape").decode())
@@ -169,14 +169,14 @@ def test_much_of_anything_trains_or_is_one_line(command: Callable[[list[str]], E
 
 @pytest.mark.parametrize("split", ["k4", "balanced", "cuts"])
 def test_every_key_has_values_here(split: str) -> None:
-    """A key that is new in conf/ has to be added to tests/helpers/generated.py."""
+    """A new key in conf/ must be added to tests/helpers/generated.py."""
     assert set(keys_of("method=feature_recon", f"split={split}", "decoder=interp")) - OTHERS <= KEYS.keys()
 
 
 @given(st.data())
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 def test_a_mistyped_key_is_suggested(data: st.DataObject) -> None:
-    """Also of every other edit of one letter: the key that was meant is among what is named."""
+    """For any edit of one letter, the intended key is among the suggestions."""
     known = keys_of("method=feature_recon", "decoder=interp")
     key = data.draw(st.sampled_from(sorted(known)))
     typed = data.draw(mistyped(key, known))

@@ -1,5 +1,5 @@
-"""Files from somebody else: a run's folder, a weights file, a configuration. Nothing in them runs, reaches the network,
-is looked up in the environment or makes something be written elsewhere; each is refused in one line."""
+"""Files from somebody else: a run's folder, a weights file, a configuration. Nothing in them runs, uses the network,
+reads the environment or causes writes elsewhere; each is refused in one line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers.whole_runs import SMALL, draw_nothing, files_below
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run."""
+    """Make a finished run."""
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -34,24 +34,24 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """See :func:`tests.helpers.hostile.watched`."""
+    """Yield the file of :func:`tests.helpers.hostile.watched`."""
     with watched(tmp_path, monkeypatch) as path:
         yield path
 
 
 @pytest.fixture
 def copied(run: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be tampered with."""
+    """Copy the run, to be tampered with."""
     return Path(shutil.copytree(run, tmp_path / "copied"))
 
 
-# --- a run's own files are read as they stand ---
+# --- a run's own files are read literally ---
 
 ANCHORS = "a0: &a0 [x,x,x,x,x,x,x,x]\n" + "".join(
     f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
 )
 YAML = {
-    "aliases": (ANCHORS, "repeats another part"),
+    "aliases": (ANCHORS, "is an alias"),
     "deep": ("a: " + "[" * 5000 + "]" * 5000, "more than 32 levels deep"),
     "huge": ("a: " + "x" * LARGEST_BYTES, "larger than 262,144 bytes"),
     "object": ("a: !!python/object/apply:os.mkdir [it_ran]", "could not determine a constructor"),
@@ -95,10 +95,10 @@ def test_nothing_in_a_runs_configuration_is_looked_up(copied: Path, monkeypatch:
 
 
 def tampered(folder: Path, group: str, **values: Any) -> None:
-    """Change values of a group in the configuration of a run."""
+    """Change values of a group in a run's configuration."""
     config = RunFolder(folder).read_config()
     config[group] |= values
-    (folder / "config.yaml").write_text(json.dumps(config))  # which is YAML, too
+    (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML, too
 
 
 COMMANDS = {
@@ -111,7 +111,7 @@ COMMANDS = {
 
 
 def arguments_of(command: str, folder: Path) -> list[str]:
-    """A command line for a run's folder, which looks unfinished for ``resume``; images to predict lie beside it."""
+    """Return arguments for a run's folder, made to look unfinished for ``resume``; write images for ``predict``."""
     from PIL import Image
 
     images = folder.parent / "images"
@@ -223,14 +223,14 @@ def test_links_that_lead_out_are_named(tmp_path: Path) -> None:
     (folder / "wandb" / "latest").symlink_to("../checkpoints")
     (tmp_path / "also").symlink_to(folder)
     RunFolder(folder).check_inside()
-    RunFolder(tmp_path / "also").check_inside()  # what the user calls the folder is the user's own affair
+    RunFolder(tmp_path / "also").check_inside()  # the folder itself may be a link
     links = {
-        "config.yaml": outside / "new.yaml",  # which does not exist
+        "config.yaml": outside / "new.yaml",  # does not exist
         "checkpoints/last.ckpt": outside / "last.ckpt",
         "summary.json": Path("../outside/summary.json"),
         "inspection": outside,
         "loop": Path("../run2/loop"),
-        "prefix": tmp_path / "run2",  # whose name only begins like the folder's
+        "prefix": tmp_path / "run2",  # has the folder's name as a prefix
         ".hydra": Path("/"),
     }
     for name, target in links.items():

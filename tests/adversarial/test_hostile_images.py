@@ -1,4 +1,4 @@
-"""Files that are made to do harm, and files that are not what their names say: one line names each, nothing hangs."""
+"""Malicious image files, and files that are not what their names say: one line names each, nothing hangs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NASTY = "a\nb\x1b[31m\u202e"
 
 
 def png(width: int, height: int, *chunks: bytes) -> bytes:
-    """A grey PNG whose header claims a size; without pixels unless ``chunks`` hold them."""
+    """Return a grey PNG whose header claims a size, with no pixels unless ``chunks`` hold them."""
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b"")
 
@@ -70,7 +70,7 @@ def ppm(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("side", [12_000, 16_000])
 @pytest.mark.parametrize("write", [png, bmp, tiff, webp, ppm])
 def test_an_image_bomb_is_refused_by_its_header(write: Callable[[int, int], bytes], side: int, tmp_path: Path) -> None:
-    """There are no pixels to decode: a later refusal would complain of that. PIL alone only warns of 12,000."""
+    """The file has no pixels, so a check after the header would fail differently. PIL only warns about 12,000 px."""
     file = tmp_path / "bomb.png"
     file.write_bytes(write(side, side))
     for read in (read_image, image_size):
@@ -92,14 +92,14 @@ def test_a_bomb_in_a_png_s_text_is_refused(tmp_path: Path) -> None:
 def test_only_formats_of_the_suffixes_are_opened(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(content)
     if content == EPS:
-        assert Image.open(tmp_path / "x.png").format == "EPS"  # the next step of which is ghostscript
+        assert Image.open(tmp_path / "x.png").format == "EPS"  # loading it would start ghostscript
     with pytest.raises(BadImage, match=r"x\.png: it is none of PNG, JPEG, BMP, WEBP, TIFF, PPM, GIF") as error:
         read_image(tmp_path / "x.png")
     assert "\n" not in str(error.value)
 
 
 def make_special(kind: str, path: Path) -> None:
-    """Something that bears the name of an image."""
+    """Make a special file with the name of an image."""
     if kind == "pipe":
         os.mkfifo(path)
     elif kind == "socket":
@@ -160,7 +160,7 @@ def test_names_that_would_break_a_line_are_escaped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [NASTY, os.fsdecode(b"caf\xe9")])
 def test_a_class_whose_name_does_not_print_is_refused(name: str, tmp_path: Path) -> None:
-    """It would break tables and terminals, and the bytes could not be written to summary.json after the training."""
+    """It would break tables and terminals, and could not be written to summary.json after the training."""
     write_image_folder(tmp_path, {"train": 1, "test": 1})
     (tmp_path / "train" / "class_1").rename(tmp_path / "train" / name)
     with pytest.raises(UserError, match="has a name that does not print; rename it") as error:
@@ -178,7 +178,7 @@ def test_roots_that_cannot_be(root: str, tmp_path: Path) -> None:
 
 
 def test_damaged_files_of_all_formats_are_read_or_named(tmp_path: Path) -> None:
-    """Some 150 files with some bytes changed or cut off; decoders raise many things for them."""
+    """About 150 files have bytes changed or cut off, for which decoders raise many kinds of exceptions."""
     chance = random.Random(0)
     seeds = [encoded(kind, mode) for kind in FORMATS for mode in ("RGB", "L")]
     file, named = tmp_path / "x.png", 0
@@ -257,13 +257,13 @@ def test_a_worker_that_is_killed_is_one_line(tmp_path: Path) -> None:
 
 
 def test_workers_leave_signals_to_the_main_process(tmp_path: Path) -> None:
-    """A Ctrl-C or a scheduler's signal reaches them too; the main process needs them to finish its batch."""
+    """Signals from Ctrl-C or a scheduler reach workers, too, but the main process needs them to finish its batch."""
     write_image_folder(tmp_path, {"train": 20, "test": 1})
     others = set(active_children())  # of tests before
     batches = iter(on_disk(tmp_path, 1).train_dataloader())
     next(batches)
     (worker,) = set(active_children()) - others
-    sender = os.fork()  # SIGTERM of the parent itself means that the worker is to end
+    sender = os.fork()  # SIGTERM from the parent itself must end the worker
     if sender == 0:
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             os.kill(worker.pid or 0, signum)

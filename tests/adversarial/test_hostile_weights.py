@@ -1,5 +1,5 @@
-"""Weights files from somebody else, and names and arguments of backbones: nothing runs, is downloaded or read beside
-the file; each is refused in one line."""
+"""Weights files, backbone names and arguments from somebody else: nothing runs, no download starts, no other file is
+read; each is refused in one line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.helpers.whole_runs import SMALL, TINY_SWIN, files_below
 
 @pytest.fixture
 def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """See :func:`tests.helpers.hostile.watched`."""
+    """Yield the file of :func:`tests.helpers.hostile.watched`."""
     with watched(tmp_path, monkeypatch) as path:
         yield path
 
@@ -61,7 +61,7 @@ ODD_TENSORS = {
 @pytest.mark.parametrize("kind", ODD_TENSORS)
 def test_odd_tensors_are_refused(kind: str, tmp_path: Path) -> None:
     torch.save(ODD_TENSORS[kind](), tmp_path / "w.pth")
-    reason = "no plain tensor" if kind in ("meta", "sparse", "complex") else ""
+    reason = "not a plain tensor" if kind in ("meta", "sparse", "complex") else ""
     with pytest.raises(UserError, match=rf"w\.pth.*{reason}") as caught:
         load_backbone_weights(timm.create_model("test_vit", num_classes=2), tmp_path / "w.pth")
     assert str(caught.value).isprintable()

@@ -1,4 +1,4 @@
-"""metrics.csv when it cannot be written: one line, and every row before is still there and readable."""
+"""metrics.csv when it cannot be written: one line, and all earlier rows stay readable."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pairs(path: Path) -> list[tuple[int, float]]:
 
 
 def until_it_fails(logger: MetricsCsv, said: str, steps: int = 10_000) -> int:
-    """Log rows until that fails with a line that matches ``said``; returns the first step that failed."""
+    """Log rows until one fails with a message that matches ``said``; return its step."""
     for step in range(steps):
         try:
             logger.log_metrics({"a": LONG}, step)
@@ -70,7 +70,7 @@ def test_a_row_that_grows_on_a_full_disk_stays_as_it_was(disk: Path) -> None:
     assert logger.path.read_bytes() == before
 
 
-def test_after_room_was_made_logging_goes_on(disk: Path) -> None:
+def test_logging_continues_once_there_is_room(disk: Path) -> None:
     logger = MetricsCsv(disk)
     logger.log_metrics({"a": 0.0}, 0)
     filler = fill(disk)
@@ -84,7 +84,7 @@ def test_after_room_was_made_logging_goes_on(disk: Path) -> None:
 
 
 class PartOf:
-    """A file that takes at most ``room`` bytes more, as a disk does that is nearly full."""
+    """A file that accepts at most ``room`` more bytes, like a nearly full disk."""
 
     def __init__(self, file: Any, room: int) -> None:
         self.file, self.room = file, room
@@ -94,7 +94,7 @@ class PartOf:
 
     def write(self, content: memoryview) -> int:
         at, size = self.file.tell(), os.fstat(self.file.fileno()).st_size
-        taken = min(len(content), size - at + self.room)  # over what the disk has already there is always room
+        taken = min(len(content), size - at + self.room)  # overwriting needs no room
         if taken == 0:
             raise OSError(28, "No space left on device")
         self.room -= max(0, at + taken - size)
@@ -140,7 +140,7 @@ def test_a_limit_of_the_file_size_is_one_line_too(tmp_path: Path) -> None:
 
 MOVED = "another program has moved or changed it"
 MEDDLING: dict[str, tuple[Callable[[Path], object], str, str]] = {
-    "deleted": (lambda file: file.unlink(), "somebody has deleted it; its rows are there again", "run/metrics.csv"),
+    "deleted": (lambda file: file.unlink(), "another program has deleted it; its rows are restored", "run/metrics.csv"),
     "renamed": (lambda file: file.rename(file.with_name("other.csv")), MOVED, "run/other.csv"),
     "the folder renamed": (lambda file: file.parent.rename(file.parent.with_name("r2")), MOVED, "r2/metrics.csv"),
     "replaced": (lambda file: replace(file), MOVED, "run/metrics.csv"),
@@ -151,7 +151,7 @@ MEDDLING: dict[str, tuple[Callable[[Path], object], str, str]] = {
 
 
 def replace(file: Path) -> None:
-    """As editors save."""
+    """Replace the file, as editors do on saving."""
     shutil.copy(file, file.with_name("saved"))
     file.with_name("saved").rename(file)
 
@@ -168,7 +168,7 @@ def test_a_file_that_others_meddle_with(tmp_path: Path, name: str, metrics: dict
         logger.finalize("success")
     meddle(logger.path)
     if closed and not logger.path.exists():
-        said = "No such file or directory"  # nobody has its rows then
+        said = "No such file or directory"  # its rows are lost
         rows_in = "" if name == "deleted" else rows_in
     elif closed and name == "replaced":
         said = ""
@@ -232,14 +232,14 @@ def test_rows_are_synced_when_asked_and_at_the_end(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(metrics_csv.os, "fsync", fail)
     with pytest.raises(RunFailed, match=r"metrics.csv cannot be written \(Input/output error\)"):
         logger.sync()
-    logger.finalize("failed")  # there is an error already, and it must not be hidden
+    logger.finalize("failed")  # must not hide an earlier error
     logger.log_metrics({"a": 0.0}, 3)
     with pytest.raises(RunFailed, match="Input/output error"):
         logger.finalize("success")
 
 
 def test_a_shorter_row_half_written_over_a_longer_one_is_left_out(tmp_path: Path) -> None:
-    """Killed between writing the row and cutting off the rest of the old one."""
+    """The process was killed after writing the row and before cutting off the rest of the old one."""
     long, short = f"1,0,{LONG},{LONG}\n", "1,0,0.5,0.5\n"
     (tmp_path / "metrics.csv").write_text(f"step,epoch,a,b\n0,0,1.0,1.0\n{short}{long[len(short) :]}")
     assert pairs(tmp_path / "metrics.csv") == [(0, 1.0), (1, 0.5)]

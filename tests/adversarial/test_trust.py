@@ -1,4 +1,4 @@
-"""What a configuration may have built: localfeat's own parts, and those of packages that the user trusts."""
+"""Configurations can only call code of localfeat and of packages that the user trusts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers.whole_runs import SMALL
 
 @pytest.fixture
 def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """See :func:`tests.helpers.hostile.watched`."""
+    """Yield the file of :func:`tests.helpers.hostile.watched`."""
     with watched(tmp_path, monkeypatch) as path:
         yield path
 
@@ -60,7 +60,7 @@ def test_only_localfeats_own_parts_are_built(path: object, group: str, marker: P
 
 def test_parts_fit_their_group() -> None:
     for group, path in (("method", "localfeat.Split"), ("split", "localfeat.Method"), ("decoder", "localfeat.Split")):
-        with pytest.raises(UserError, match="it is none of what fits there: localfeat"):
+        with pytest.raises(UserError, match="it must be one of \(or derived from\) localfeat"):
             trust.find(path, group)
 
 
@@ -80,7 +80,7 @@ def test_a_trusted_package_is_built(marker: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UserError, match="it makes a dict, where a Method is needed"):
         construct({"_target_": "hostile.make"}, "method")
     with pytest.raises(UserError, match="that hostile itself defines"):
-        trust.find("hostile.mkdir", "method")  # which it only imports
+        trust.find("hostile.mkdir", "method")  # only imported there
     with pytest.raises(UserError, match="LOCALFEAT_TRUST=os"):
         trust.find("os.mkdir", "method")
 
@@ -88,7 +88,7 @@ def test_a_trusted_package_is_built(marker: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("given", ["*", "a b", "mine,*", "os.", "-"])
 def test_trust_names_packages(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trust, "_GIVEN", given)
-    with pytest.raises(UserError, match=r"is no package's name"):
+    with pytest.raises(UserError, match=r"is not a package name"):
         trust.trusted()
 
 
@@ -140,7 +140,7 @@ def test_a_configuration_file_sets_nothing_of_hydras_that_is_code(
 def test_no_way_leads_around_it(
     typed: list[str], marker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Jobs of a sweep, also of one that a file begins, another name for the configuration, and what a study types."""
+    """Jobs of a sweep (also one started by a file), another config name, and a study's overrides are all checked."""
     Path("conf/experiment").mkdir(parents=True)
     evil = f"# @package _global_\nhydra:\n  {OF_HYDRA['handler']}\n"
     Path("conf/decoder").mkdir()

@@ -1,4 +1,4 @@
-"""W&B in trouble: the training goes on or does not begin, one line says why, and the process ends soon."""
+"""W&B failures: the training continues or does not start, one line says why, and the process ends soon."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def services() -> list[int]:
-    """W&B's services that are children of this process and have not ended."""
+    """Return the process ids of W&B's services that are living children of this process."""
     command = ["ps", "--ppid", str(os.getpid()), "-o", "pid=,stat=,comm="]
     children = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = [line.split() for line in children.splitlines() if "wandb-core" in line]
@@ -51,7 +51,7 @@ def services() -> list[int]:
 
 
 def end_once_they_can() -> bool:
-    """Whether services that were stopped, and then forgotten, end by themselves when they may run again."""
+    """Return whether services that were suspended and dropped end by themselves once they are continued."""
     for pid in services():
         os.kill(pid, signal.SIGCONT)
     end = time.monotonic() + 20
@@ -74,7 +74,7 @@ def seconds_to_finish(exit_code: int = 0) -> float:
 
 
 def warned(capfd: pytest.CaptureFixture[str]) -> list[str]:
-    """What was said on stderr, without the reasons."""
+    """Return the warnings on stderr, without their reasons."""
     return [line.partition(" (")[0] for line in capfd.readouterr().err.splitlines()]
 
 
@@ -126,7 +126,7 @@ Path(sys.argv[1], "service").write_text(str(pid))
 
 def test_a_process_ends_although_its_service_hangs(tmp_path: Path) -> None:
     environment = {**os.environ, "WANDB_FINISH_TIMEOUT": "0.2", "PYTHONPATH": str(Path(__file__).parents[2])}
-    with open(tmp_path / "out", "wb") as out:  # no pipe: the service has it, too
+    with open(tmp_path / "out", "wb") as out:  # a file, because the service would hold a pipe open
         command = [sys.executable, "-c", HANGS, str(tmp_path)]
         ended = subprocess.run(command, env=environment, stdout=out, stderr=out, timeout=60, check=False)
     os.kill(int((tmp_path / "service").read_text()), signal.SIGCONT)
@@ -151,7 +151,7 @@ def test_an_outage_during_training(
 
 def test_a_key_that_is_refused(tmp_path: Path, server: Server, capfd: pytest.CaptureFixture[str]) -> None:
     server.refuses = 401
-    with pytest.raises(UserError, match=r"^W&B cannot be reached \(.*401.*\): logger.mode=auto goes on offline$"):
+    with pytest.raises(UserError, match=r"^W&B cannot be reached \(.*401.*\): logger.mode=auto would log offline$"):
         begun(tmp_path / "insists", "online")
     logger = begun(tmp_path / "auto")
     assert not logger.lost and logger.experiment.offline

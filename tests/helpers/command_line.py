@@ -1,4 +1,4 @@
-"""The command lines, run in this process: a subprocess each would spend seconds on imports."""
+"""Run the command lines in this process; subprocesses would spend seconds on imports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from localfeat.studies.commands import COMMANDS
 
 
 def call(monkeypatch: pytest.MonkeyPatch, command: str, *arguments: str) -> int:
-    """Run ``localfeat <command> <arguments>`` in the current folder; returns its exit code."""
+    """Run ``localfeat <command> <arguments>`` in the current folder; return its exit code."""
     GlobalHydra.instance().clear()
     monkeypatch.setattr(sys, "argv", [f"localfeat {command}", *arguments])
     try:
@@ -27,7 +27,7 @@ def call(monkeypatch: pytest.MonkeyPatch, command: str, *arguments: str) -> int:
 
 
 def _forget_captured_output() -> None:
-    """Take away the log handlers that Hydra made: they write to this test's stdout, which is closed after it."""
+    """Remove Hydra's log handlers, which write to this test's stdout and would fail once that is closed."""
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if type(handler) is logging.StreamHandler]:
         root.removeHandler(handler)

@@ -1,4 +1,4 @@
-"""A report's files taken apart by other means than those that wrote them: tables of cells, and all other text."""
+"""Parse a report's files independently of their writers, into tables of cells and all other text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Cells = list[list[str]]
 
 
 class Document(NamedTuple):
-    """``tables``: headings first, then rows, without marks of emphasis. ``prose``: all other text."""
+    """``tables`` hold headings, then rows, without emphasis marks; ``prose`` is all other text."""
 
     tables: list[Cells]
     prose: list[str]
@@ -68,7 +68,7 @@ def _from_tex(text: str) -> str:
 
 
 class _Page(HTMLParser):
-    """Text by element; also what attributes show or say, and the lengths of the bars."""
+    """Collects text by element, visible text of attributes, and the lengths of bars."""
 
     BLOCKS = ("title", "h1", "h2", "p", "li", "caption", "dt", "dd", "figcaption", "summary", "code", "a")
 

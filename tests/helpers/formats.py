@@ -1,6 +1,6 @@
-"""Write small datasets in the true on-disk formats of CIFAR-10/100, STL-10 and SVHN, and image folders.
+"""Write small datasets in the on-disk formats of CIFAR-10/100, STL-10 and SVHN, and image folders.
 
-Each writer returns per split the images (N, 3, h, w) uint8 and labels (N,) int64 that a correct reader must give back.
+Each writer returns, per split, the images (N, 3, h, w) uint8 and labels (N,) int64 that a correct reader must return.
 The `accept` functions replace nothing but the checksum tables of torchvision's classes.
 """
 
@@ -21,14 +21,14 @@ CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog",
 
 
 def random_split(count: int, classes: int, size: int, seed: int) -> Split:
-    """Random pixels; the labels go through all classes in turn."""
+    """Return random pixels, and labels that cycle through the classes."""
     generator = np.random.default_rng(seed)
     images = generator.integers(0, 256, (count, 3, size, size), dtype=np.uint8)
     return images, np.arange(count) % classes
 
 
 def write_cifar10(root: Path, per_batch: int = 20) -> dict[str, Split]:
-    """The folder of cifar-10-python.tar.gz: five data batches, test_batch and batches.meta, pickled as by Python 2."""
+    """Write cifar-10-python.tar.gz's folder: five data batches, test_batch and batches.meta, pickled as by Python 2."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     parts = [random_split(per_batch, 10, 32, seed) for seed in range(5)]
@@ -45,7 +45,7 @@ def write_cifar10(root: Path, per_batch: int = 20) -> dict[str, Split]:
 
 
 def write_cifar100(root: Path, train: int = 300, test: int = 100) -> dict[str, Split]:
-    """The folder of cifar-100-python.tar.gz: train, test and meta with fine and coarse labels."""
+    """Write the folder of cifar-100-python.tar.gz: train, test and meta with fine and coarse labels."""
     folder = root / "cifar-100-python"
     folder.mkdir(parents=True)
     splits = {"train": random_split(train, 100, 32, 0), "test": random_split(test, 100, 32, 1)}
@@ -58,7 +58,7 @@ def write_cifar100(root: Path, train: int = 300, test: int = 100) -> dict[str, S
 
 
 def write_stl10(root: Path, train: int = 30, test: int = 20) -> dict[str, Split]:
-    """The folder of stl10_binary.tar.gz without unlabeled_X.bin; pixels column by column, labels from 1."""
+    """Write the folder of stl10_binary.tar.gz without unlabeled_X.bin; pixels column by column, labels from 1."""
     folder = root / "stl10_binary"
     folder.mkdir(parents=True)
     splits = {"train": random_split(train, 10, 96, 0), "test": random_split(test, 10, 96, 1)}
@@ -73,7 +73,7 @@ def write_stl10(root: Path, train: int = 30, test: int = 20) -> dict[str, Split]
 
 
 def write_svhn(root: Path, train: int = 30, test: int = 20) -> dict[str, Split]:
-    """train_32x32.mat and test_32x32.mat: X (32, 32, 3, N), y (N, 1) in which 10 stands for the digit 0."""
+    """Write train_32x32.mat and test_32x32.mat: X (32, 32, 3, N), y (N, 1), where 10 means the digit 0."""
     from scipy.io import savemat
 
     root.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def write_svhn(root: Path, train: int = 30, test: int = 20) -> dict[str, Split]:
 def write_image_folder(
     root: Path, splits: dict[str, int], classes: int = 3, size: tuple[int, int] = (12, 12)
 ) -> dict[str, Split]:
-    """``root/<split>/<class>/<n>.png`` with ``splits[split]`` images per class; pixels in the order of the paths."""
+    """Write ``root/<split>/<class>/<n>.png``, ``splits[split]`` images per class; return pixels in path order."""
     written = {}
     for seed, (split, per_class) in enumerate(splits.items()):
         generator = np.random.default_rng(seed)
@@ -145,7 +145,7 @@ def write_source(monkeypatch: pytest.MonkeyPatch, name: str, root: Path) -> dict
 
 
 def archive(folder: Path) -> bytes:
-    """``folder`` as the bytes of a .tar.gz."""
+    """Return ``folder`` as the bytes of a .tar.gz."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         tar.add(folder, arcname=folder.name)
@@ -162,7 +162,7 @@ def _cifar_batch(images: np.ndarray, name: str) -> dict[bytes, Any]:
 
 
 class _Python2Pickler(pickle._Pickler):  # type: ignore[name-defined]  # the one in C cannot be extended
-    """Bytes become Python 2's ``str``, as in the published files: readers have to give an encoding."""
+    """Pickles bytes as Python 2's ``str``, as in the published files, so that readers must give an encoding."""
 
     dispatch: ClassVar[dict[type, Any]] = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
 

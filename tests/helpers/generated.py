@@ -1,7 +1,7 @@
-"""Strategies for command lines of ``localfeat.run`` that know by construction whether they must be accepted.
+"""Strategies for command lines of ``localfeat.run``, valid or invalid by construction.
 
-``KEYS`` says of every key of the configuration which values are right and which are not; ``valid`` puts right values
-together, ``invalid`` adds one mistake, ``anything`` knows nothing.
+``KEYS`` lists right and wrong values for every key of the configuration; ``valid`` combines right values, ``invalid``
+adds one mistake, ``anything`` may be either.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SHORT = [
     "trainer.limit_test_batches=1",
     "test=false",
 ]
-"""A step on a network of some thousand parameters. What is generated comes after it and wins."""
+"""One step on a network of a few thousand parameters. Generated overrides follow and win."""
 
 METHODS = ["e2e", "greedy_ce", "greedy_contrast", "image_recon", "feature_recon", "image_recon_ce", "feature_recon_ce"]
 CONTRAST = METHODS[2:5]
@@ -39,12 +39,12 @@ HUGE = str(10**30)
 
 @dataclass(frozen=True)
 class Key:
-    """Values of a key as one types them.
+    """A key's values as typed.
 
     Args:
-        right: accepted with everything that ``valid`` may put beside it.
-        wrong: refused in any configuration that has the key.
-        late: whether a wrong value can only be known from the data.
+        right: values accepted with all others that ``valid`` may combine them with.
+        wrong: values refused in any configuration that has the key.
+        late: whether a wrong value can only be found out from the data.
     """
 
     right: Texts
@@ -123,7 +123,7 @@ KEYS = {
     "dataset.cutmix": _number(_of("0"), "-1"),
     "dataset.val_fraction": _number(_of("0", "0.1", "0.5"), "1", "-0.1", "1.5"),
     "dataset.seed": _whole(st.nothing(), 99),
-    "dataset.num_workers": _whole(_of(0, 1), -1),  # of no use for images in memory, so that it starts no process
+    "dataset.num_workers": _whole(_of(0, 1), -1),  # not used for images in memory, so no process is started
     "method.name": Key(_of("mine", "e2e", "'a b'"), _of("[a]", "{a:1}", "null")),
     "method.local": FLAG,
     "method.supervision": _choice("cross_entropy"),
@@ -170,7 +170,7 @@ KEYS = {
 
 TARGETS = {f"{group}._target_" for group in ("dataset", "split", "decoder", "method", "optimizer", "efficiency")}
 OTHERS = TARGETS | {"decoder._partial_", "resume", "logger"}
-"""Keys that tests of their own look at."""
+"""Keys that other tests cover."""
 
 NOT_TARGETS = [
     "os.system",
@@ -183,7 +183,7 @@ NOT_TARGETS = [
     "localfeat.run.command_line.sys.exit",
 ]
 
-# What excludes each other, each wrong whatever stands before it.
+# Combinations that are wrong whatever else is given.
 EXCLUDED = [
     ["method=feature_recon", "dataset.mixup=0.5"],
     ["method=greedy_contrast", "dataset.cutmix=1"],
@@ -214,19 +214,19 @@ EXCLUDED = [
     ["resume=nowhere", "epochs=3"],
 ]
 LATE = [["batch_size=5000"], ["trainer.limit_train_batches=0.0001"], ["trainer.limit_val_batches=0.001"]]
-"""What only the data can tell."""
+"""Mistakes that only the data reveal."""
 
 
 @cache
 def keys_of(*choices: str) -> list[str]:
-    """Keys of the configuration that these group choices make, groups themselves left out."""
+    """Return the keys of the configuration with these group choices, without the groups themselves."""
     keys = known_keys([*SHORT, *choices])
     return [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
 
 
 @st.composite
 def choices(draw: DrawFn) -> list[str]:
-    """One of every group."""
+    """Draw a choice for every group."""
     method, split = draw(_of(*METHODS)), draw(_of("k2", "k4", "even", "cuts", "balanced"))
     found = [
         f"method={method}",
@@ -242,7 +242,7 @@ def choices(draw: DrawFn) -> list[str]:
 
 
 def _typed(draw: DrawFn, keys: list[str], most: int) -> list[str]:
-    """Some of the keys with right values; a value of its own where two have to go together."""
+    """Draw right values for some of the keys; keys that depend on each other are set together."""
     usable = [key for key in keys if key in KEYS and not KEYS[key].right.is_empty]
     chosen = draw(st.lists(st.sampled_from(usable), max_size=most, unique=True))
     return [f"{key}={draw(KEYS[key].right)}" for key in chosen]
@@ -250,9 +250,9 @@ def _typed(draw: DrawFn, keys: list[str], most: int) -> list[str]:
 
 @st.composite
 def valid(draw: DrawFn) -> list[str]:
-    """Trains a step."""
+    """Draw overrides that train one step."""
     found = draw(choices())
-    slices = "efficiency=slices" in found  # which are of checkpointing only
+    slices = "efficiency=slices" in found  # slices work with checkpointing only
     typed = _typed(draw, [key for key in keys_of(*found) if not (slices and key == "efficiency.recompute")], 8)
     given = dict(override.split("=", 1) for override in [*found, *typed])
     if given["split"] in ("k2", "k4") and (given.get("split.by"), given.get("split.modules")) == (None, None):
@@ -268,7 +268,7 @@ def valid(draw: DrawFn) -> list[str]:
 
 @dataclass(frozen=True)
 class Mistake:
-    """Overrides that must be refused, and whether before any data are read."""
+    """Overrides that must be refused, and whether this happens before data are read."""
 
     overrides: list[str]
     early: bool
@@ -276,7 +276,7 @@ class Mistake:
 
 @st.composite
 def invalid(draw: DrawFn) -> Mistake:
-    """What is right, and then one mistake."""
+    """Draw right overrides with one mistake."""
     found = draw(choices())
     before = [*found, *_typed(draw, keys_of(*found), 3)]
     kind = draw(_of("value", "value", "value", "excluded", "near", "target", "late"))
@@ -295,7 +295,7 @@ def invalid(draw: DrawFn) -> Mistake:
 
 @st.composite
 def mistyped(draw: DrawFn, key: str, known: list[str]) -> str:
-    """A key with one letter of its last word left out, added, changed or swapped with the next."""
+    """Draw a key with one letter of its last word dropped, added, changed or swapped with the next."""
     group, dot, name = key.rpartition(".")
     at = draw(st.integers(0, len(name) - 1))
     letter = draw(st.sampled_from("abcdefghijklmnopqrstuvwxyz_"))
@@ -306,7 +306,7 @@ def mistyped(draw: DrawFn, key: str, known: list[str]) -> str:
     return draw(st.sampled_from(wrong)) if wrong else f"{key}{letter}{letter}"
 
 
-# Numbers that are refused or small: what trains for an hour or fills the memory is no mistake in the configuration.
+# Numbers are either refused or small: training for an hour or filling the memory is not a configuration mistake.
 _SOME = _of(*range(-2, 9), "0.5", "-1e-9", "1e-30", HUGE, f"-{HUGE}", "1e400", "0x10", "1_0", "true", "null", "???", "")
 _PRINTED = st.text("abcé数 _-.,:=+~@{}[]()$'\"\\#*!?%&|<>^`", max_size=12)
 _QUOTED = _PRINTED.map(lambda text: "'" + text.replace("'", "").replace("\\", "") + "'")
@@ -315,7 +315,7 @@ _ANY = _SOME | _PRINTED | _QUOTED | st.lists(_SOME, max_size=4).map(lambda value
 
 @st.composite
 def anything(draw: DrawFn) -> list[str]:
-    """Any value for any key, and texts that are hardly ever keys. Of ``hydra.…`` nothing, which is Hydra's to check."""
+    """Draw any value for any key, and texts that are rarely keys, but no ``hydra.…``, which Hydra checks itself."""
     keys = st.sampled_from([*keys_of(*draw(choices())), *OTHERS, "method", "split", "experiment", "logger"])
     sign = draw(st.sampled_from(["", "", "", "+", "++", "~"]))
     whole = st.builds(lambda key, value: f"{sign}{key}={value}", keys, _ANY)

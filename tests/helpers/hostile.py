@@ -1,4 +1,4 @@
-"""Hostile files, and what a test needs to see that they did nothing."""
+"""Hostile files, and the means to see that they did nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make(**values):
 
 @contextmanager
 def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A file that exists once the module ``hostile`` or a hostile pickle has run, or the network was asked for."""
+    """Yield a file that exists once the module ``hostile`` or a hostile pickle has run, or the network was used."""
     path = tmp_path / "it_ran"
     (tmp_path / "hostile.py").write_text(MODULE.format(marker=str(path)))
     monkeypatch.syspath_prepend(tmp_path)
@@ -50,7 +50,7 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], module: str, *arguments: str, code: int = 2
 ) -> str:
-    """The one line that a command leaves."""
+    """Run a command that must be refused; return its single line on stderr."""
     assert call(monkeypatch, module, *arguments) == code
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("error: ") and len(printed.err.splitlines()) == 1
@@ -58,7 +58,7 @@ def refused(
 
 
 class Bomb:
-    """Unpickling it makes a folder."""
+    """An object whose unpickling creates a folder."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("it_ran",)

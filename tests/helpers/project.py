@@ -1,4 +1,4 @@
-"""What the packaging tests share: the project's files, read and copied."""
+"""Read and copy the project's files for the packaging tests."""
 
 import shutil
 import subprocess
@@ -11,12 +11,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def project_table() -> dict[str, Any]:
-    """The [project] table of pyproject.toml."""
+    """Return the [project] table of pyproject.toml."""
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def copy_sources(target: Path) -> Path:
-    """Copy what a build reads, so that building leaves nothing in the checkout."""
+    """Copy the files that a build reads, so that building leaves nothing in the checkout."""
     target.mkdir()
     for folder in ("localfeat", "conf"):
         shutil.copytree(ROOT / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,6 +1,6 @@
-"""Every figure of a report again, from config.yaml, summary.json and metrics.csv, by code of its own.
+"""Recompute every figure of a report from config.yaml, summary.json and metrics.csv, by independent code.
 
-A column, a sentence or a CSV field that is not known here fails: what is printed has a check.
+An unknown column, sentence or CSV field fails, so that everything printed has a check.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from tests.helpers.documents import Cells, Document
 
-PAPER = {  # SPEC's tables, typed again: (accuracy, memory saved)
+PAPER = {  # SPEC's tables, copied by hand: (accuracy, memory saved)
     ("cifar10", "e2e", 1): (91.37, None),
     ("cifar10", "image_recon", 4): (83.38, 38),
     ("cifar10", "feature_recon", 4): (86.28, 45),
@@ -30,7 +30,7 @@ NO_NUMBER = "–"
 
 @dataclass(frozen=True)
 class Raw:
-    """A run's files as they are."""
+    """The content of a run's files."""
 
     folder: Path
 
@@ -70,14 +70,14 @@ class Raw:
 
 @dataclass(frozen=True)
 class World:
-    """A report's folder, and which runs each row ("<table's title> / <row's label>") has to be made of."""
+    """A report's folder, and the runs that each row ("<table's title> / <row's label>") must be made of."""
 
     report: Path
     rows: dict[str, list[Path]]
 
     @functools.cached_property
     def content(self) -> dict[str, dict[str, list[Raw]]]:
-        """Title -> label -> runs, in the order that the tables have to have."""
+        """Title -> label -> runs, in the tables' order."""
         found: dict[str, dict[str, list[Raw]]] = {}
         for name, folders in self.rows.items():
             title, label = name.split(" / ")
@@ -85,7 +85,7 @@ class World:
         return found
 
     def tables(self) -> dict[str, dict[str, list[Raw]]]:
-        """See :attr:`content`."""
+        """The content of :attr:`content`, by title."""
         return self.content
 
     @property
@@ -94,7 +94,7 @@ class World:
 
     @functools.cached_property
     def names(self) -> list[str]:
-        """See :func:`known_strings`, longest first."""
+        """The :func:`known_strings`, longest first."""
         return sorted(known_strings(self), key=len, reverse=True)
 
 
@@ -125,7 +125,7 @@ def saved(runs: Runs, rest: Rest) -> float | None:
 
 
 def speed(runs: Runs) -> float:
-    """From metrics.csv where the run was a real one: the median over its epochs, then over the seeds."""
+    """Return the median speed over seeds, from metrics.csv (median over epochs) for real runs."""
     own = [run.logged("speed/images_per_second") or [run.summary["images_per_second"]] for run in runs]
     return float(np.median([np.median(values) for values in own]))
 
@@ -134,7 +134,7 @@ def speed(runs: Runs) -> float:
 
 
 def close(text: str, value: float | None, unit: str = "") -> bool:
-    """Whether ``text`` is ``value`` rounded to the digits that ``text`` has."""
+    """Return whether ``text`` is ``value`` rounded to the digits of ``text``."""
     if value is None:
         return text == NO_NUMBER
     text = text.removesuffix(unit).strip().replace("−", "-").replace(",", "")
@@ -186,7 +186,7 @@ CELLS: dict[str, Callable[[str, Runs, Rest], bool]] = {
 
 
 def check_document(document: Document, world: World) -> None:
-    """Every cell of every table, and every number of the other text."""
+    """Check every cell of every table, and every number in the other text."""
     tables = world.tables()
     assert len(document.tables) == len(tables)
     for cells, rest in zip(document.tables, tables.values(), strict=True):
@@ -209,7 +209,7 @@ def check_table(cells: Cells, rest: Rest) -> None:
 
 
 def known_strings(world: World) -> set[str]:
-    """Names in which digits stand that measure nothing, each as some file of a run has it."""
+    """Return names with digits that are not measurements, as they occur in the runs' files."""
     found = {
         *world.tables(),
         "TRGL (NeurIPS 2023), Table 4",
@@ -230,14 +230,14 @@ def known_strings(world: World) -> set[str]:
 
 
 def check_text(text: str, world: World) -> None:
-    """Every number in ``text`` is part of a known name or of a sentence whose figures are counted again."""
+    """Assert that every number in ``text`` is part of a known name or of a sentence with recomputed figures."""
     for known in world.names:
         text = text.replace(known, "")
     for pattern, check in SENTENCES.items():
         for found in re.finditer(pattern, text):
             assert check(found, world), found[0]
         text = re.sub(pattern, "", text)
-    text = re.sub(r"^\s*\d+\. ", "", text)  # of a numbered list
+    text = re.sub(r"^\s*\d+\. ", "", text)  # numbered list
     text = re.sub(r"e2e|feature_recon|\d_(memory|curves|depth|weights)", "", text)
     assert not re.search(r"\d", text), text
 
@@ -260,7 +260,7 @@ def _progress(found: re.Match[str], world: World) -> bool:
 
 
 def _setting(found: re.Match[str], world: World) -> bool:
-    """``key=value`` of some run."""
+    """Return whether a ``key=value`` is that of some run."""
     values = [OmegaConf.select(run.config, found[1]) for run in world.runs]
     shown = [str(list(v) if OmegaConf.is_list(v) else v).replace(" ", "") for v in values if v is not None]
     return any(close(found[2], float(v)) if re.fullmatch(r"[\d.e-]+", v) else v == found[2] for v in shown)
@@ -274,7 +274,7 @@ def _other_seeds(found: re.Match[str], world: World) -> bool:
 
 
 def _claim(found: re.Match[str], world: World) -> bool:
-    """feature_recon over image_recon, pretrained, for equal decoders."""
+    """Check the claim on feature_recon over image_recon, pretrained, for equal decoders."""
     rest = next(rest for title, rest in world.tables().items() if title.endswith("pretrained=true"))
     pairs = [(rest[f"feature_recon decoder={d}"], rest[f"image_recon decoder={d}"]) for d in ("interp", "deconv")]
     if "accuracy" in found[1]:
@@ -353,7 +353,7 @@ AS_TEXT = ("study", "folder", "commit", "hardware", "notes", "published_source",
 
 
 def check_lines(lines: list[dict[str, str]], world: World, *, of_runs: bool) -> None:
-    """Every field of report.csv or runs.csv."""
+    """Check every field of report.csv or runs.csv."""
     places = [
         (t, n, label, rest) for t, rest in enumerate(world.tables().values(), 1) for n, label in enumerate(rest, 1)
     ]

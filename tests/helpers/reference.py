@@ -1,4 +1,4 @@
-"""The same figures by other ways: explicit refits, sorted distances, Gram matrices, hooks on a plain timm model."""
+"""Compute the probe's figures independently: explicit refits, sorted distances, Gram matrices, hooks on timm models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def standardised(train: np.ndarray, held_out: np.ndarray) -> tuple[np.ndarray, n
 
 
 def ridge_scores(train: np.ndarray, targets: np.ndarray, x: np.ndarray, ridge: float) -> np.ndarray:
-    """Predictions at ``x`` by the normal equations, with an intercept that is not penalised."""
+    """Return predictions at ``x`` by the normal equations, with an unpenalised intercept."""
     centred = train - train.mean(0)
     inverse = np.linalg.inv(centred.T @ centred + ridge * np.eye(train.shape[1]))
     weights = inverse @ centred.T @ (targets - targets.mean(0))
@@ -26,14 +26,14 @@ def ridge_scores(train: np.ndarray, targets: np.ndarray, x: np.ndarray, ridge: f
 
 
 def left_out_error(train: np.ndarray, targets: np.ndarray, ridge: float) -> float:
-    """Mean squared error when every row is predicted by a fit to the others: one refit per row."""
+    """Return the mean leave-one-out squared error, with one refit per row."""
     rows = np.arange(len(train))
     found = [ridge_scores(train[rows != i], targets[rows != i], train[[i]], ridge)[0] for i in rows]
     return float(((np.array(found) - targets) ** 2).mean())
 
 
 def left_out_error_by_hat(train: np.ndarray, targets: np.ndarray, ridge: float) -> float:
-    """The same from the hat matrix's diagonal."""
+    """Return the same from the hat matrix's diagonal."""
     centred = train - train.mean(0)
     hat = centred @ np.linalg.inv(centred.T @ centred + ridge * np.eye(train.shape[1])) @ centred.T + 1 / len(train)
     residuals = targets - hat @ targets
@@ -49,7 +49,7 @@ def probe_accuracy(
 
 
 def knn_accuracy(train: np.ndarray, labels: np.ndarray, x: np.ndarray, truth: np.ndarray, neighbours: int) -> float:
-    """One image at a time; of classes with equally many votes the first."""
+    """Return the accuracy of a kNN vote, one image at a time; the first of tied classes wins."""
     right = 0
     for row, label in zip(x, truth, strict=True):
         cosines = train @ row / np.linalg.norm(train, axis=1) / np.linalg.norm(row)
@@ -59,14 +59,14 @@ def knn_accuracy(train: np.ndarray, labels: np.ndarray, x: np.ndarray, truth: np
 
 
 def cka(x: np.ndarray, y: np.ndarray) -> float:
-    """Hilbert-Schmidt independence criterion of centred Gram matrices, normalised."""
+    """Return the normalised Hilbert-Schmidt independence criterion of centred Gram matrices."""
     n = len(x)
     h = np.eye(n) - np.ones((n, n)) / n
     k, m = h @ (x @ x.T) @ h, h @ (y @ y.T) @ h
     return float((k * m).sum() / np.sqrt((k * k).sum() * (m * m).sum()))
 
 
-# Where timm's families keep their blocks, and the axes of space of what they put out.
+# The blocks of timm's families, and the spatial axes of their outputs.
 SPACE = {"swin": (1, 2), "swinv2": (1, 2), "vit": (1,), "vit_registers": (1,), "convnext": (2, 3), "resnet": (2, 3)}
 
 
@@ -81,7 +81,7 @@ def timm_blocks(family: str, model: Any) -> Iterator[nn.Module]:
 
 
 def hooked_means(family: str, model: nn.Module, images: Tensor) -> tuple[list[np.ndarray], np.ndarray]:
-    """Means over space after each of timm's own blocks (without class and register tokens), and the predictions."""
+    """Return spatial means after each of timm's own blocks (without class and register tokens), and predictions."""
     found: list[np.ndarray] = []
 
     def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:

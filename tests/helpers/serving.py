@@ -1,4 +1,4 @@
-"""A pretended server of data sets: no request leaves this process."""
+"""A fake dataset server: no request leaves this process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def no_network(*_: Any, **__: Any) -> None:
 
 
 class _Response:
-    """A server's answer, which may break off after its first bytes."""
+    """A server's response, which may break off after its first bytes."""
 
     def __init__(self, url: str, content: bytes, breaks: bool, reading: Callable[[int], None]) -> None:
         self.url, self.content, self.breaks, self.length = url, content, breaks, len(content)

@@ -1,4 +1,4 @@
-"""Small networks, batches, loaders and trainers that the tests share. Nothing here takes more than some 10 ms."""
+"""Small networks, batches, loaders and trainers for tests. Nothing here takes more than some 10 ms."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SPLIT_BACKBONES = ["swin", "vit", "convnext"]
 
 
 def backbone(family: str = "swin", *, seed: int = 0, drop_path_rate: float = 0.0, **changes: Any) -> nn.Module:
-    """A small timm model; the same seed gives the same weights. ``changes`` are constructor arguments of timm's."""
+    """Return a small timm model, with weights that depend on the seed; ``changes`` are its constructor arguments."""
     name, arguments = FAMILIES[family]
     torch.manual_seed(seed)
     return build_backbone(
@@ -45,7 +45,7 @@ def backbone(family: str = "swin", *, seed: int = 0, drop_path_rate: float = 0.0
 
 
 def disturbed(network: nn.Module) -> nn.Module:
-    """The same network with noise on every parameter: residual branches that begin at zero would hide gradients."""
+    """Return the network with noise on every parameter, because zero-initialised residual branches hide gradients."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -64,7 +64,7 @@ def learner(
     efficiency: Efficiency | None = None,
     **optimization: Any,
 ) -> Learner:
-    """A learner with a constant seed; ``changes`` go to the backbone, further keywords to :class:`Optimization`."""
+    """Return a learner with a fixed seed; ``changes`` go to the backbone, further keywords to :class:`Optimization`."""
     network = backbone(family, drop_path_rate=drop_path_rate, **(changes or {}))
     if isinstance(method, str):
         method = as_method(method, label_smoothing=0.0)  # so that references are plain cross entropy
@@ -73,20 +73,20 @@ def learner(
 
 
 def batch(size: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Images (size, 3, 32, 32) and labels (size,) of three classes in turn, so that there are positive pairs."""
+    """Return images (size, 3, 32, 32) and labels (size,) cycling through three classes, so that positives exist."""
     images = torch.randn(size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
     return images, torch.arange(size) % 3
 
 
 def loader(batches: int, size: int = 8) -> DataLoader[Any]:
-    """``batches`` different batches in a fixed order."""
+    """Return a loader of ``batches`` different batches in a fixed order."""
     parts = [batch(size, seed) for seed in range(batches)]
     images, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return DataLoader(TensorDataset(images, labels), batch_size=size)
 
 
 def trainer(*callbacks: Callback, **arguments: Any) -> lightning.Trainer:
-    """A silent trainer on the CPU that writes nothing unless a test asks for it."""
+    """Return a silent trainer on the CPU that writes nothing unless a test asks for it."""
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "callbacks": list(callbacks),
@@ -103,7 +103,7 @@ def trainer(*callbacks: Callback, **arguments: Any) -> lightning.Trainer:
 
 
 class Metrics(Callback):
-    """Keeps what was logged for every training batch; seeds each batch, so that drop-path can be repeated."""
+    """Keeps the logged metrics of every training batch; seeds each batch, so that drop path can be reproduced."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
@@ -130,7 +130,7 @@ class AtStep(Callback):
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of all gradients, zeros where there is none."""
+    """Return copies of all gradients, with zeros for None."""
     return {
         name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
         for name, p in module.named_parameters()

@@ -1,4 +1,4 @@
-"""A disk of a few KiB, which is soon full."""
+"""A disk of a few KiB, to be filled."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 
 @contextmanager
 def small_disk(folder: Path, kib: int) -> Iterator[Path]:
-    """A file system of ``kib`` KiB (whole pages, mostly of 4 KiB) in the memory, mounted on ``folder``.
+    """Mount a file system of ``kib`` KiB (whole pages, usually of 4 KiB) in memory on ``folder``.
 
-    Skips the test where this process may not mount.
+    Skip the test if this process may not mount.
     """
     folder.mkdir(parents=True)
     command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "small_disk", str(folder)]
@@ -31,7 +31,7 @@ def small_disk(folder: Path, kib: int) -> Iterator[Path]:
 
 
 def fill(folder: Path, *, but: int = 0) -> Path:
-    """A file that takes all room on the disk of ``folder``, ``but`` some bytes (whole pages); returns it."""
+    """Write and return a file that fills the disk of ``folder`` except for ``but`` bytes (whole pages)."""
     file = folder / "filler"
     with file.open("wb", buffering=0) as filler:
         try:

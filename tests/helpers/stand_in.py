@@ -1,8 +1,8 @@
-"""Takes the place of ``localfeat.run`` where tests are about processes: the same arguments and files, in no time.
+"""A fast stand-in for ``localfeat.run`` in tests of processes, with the same arguments and files.
 
-What it does in an epoch of a job is written in ``behaviour.json`` of the current folder, job -> [epoch, what]:
-fail, die (SIGKILL), nothing (leave without a summary), wait (until there is a file ``go``), meet (until another job
-is in that epoch too). Each attempt leaves a line in ``<job>/attempts.txt``.
+``behaviour.json`` in the current folder maps job -> [epoch, action], with an action among fail, die (SIGKILL), nothing
+(exit without a summary), wait (until a file ``go`` exists) and meet (until another job is in that epoch, too). Each
+attempt adds a line to ``<job>/attempts.txt``.
 """
 
 import json

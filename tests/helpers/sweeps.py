@@ -35,11 +35,11 @@ IN_A_PROCESS = (
 
 
 class Place:
-    """A folder with the study ``mine`` in it, which is the current one.
+    """The current folder, with the study ``mine`` in it.
 
     Args:
-        folder: an empty one.
-        patch: of the test.
+        folder: an empty folder.
+        patch: the test's monkeypatch.
     """
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
@@ -50,12 +50,12 @@ class Place:
         patch.setattr(task, "PROGRAM", PROGRAM)
 
     def sweep(self, *typed: str) -> int:
-        """In this process, without composing the jobs' configurations, which takes the most time; the exit code."""
+        """Run a sweep in this process, without the slow composing of configurations; return the exit code."""
         self.patch.setattr("localfeat.studies.sweep.command.compose_all", lambda jobs: [])
         return call(self.patch, "sweep", *AGAIN, *typed)
 
     def start(self, *typed: str) -> subprocess.Popen[str]:
-        """In a process of its own."""
+        """Start a sweep in its own process."""
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         command = [sys.executable, "-c", IN_A_PROCESS, *AGAIN, *typed]
         return subprocess.Popen(
@@ -63,7 +63,7 @@ class Place:
         )
 
     def behave(self, **behaviour: Any) -> None:
-        """Job -> what it does when; see ``stand_in``."""
+        """Write the jobs' behaviour; see ``stand_in``."""
         named = {"e2e": E2E, "k2": K2, "k4": K4}
         content = {named[job]: what for job, what in behaviour.items()}
         (self.folder / "behaviour.json").write_text(json.dumps(content))
@@ -72,7 +72,7 @@ class Place:
         return self.folder / "out" / name
 
     def attempts(self) -> list[list[str]]:
-        """How every job was begun, in the order of the study."""
+        """Return the attempts of every job, in the order of the study."""
         files = [self.job(name) / "attempts.txt" for name in (E2E, K2, K4)]
         return [file.read_text().split() if file.exists() else [] for file in files]
 
@@ -81,6 +81,6 @@ class Place:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Wait for something that must happen; the test's own time limit is the end of it."""
+    """Wait until a condition holds, limited only by the test's own timeout."""
     while not condition():
         time.sleep(0.02)

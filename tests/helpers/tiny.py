@@ -1,4 +1,4 @@
-"""A small learner with the surface of the real one: manual optimization, one optimizer per module, no Hydra."""
+"""A tiny learner with the real one's interface: manual optimization, one optimizer per module, no Hydra."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def loader(batches: int) -> DataLoader[Any]:
 
 
 def trainer(folder: Path, **arguments: Any) -> lightning.Trainer:
-    """A silent trainer on the CPU that writes nothing unless a test asks for it."""
+    """Return a silent trainer on the CPU that writes nothing unless a test asks for it."""
     defaults: dict[str, Any] = {
         "default_root_dir": folder,
         "accelerator": "cpu",
@@ -78,14 +78,14 @@ def trainer(folder: Path, **arguments: Any) -> lightning.Trainer:
 def fit(
     folder: Path, learner: Any, callbacks: list[Any], train: int = 4, val: int = 0, **arguments: Any
 ) -> lightning.Trainer:
-    """One epoch of ``train`` batches unless told otherwise; returns the trainer."""
+    """Fit one epoch of ``train`` batches by default; return the trainer."""
     run = trainer(folder, callbacks=callbacks, **{"max_epochs": 1, **arguments})
     run.fit(learner, loader(train), loader(val) if val else None)
     return run
 
 
 def stop_at(batch: int) -> Callable[[int], None]:
-    """For ``on_step``: an error in this batch."""
+    """Return an ``on_step`` that raises an error in this batch."""
 
     def stop(batch_idx: int) -> None:
         if batch_idx == batch:

@@ -1,4 +1,4 @@
-"""W&B without an account: nothing of the machine's own login, settings or caches reaches a test."""
+"""W&B without an account: the machine's own login, settings and caches do not reach a test."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def without_login(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let W&B find neither a key nor settings, and write below ``home``, which is made."""
+    """Hide all keys and settings from W&B, and let it write below ``home``, which is created."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):

@@ -1,4 +1,4 @@
-"""As much of W&B's server as a run needs to begin, to log, and to go on later. It keeps the history's steps."""
+"""A minimal W&B server: enough for a run to start, log and resume. It keeps the history's rows."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ VIEWER = {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {
 
 
 class Server(ThreadingHTTPServer):
-    """Attributes.
+    """A local server.
 
-    rows: run id -> rows of its history, in the order in which they came.
-    refuses: the status of every answer while it is not 200: 401 for a wrong key, 500 for a server in trouble.
+    Attributes:
+        rows: run id -> rows of its history, in order of arrival.
+        refuses: the status of every response: 200, 401 for a wrong key, 500 for a failing server.
     """
 
     def __init__(self) -> None:
@@ -28,10 +29,10 @@ class Server(ThreadingHTTPServer):
         self.refuses = 200
 
     def handle_error(self, *_: Any) -> None:
-        """Nothing on stderr when W&B gives up waiting."""
+        """Print nothing when W&B gives up waiting."""
 
     def answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
-        """The data of a GraphQL answer."""
+        """Return the data of a GraphQL response."""
         name = str(variables.get("name"))
         if operation == "UpsertBucket":
             inserted = name not in self.rows
@@ -39,7 +40,7 @@ class Server(ThreadingHTTPServer):
             return {"upsertBucket": {"bucket": self.bucket(name), "inserted": inserted}}
         if operation == "RunResumeStatus":
             return {"model": {**PROJECT, "bucket": self.bucket(name)} if name in self.rows else None}
-        if operation == "ArtifactType":  # a table's, before it is sent for the first time
+        if operation == "ArtifactType":  # asked before a table is first sent
             return {"project": {"artifact": None}}
         if operation == "CreateArtifact":
             return {"createArtifact": {"artifact": {"id": "a", "state": "COMMITTED", "artifactSequence": {"id": "s"}}}}
@@ -59,7 +60,7 @@ class Requests(BaseHTTPRequestHandler):
     server: Server
 
     def log_message(self, *_: Any) -> None:
-        """Nothing on stderr."""
+        """Print nothing."""
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -93,7 +94,7 @@ class Requests(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving() -> Iterator[tuple[Server, str]]:
-    """The server and its address."""
+    """Yield the server and its address."""
     with Server() as server:
         Thread(target=server.serve_forever, daemon=True).start()
         yield server, f"http://127.0.0.1:{server.server_port}"

@@ -1,4 +1,4 @@
-"""Whole runs for tests: composed configurations, small networks, runs that are killed, what a run leaves behind."""
+"""Whole runs for tests: composed configurations, small networks, killed runs, and readers of a run's files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from localfeat.run.conf_dir import conf_dir
 from localfeat.run.configuration import RunConfiguration
 from localfeat.run.loggers.metrics_csv import read_rows
 
-BATCHES = 4  # of an epoch
+BATCHES = 4  # per epoch
 TINY_SWIN = [
     "backbone=swin_micro",
     "backbone.arguments.embed_dim=8",
@@ -45,13 +45,13 @@ SMALL = [
     "trainer.limit_test_batches=2",
     "trainer.log_every_n_steps=1",
 ]
-"""Three epochs of the digits, a second altogether. Later overrides of the same key win."""
+"""Three epochs of the digits, one second in all. Later overrides of the same key win."""
 
-TIMED = ("speed/images_per_second", "speed/outside_step")  # columns of metrics.csv that no two runs share
+TIMED = ("speed/images_per_second", "speed/outside_step")  # columns of metrics.csv that differ between runs
 
 
 def composed(*overrides: str) -> DictConfig:
-    """The configuration of ``python -m localfeat.run <overrides>``."""
+    """Return the configuration of ``python -m localfeat.run <overrides>``."""
     register_resolvers()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -59,19 +59,19 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def configured(*overrides: str) -> RunConfiguration:
-    """The same as the typed object."""
+    """Return the same as a typed object."""
     return RunConfiguration.from_values(plain(composed(*overrides)))
 
 
 def small_run(folder: Path, *overrides: str) -> dict[str, Any]:
-    """What summary.json holds after a small run in ``folder``."""
+    """Train a small run in ``folder``; return the content of its summary.json."""
     return run(composed(*SMALL, *overrides), folder)
 
 
 def made_once(
     factory: pytest.TempPathFactory, variants: Mapping[str, list[str]]
 ) -> Callable[[str], tuple[Path, dict[str, Any]]]:
-    """Gives folder and summary of a variant's uninterrupted run, which is made when it is first asked for."""
+    """Return a function for folder and summary of a variant's uninterrupted run, which is made on first use."""
     made: dict[str, tuple[Path, dict[str, Any]]] = {}
 
     def get(variant: str) -> tuple[Path, dict[str, Any]]:
@@ -86,7 +86,7 @@ def made_once(
 
 
 def draw_nothing(patch: pytest.MonkeyPatch) -> None:
-    """Leave the two pictures empty: drawing them takes most of a small run's time."""
+    """Leave the two pictures empty, because drawing them takes most of a small run's time."""
     for name in ("learning_curves", "reconstruction_grid"):
         patch.setattr(training, name, lambda *arguments: arguments[-1].write_bytes(b""))
 
@@ -96,7 +96,7 @@ def files_below(folder: Path) -> set[str]:
 
 
 def metrics(folder: Path) -> list[dict[str, str]]:
-    """Rows of metrics.csv as text, without the timed columns."""
+    """Return the rows of metrics.csv as text, without the timed columns."""
     return [{k: v for k, v in row.items() if k not in TIMED} for row in read_rows(folder / "metrics.csv")]
 
 
@@ -106,12 +106,12 @@ def checkpoint(folder: Path, name: str = "last") -> dict[str, Any]:
 
 
 def exported(folder: Path) -> dict[str, Tensor]:
-    """The tensors of backbone.safetensors (the order of its metadata is not repeatable, so neither are its bytes)."""
+    """Return the tensors of backbone.safetensors; its bytes differ between runs by the order of its metadata."""
     return load_file(folder / "backbone.safetensors")
 
 
 class KillAt(Callback):
-    """SIGKILL to its own process when ``hook`` is called for batch ``batch`` of epoch ``epoch`` (both from 0)."""
+    """Kills its own process when ``hook`` is called for batch ``batch`` of epoch ``epoch`` (both from 0)."""
 
     def __init__(self, hook: str, epoch: int, batch: int) -> None:
         def kill(trainer: lightning.Trainer, *_: Any) -> None:
@@ -130,7 +130,7 @@ def _run_to_death(folder: Path, overrides: list[str], hook: str, epoch: int, bat
 
 
 def killed_run(folder: Path, *overrides: str, hook: str, epoch: int, batch: int = 0, resume: bool = False) -> None:
-    """A small run in a process of its own that is killed at ``hook``, of epoch and batch counted from 0.
+    """Train a small run in its own process and kill it at ``hook``; epoch and batch count from 0.
 
     The processes are forked from a server that has imported everything and computed nothing.
     """
@@ -145,7 +145,7 @@ def killed_run(folder: Path, *overrides: str, hook: str, epoch: int, batch: int 
 
 
 def child_exit(action: Callable[[], object]) -> int:
-    """How a forked copy of this process ends that does ``action``: its exit code, or minus the signal's number."""
+    """Run ``action`` in a fork of this process; return the exit code, or minus the number of the signal."""
     child = os.fork()
     if child == 0:
         code: Any = 99
@@ -163,7 +163,7 @@ def child_exit(action: Callable[[], object]) -> int:
 
 
 class At(Callback):
-    """Calls ``action()`` once when ``hook`` is called in epoch ``epoch`` after ``batches`` batches of it."""
+    """Calls ``action()`` once, when ``hook`` is called in epoch ``epoch`` after ``batches`` batches."""
 
     def __init__(self, hook: str, action: Callable[[], object], epoch: int = 0, batches: int = 0) -> None:
         self.done = False
@@ -178,6 +178,6 @@ class At(Callback):
 
 
 def watched_by(patch: pytest.MonkeyPatch, *callbacks: Callback) -> None:
-    """Every run has these callbacks too, before its own."""
+    """Add these callbacks to every run, before its own."""
     build = training.build_callbacks
     patch.setattr(training, "build_callbacks", lambda *a, **k: [*callbacks, *build(*a, **k)])

@@ -1,4 +1,4 @@
-"""Runs for reports: small real ones, and folders of larger ones written by the writers of real runs."""
+"""Runs for reports: small real runs, and folders of larger runs written with the code of real runs."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ BLOCKS = {"e2e": [12], "k2": [4, 8], "k4": [2, 2, 6, 2]}
 
 
 def written_run(folder: Path, overrides: Sequence[str], curve: Sequence[float], **figures: Any) -> Path:
-    """A run's folder as a run leaves it, but for the weights.
+    """Write a run's folder without its weights.
 
     Args:
-        curve: validation accuracy after each epoch, 0 to 1.
-        figures: of summary.json; ``test_accuracy`` also goes into metrics.csv.
+        folder: the folder.
+        overrides: the run's overrides.
+        curve: the validation accuracy after each epoch, 0 to 1.
+        figures: values of summary.json; ``test_accuracy`` also goes into metrics.csv.
     """
     folder.mkdir(parents=True)
     config = _config(overrides)
@@ -44,7 +46,7 @@ def written_run(folder: Path, overrides: Sequence[str], curve: Sequence[float], 
 
 
 def _config(overrides: Sequence[str]) -> dict[str, Any]:
-    """As ``composed``, which takes a quarter of a second, but a choice of groups only once."""
+    """Return ``composed(*overrides)``, which takes a quarter of a second, cached by the choice of groups."""
     known = {"method", *(path.name for path in conf_dir().iterdir() if path.is_dir())}
     groups = tuple(o for o in overrides if o.partition("=")[0] in known)
     config = _composed(groups).copy()
@@ -94,7 +96,7 @@ def _summary(config: dict[str, Any], overrides: list[str], curve: Sequence[float
 
 
 def write_study(folder: Path, question: str, jobs: Sequence[str]) -> None:
-    """study.json as a sweep writes it before its first job."""
+    """Write study.json as a sweep does before its first job."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "name": folder.name,
@@ -105,6 +107,6 @@ def write_study(folder: Path, question: str, jobs: Sequence[str]) -> None:
 
 
 def edit_summary(folder: Path, **figures: Any) -> None:
-    """Other figures in summary.json."""
+    """Change figures in summary.json."""
     file = folder / "summary.json"
     write_summary(file, {**json.loads(file.read_text()), **figures})

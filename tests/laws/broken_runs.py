@@ -68,7 +68,7 @@ RUNS: list[tuple[str, str, str, dict[str, str], list[str]]] = [
         "6",
         "the checkpoint before is not kept",
         FILES,
-        {"if file.name == LAST and file.is_file():": "if False:"},
+        {"if file == run.last and file.is_file():": "if False:"},
         DAMAGED,
     ),
     (
@@ -119,7 +119,7 @@ RUNS: list[tuple[str, str, str, dict[str, str], list[str]]] = [
         "7",
         "the last epoch is tested as the best",
         TRAINING,
-        {"(LAST if best is None else BEST)": "LAST"},
+        {"file = folder.last if best is None else folder.best": "file = folder.last"},
         OPTIONS,
     ),
     (

@@ -30,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first test digits as PNG files, two in a subfolder."""
+    """Write the first test digits as PNG files, two of them in a subfolder."""
     folder = tmp_path_factory.mktemp("digits")
     (folder / "more").mkdir()
     images, _ = next(iter(ImageDataModule("digits", batch_size=8).ordered_loader("test")))
@@ -41,7 +41,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def probabilities_by_hand(run: Path) -> torch.Tensor:
-    """Of the first eight test digits, by the exported weights in a plain timm model."""
+    """Return probabilities of the first eight test digits by the exported weights in a plain timm model."""
     model = build_backbone(run / "backbone.safetensors").eval()
     datamodule = ImageDataModule("digits", batch_size=8, image_size=16)
     images, labels = next(iter(datamodule.ordered_loader("test")))
@@ -93,7 +93,7 @@ def test_predict_writes_the_models_probabilities(
     assert [Path(row[0]).name for row in rows] == [f"{i}.png" for i in range(8)]
     found = torch.tensor([[float(value) for value in row[2:]] for row in rows])
     expected = probabilities_by_hand(run)
-    assert torch.allclose(found, expected, atol=0.02)  # files are enlarged by Pillow, batches by our own resize
+    assert torch.allclose(found, expected, atol=0.02)  # Pillow enlarges the files, our resize the batches
     assert torch.allclose(found.sum(1), torch.ones(8), atol=1e-5)
     assert [row[1] for row in rows] == [str(int(row.argmax())) for row in found]
 
@@ -119,10 +119,10 @@ def test_predict_writes_the_models_probabilities(
         ("predict", ["run={run}", "images={run}", "batch_size=0"], "batch_size=0: it must be at least 1"),
         ("predict", ["run={run}", "images={run}", f"batch_size={'9' * 5000}"], "it is a number of images, at least 1"),
         ("predict", ["run={run}", "images={run}", "output=no/such/file.csv"], "there is no folder no/such"),
-        ("predict", ["run={run}", "images={run}", "output={run}"], "give a file, this is none"),
+        ("predict", ["run={run}", "images={run}", "output={run}"], "not a regular file; give the path of a file"),
         ("predict", ["run={run}", "images="], "images= is empty: give a value"),
         ("evaluate", ["run={run}", "json=no/such/file.json"], "there is no folder no/such"),
-        ("evaluate", ["run={run}", "json=/dev/null"], "json=/dev/null: give a file, this is none"),
+        ("evaluate", ["run={run}", "json=/dev/null"], "json=/dev/null: not a regular file; give the path of a file"),
         ("evaluate", ["run={run}", "root="], "root= is empty: give a value"),
         ("evaluate", ["run={run}/summary.json"], "summary.json is not the folder of a run"),
     ],
@@ -147,7 +147,7 @@ def test_mistakes_are_one_line(
 def test_predictions_are_whole_or_the_old_ones(
     run: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Also if a name of a file is no text, or an image turns out to be none after others have been written."""
+    """Even if a file name is not valid text, or a later file turns out not to be an image."""
     monkeypatch.chdir(tmp_path)
     images = tmp_path / "images"
     shutil.copytree(digits, images)

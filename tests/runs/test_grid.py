@@ -1,4 +1,4 @@
-"""Every method, split and decoder on the paper's backbone, and on every data set in its true form on disk."""
+"""Every method, split and decoder on the paper's backbone, and on every dataset in its published format on disk."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ CLASSES = {"cifar10": 10, "cifar100": 100, "stl10": 10, "svhn": 10}
 
 @pytest.fixture(scope="module")
 def swin_tiny() -> tuple[nn.Module, dict[str, Tensor]]:
-    """Swin-T for 224 px and 10 classes, and its initial weights."""
+    """Return Swin-T for 224 px and 10 classes, and its initial weights."""
     torch.manual_seed(0)
     network = build_backbone("swin_tiny_patch4_window7_224", 10, image_size=224, drop_path_rate=0.0)
     return network, copy.deepcopy(network.state_dict())
 
 
-# Without a decoder the three cases compute the same: one is enough. The paper's methods are for every day.
+# Without a decoder the three cases compute the same: one is enough. The default tests run the paper's methods.
 GRID = [
     pytest.param(m, s, d, marks=[] if m in PAPERS else pytest.mark.slow)
     for m, s, d in itertools.product(METHODS, SPLITS, DECODERS)
@@ -74,7 +74,7 @@ def test_one_step_of_swin_tiny_at_224(
             assert parameter.grad is not None, name
             assert bool(parameter.grad.isfinite().all()) and bool(parameter.grad.any()), name
 
-    # Three images, as two teach contrast nothing: one class has nothing to be told from, two have no pairs.
+    # Three images, because a contrastive loss of two is constant: one class has no negatives, two have no positives.
     images = torch.randn(3, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     data = DataLoader(TensorDataset(images, torch.tensor([3, 3, 5])), batch_size=3)
     trainer(AtStep(look), max_steps=1).fit(model, data)
@@ -87,10 +87,10 @@ def test_one_step_of_swin_tiny_at_224(
 
 @pytest.mark.parametrize("dataset", CLASSES)
 @pytest.mark.parametrize("method", ["e2e", "feature_recon"])
-def test_one_batch_of_every_data_set_in_its_true_form(
+def test_one_batch_of_every_dataset_in_its_published_format(
     method: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the published files' format to exported weights, with a classifier of the right size."""
+    """From the published format to exported weights, with a classifier of the right size."""
     draw_nothing(monkeypatch)
     write_source(monkeypatch, dataset, tmp_path / "data")
     summary = small_run(
@@ -114,7 +114,7 @@ def test_one_batch_of_every_data_set_in_its_true_form(
 
 @pytest.mark.slow  # the README's second command is this one
 def test_the_papers_setting_as_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``dataset=cifar100 method=feature_recon split=k4``, only the amount of data is reduced."""
+    """Run ``dataset=cifar100 method=feature_recon split=k4`` with nothing reduced but the amount of data."""
     write_source(monkeypatch, "cifar100", tmp_path / "data")
     overrides = ["dataset=cifar100", "method=feature_recon", "split=k4", f"dataset.root={tmp_path / 'data'}"]
     less = ["batch_size=4", "epochs=1", "dataset.val_fraction=0.34", "trainer=cpu"]

@@ -1,4 +1,4 @@
-"""Sweeps as typed: ``python -m localfeat.run -m group=a,b …``, a folder and a W&B run for each job."""
+"""Multiruns as typed, ``python -m localfeat.run -m group=a,b …``: one folder and one W&B run per job."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def no_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def process_state() -> dict[str, Any]:
-    """What one job could leave to the next."""
+    """Return the process-wide state that one job could leave to the next."""
     return {
         "environment": dict(os.environ),
         "folder": os.getcwd(),
@@ -53,7 +53,7 @@ def process_state() -> dict[str, Any]:
 
 
 def sweep(monkeypatch: pytest.MonkeyPatch, folder: Path, datasets: list[str], *overrides: str) -> list[Path]:
-    """Run a sweep over files in their true form; returns the jobs' folders in order."""
+    """Run a sweep over datasets in their published formats; return the jobs' folders in order."""
     for dataset in datasets:
         write_source(monkeypatch, dataset, folder / "data")
     assert call(monkeypatch, "run", "-m", f"dataset={','.join(datasets)}", *overrides, *LESS) == 0
@@ -63,7 +63,7 @@ def sweep(monkeypatch: pytest.MonkeyPatch, folder: Path, datasets: list[str], *o
 
 
 def check_jobs(jobs: list[Path], groups: dict[str, list[str]]) -> None:
-    """One folder each, in the order of the choices, with what was asked for."""
+    """Assert that every job has its folder and its choices, in order."""
     combinations = list(itertools.product(*groups.values()))
     assert [job.name for job in jobs] == [str(number) for number in range(len(combinations))]
     for job, combination in zip(jobs, combinations, strict=True):
@@ -95,7 +95,7 @@ def test_three_groups_in_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_papers_table_in_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sweep of the README, 24 jobs."""
+    """Run the README's sweep of 24 jobs."""
     groups = {
         "dataset": ["cifar10", "cifar100"],
         "method": ["image_recon", "feature_recon"],
@@ -107,7 +107,7 @@ def test_the_papers_table_in_one_command(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_job_of_a_sweep_is_the_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of the jobs before it: the same figures as in a run of its own."""
+    """Its figures equal those of a single run: earlier jobs leave nothing behind."""
     jobs = sweep(monkeypatch, tmp_path, ["cifar10"], "method=feature_recon,e2e", "trainer.precision=bf16-mixed")
     alone = ["dataset=cifar10", "method=e2e", "trainer.precision=bf16-mixed", f"hydra.run.dir={tmp_path}/alone"]
     assert call(monkeypatch, "run", *alone, *LESS) == 0
@@ -118,7 +118,7 @@ def test_a_job_of_a_sweep_is_the_run_alone(tmp_path: Path, monkeypatch: pytest.M
 
 
 def read_offline(job: Path) -> dict[str, Any]:
-    """Name, group, configuration, last history values, summary and images of a job's only offline run."""
+    """Return name, group, configuration, last history values, summary and images of a job's only offline run."""
     (folder,) = (job / "wandb").glob("offline-run-*")
     found: dict[str, Any] = {"config": {}, "history": {}, "summary": {}}
     for record in records(folder):
@@ -140,7 +140,7 @@ def read_offline(job: Path) -> dict[str, Any]:
 def test_every_job_is_a_wandb_run_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.stdin", None)  # a question would fail
+    monkeypatch.setattr("sys.stdin", None)  # a prompt would fail
     before = process_state()
     jobs = sweep(
         monkeypatch, tmp_path, ["cifar10"], "method=feature_recon,e2e", "logger=wandb", "trainer.log_every_n_steps=1"
@@ -170,7 +170,7 @@ def test_every_job_is_a_wandb_run_of_its_own(
 
 
 def flattened(values: dict[str, Any], name: str) -> dict[str, Any]:
-    """``name`` and what lies below it, keys joined by dots."""
+    """Return ``name`` and all keys below it, joined by dots."""
     found = {key: value for key, value in values.items() if key.startswith(f"{name}.")}
     value = values.get(name)
     if isinstance(value, dict):

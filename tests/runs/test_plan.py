@@ -1,4 +1,4 @@
-"""``localfeat plan``: what it prints, that its command makes what it promises, and what it refuses."""
+"""``localfeat plan``: its output, its command, which must keep its promise, and its refusals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, capsys: Any, *typed: str) -> dict[s
 
 
 def check_command(found: dict[str, Any]) -> Any:
-    """The learner of the printed command is the one that was evaluated, and fits."""
+    """Assert that the printed command builds the learner that was evaluated, and fits; return its configuration."""
     words = shlex.split(found["command"])
     assert words[:3] == ["python", "-m", "localfeat.run"]
     config = configured(*words[3:])
@@ -57,8 +57,8 @@ def check_command(found: dict[str, Any]) -> Any:
 
 @pytest.mark.slow
 def test_another_method_is_not_recommended_for_its_cost(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """Where end-to-end training does not fit: the configuration's own method, though a greedy one is cheaper."""
-    wide = ["backbone.arguments.embed_dim=64", "batch_size=64"]  # next to it the auxiliary parts are small
+    """If end-to-end training does not fit, the configuration's own method is recommended, though greedy is cheaper."""
+    wide = ["backbone.arguments.embed_dim=64", "batch_size=64"]  # the auxiliary heads are small in comparison
     typed = [*wide, "split=cuts", "split.cuts=[1,2,3]", "efficiency=none", "margin=0"]
     plenty = planned(monkeypatch, capsys, *typed, "budget=1GiB")
     assert plenty["recommended"]["method"] == "e2e"
@@ -112,7 +112,7 @@ def test_what_is_typed_is_kept(
 
 @pytest.mark.slow
 def test_a_budget_for_smaller_batches(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """Accumulated: the gradients that wait for more batches have their place too."""
+    """Smaller batches are accumulated, and the memory of their gradients is counted."""
     typed = ["method=greedy_ce", "efficiency=none"]
     least = min(option["peak_bytes"] for option in planned(monkeypatch, capsys, "budget=1GiB", *typed)["options"])
     found = planned(monkeypatch, capsys, f"budget={least * 0.9 / 2**20:.3f}MiB", "margin=0", *typed)
@@ -151,9 +151,9 @@ def test_a_file_of_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 LINES = {
     "": "budget has to be given",
-    "budget=8": "budget=8: a number with its unit",
-    "budget=-1GiB": "budget=-1GiB: a number with its unit",
-    "budget=auto": "budget=auto: there is no GPU",
+    "budget=8": "budget=8: it must be a number with a unit",
+    "budget=-1GiB": "budget=-1GiB: it must be a number with a unit",
+    "budget=auto": "budget=auto: torch finds no usable GPU",
     "budget=8GiB margin=2": "margin=2: it lies in [0, 1)",
     "budget=8GiB device=tpu": "device=tpu: it is cuda or cpu",
     "budget=8GiB all=maybe": "all=maybe: it is true or false",
@@ -166,7 +166,7 @@ LINES = {
     "budget=8GiB seed=0,1": "seed=0,1: several values make a sweep",
     "budget=8GiB -m": "-m: arguments are key=value",
     "budget=8GiB ~method.temperature": "~method.temperature: keys cannot be removed",
-    "budget=8GiB resume=here": "resume=here: a run that was cut short goes on as it was",
+    "budget=8GiB resume=here": "resume=here: a resumed run keeps its own configuration",
     "budget=8GiB trainer.precision=16-mixed": "trainer.precision=16-mixed needs a GPU",
     "budget=8GiB --config-dir nowhere": "--config-dir nowhere: there is no such folder",
     "budget=8GiB dataset=image_folder dataset.root=nowhere image_size=32": "image_folder: ",

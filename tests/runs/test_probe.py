@@ -1,4 +1,4 @@
-"""``localfeat probe`` on runs of the digits: figures, files, what it refuses, and W&B."""
+"""``localfeat probe`` on runs of the digits: figures, files, refusals, and W&B."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ LONGER = [
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run to inspect and an end-to-end one of the same seed, which is trained well."""
+    """Make a run to inspect and an end-to-end run of the same seed, trained longer."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         draw_nothing(patch)
@@ -70,7 +70,7 @@ def inspected(runs: Path) -> dict[str, Any]:
 
 
 def independent(run: Path, count: int = 100, train_count: int = 300) -> dict[str, Any]:
-    """Figures of the exported backbone's own blocks, by ``tests.helpers.reference``."""
+    """Return figures of the exported backbone's own blocks, computed by ``tests.helpers.reference``."""
     model, datamodule = build_backbone(run / "backbone.safetensors"), ImageDataModule("digits", image_size=16)
     means, labels, predictions = {}, {}, {}
     for split, images in (("train", train_count), ("val", count)):
@@ -131,7 +131,7 @@ def test_json_holds_what_was_asked_for(runs: Path, inspected: dict[str, Any]) ->
 def test_the_table_prints_the_figures(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """And without a second run, blocks are compared with those of the same network; e2e reconstructs nothing."""
+    """Without a second run, blocks are compared with those of the same network; e2e has no reconstructions."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "reconstructions.png").write_text("of an earlier inspection")
     assert call(monkeypatch, "probe", f"run={runs}/e2e", *SIZES, f"output={tmp_path}/out") == 0
@@ -192,7 +192,7 @@ def test_test_images_are_read_only_when_asked_for(runs: Path, tmp_path: Path, mo
 
 
 def test_another_backbone_in_bf16_beside_it(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many rows as own blocks, as many columns as the other's; images of the size that each network takes."""
+    """The matrix has a row per own block and a column per other block; each network gets images of its own size."""
     draw_nothing(monkeypatch)
     small = [override for override in SMALL if override not in TINY_SWIN]
     run(composed(*small, "method=e2e", *CONVNEXT), tmp_path / "convnext")
@@ -235,7 +235,7 @@ def test_pictures_show_the_figures(inspected: dict[str, Any], tmp_path: Path, mo
 def test_reconstructions_of_images_from_all_over_the_sample(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Image folders are sorted by class."""
+    """The first images would be of one class, because image folders are sorted by class."""
     drawn: list[tuple[Any, torch.Tensor]] = []
     monkeypatch.setattr(inspecting, "reconstruction_grid", lambda found, images, file: drawn.append((found, images)))
     inspect_run(Request(runs / "local", images=71, train_images=40, output=tmp_path))
@@ -247,7 +247,7 @@ def test_reconstructions_of_images_from_all_over_the_sample(
 
 
 def changed(run: Path, folder: Path, **dataset: Any) -> Path:
-    """A copy of a run with other values in its configuration's dataset."""
+    """Copy a run and change values of its dataset configuration."""
     shutil.copytree(run, folder)
     config = OmegaConf.load(folder / "config.yaml")
     config.dataset.update(dataset)
@@ -271,7 +271,7 @@ def changed(run: Path, folder: Path, **dataset: Any) -> Path:
         (["run={runs}/local", "output="], "output= is empty"),
         (["run={runs}/local", "output=taken"], "output=taken: it cannot be written to (Is a directory)"),
         (["run={runs}/local", "e2e=other_seed"], "with dataset.seed=1 (run: 0) it was trained on validation images"),
-        (["run={runs}/local", "e2e=other_data"], "e2e=other_data: its dataset is svhn, that of run is digits"),
+        (["run={runs}/local", "e2e=other_data"], "e2e=other_data: its dataset is svhn, but run has digits"),
         (["run=no_validation"], "there is no validation split: val_fraction=0"),
     ],
 )
@@ -298,7 +298,7 @@ def test_mistakes_are_one_line(
 def test_wandb_gets_a_run_of_its_own(
     runs: Path, inspected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the project and group of the run's own logger; offline, as there is no login."""
+    """It has the project and group of the run's own logger, and is offline without a login."""
     without_login(tmp_path / "home", monkeypatch)
     shutil.copytree(runs / "local" / "inspection", tmp_path / "out")
     config = RunFolder(runs / "local").read_config()

@@ -1,4 +1,4 @@
-"""Every command of the README runs, and its library example, as they stand there."""
+"""Every command of the README and its library example run as printed."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ PYTHON = [command for command in COMMANDS if command.startswith(("python -m loca
 
 def test_all_commands_are_known_kinds() -> None:
     assert len(COMMANDS) >= 14
-    assert [c for c in COMMANDS if c not in PYTHON] == ["make run"]  # which packaging tests look at
+    assert [c for c in COMMANDS if c not in PYTHON] == ["make run"]  # covered by the packaging tests
 
 
 def extra_arguments(command: str) -> list[str]:
-    """What makes a training command small; nothing for the others."""
+    """Return overrides that make a training command small; none for other commands."""
     if command.startswith("localfeat plan"):
-        return ["method=feature_recon", "split=k4"]  # what is typed is not searched
+        return ["method=feature_recon", "split=k4"]  # given groups are not searched
     if command.startswith("localfeat sweep"):
         return [*SMALL, "method=e2e", "seed=0"]  # one job of 36
     if (
@@ -49,14 +49,14 @@ def extra_arguments(command: str) -> list[str]:
         or "resume=outputs" in command
     ):
         return []
-    if "dataset=cifar10 " in command:  # the paper's setting stays what it is: Swin-T at 224 px
+    if "dataset=cifar10 " in command:  # the paper's setting keeps Swin-T at 224 px
         return [*SHORT, "batch_size=2", "epochs=1"]
     return [*SMALL, "dataset.val_fraction=0.3"] if "dataset=image_folder" in command else SMALL
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the README's commands find what they name: data, images, configurations, a finished run."""
+    """Make a folder with everything that the README's commands name: data, images, configurations, a finished run."""
     folder = tmp_path_factory.mktemp("readme")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -71,7 +71,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def marked(command: str) -> object:
-    """Half a minute each: test_multirun.py has a group of the sweep, test_plan.py smaller plans."""
+    """Mark commands of half a minute as slow; test_multirun.py and test_plan.py test smaller ones."""
     long = " -m dataset=" in command or "localfeat plan dataset=cifar10" in command
     return pytest.param(command, marks=[pytest.mark.slow] if long else [])
 

@@ -1,4 +1,4 @@
-"""``localfeat report``: every number in it, counted again from the runs' files; the page in a browser."""
+"""``localfeat report``: every number recomputed from the runs' files, and the page in a browser."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCRATCH = ["dataset=cifar10", "epochs=3"]
 
 
 def real_runs(folder: Path) -> dict[str, list[Path]]:
-    """A study on the digits, one job of which never ran, and a run that left the test set alone."""
+    """Make a study on the digits with one job that never ran, and a run with ``test=false``."""
     write_study(folder / "digits_study", "Does it learn?", [*STUDY, "method=e2e,seed=1"])
     for job in STUDY:
         small_run(folder / "digits_study" / job, *job.split(","))
@@ -37,7 +37,7 @@ def real_runs(folder: Path) -> dict[str, list[Path]]:
 
 
 def large_runs(folder: Path) -> dict[str, list[Path]]:
-    """What the paper has figures for, from scratch and pretrained, as such runs would leave it."""
+    """Write folders of runs that the paper has figures for, from scratch and pretrained."""
     found: dict[str, list[Path]] = {}
     for seed, accuracy in enumerate((0.9104, 0.9160, 0.9121)):
         _add(found, folder, "scratch", "e2e", seed, accuracy, ["method=e2e"], images_per_second=900.0 + seed)
@@ -126,7 +126,7 @@ def test_what_differs_from_the_rest_is_marked_and_said(world: World) -> None:
     ):
         assert said in text, said
     (row,) = [row for row in documents(world)["md"].tables[2] if row[1].startswith("image_recon")]
-    assert len(row[1].split()[-1].split(",")) == 6  # the four above, other seeds, where the published figure stands
+    assert len(row[1].split()[-1].split(",")) == 6  # the four above, other seeds, the place of the published figure
 
 
 # --- the page in a browser ---
@@ -157,7 +157,7 @@ def test_the_page_opens_in_chromium_and_asks_for_nothing(world: World, tmp_path:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.slow
 def test_plots_are_seen_in_light_and_dark_and_nothing_is_wider_than_the_window(world: World, tmp_path: Path) -> None:
-    """A script, added to a copy, writes what the browser has laid out into the title."""
+    """A script added to a copy writes the browser's layout into the title."""
     script = (
         "<script>const dark = () => matchMedia('(prefers-color-scheme: dark)').matches;"
         "document.title = JSON.stringify([[...document.images].map(i => i.complete && i.naturalWidth), "
@@ -216,7 +216,7 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(
 
 
 def test_a_later_report_replaces_an_earlier_one(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also its plots: those of tables that are no more would pass for this one's. Other files stay."""
+    """Old plots are removed, too, or they would pass for this report's. Other files stay."""
     shutil.copytree(world.report, tmp_path / "report")
     (tmp_path / "report" / "plots" / "mine.png").write_bytes(b"")
     run = next(iter(world.rows.values()))[0]

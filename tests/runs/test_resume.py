@@ -1,4 +1,4 @@
-"""Where a run goes on: the same command again, damaged checkpoints, folders that others use."""
+"""Resuming a run: by the same command, after damage to checkpoints, and in folders that others use."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 
 @pytest.fixture(scope="module")
 def cut_short(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was killed within its second epoch: last.ckpt after six batches, previous.ckpt after five."""
+    """Make a run that was killed in its second epoch: last.ckpt after six batches, previous.ckpt after five."""
     folder = tmp_path_factory.mktemp("cut_short") / "run"
 
     def kill() -> None:
@@ -79,7 +79,7 @@ def killed(cut_short: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(cut_short, tmp_path / "run"))
 
 
-def go_on(folder: Path) -> dict[str, Any]:
+def resumed(folder: Path) -> dict[str, Any]:
     return run(composed(f"resume={folder}"), "not used")
 
 
@@ -106,22 +106,22 @@ def test_the_newest_sound_checkpoint_is_used(
     damage: str, killed: Path, whole: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     DAMAGE[damage](killed / "checkpoints" / "last.ckpt")
-    assert_same_run(killed, go_on(killed), whole)
+    assert_same_run(killed, resumed(killed), whole)
     said = capsys.readouterr().err
-    assert ("warning: " in said and "of batch 5, takes its place" in said) == (damage != "not there")
+    assert ("warning: " in said and "of batch 5, replaces it" in said) == (damage != "not there")
 
 
 def test_no_sound_checkpoint_is_refused_and_nothing_is_lost(killed: Path) -> None:
     for name in ("last", "previous"):
         DAMAGE["one bit"](killed / "checkpoints" / f"{name}.ckpt")
     before = {name: (killed / name).read_bytes() for name in files_below(killed) - {".lock"}}
-    with pytest.raises(UserError, match=r"last.ckpt cannot be read .*previous.ckpt cannot be read .*begins anew"):
-        go_on(killed)
+    with pytest.raises(UserError, match=r"last.ckpt cannot be read .*previous.ckpt cannot be read .*to start the run"):
+        resumed(killed)
     assert {name: (killed / name).read_bytes() for name in files_below(killed)} == before
 
 
 def test_every_damage_is_seen_or_harmless(cut_short: Path, tmp_path: Path) -> None:
-    """Any single bit: either it is refused, or it lay between the contents and all of them are the same."""
+    """A flipped bit is either refused, or lies between the contents and changes none of them."""
     sound = cut_short / "checkpoints" / "last.ckpt"
     expected, size = read_checkpoint(sound), sound.stat().st_size
     generator, refused = random.Random(0), 0
@@ -143,7 +143,7 @@ def test_every_damage_is_seen_or_harmless(cut_short: Path, tmp_path: Path) -> No
 
 def test_previous_goes_when_the_run_has_ended(killed: Path) -> None:
     assert (killed / "checkpoints" / "previous.ckpt").exists()
-    go_on(killed)
+    resumed(killed)
     assert not (killed / "checkpoints" / "previous.ckpt").exists()
     assert newest_sound(RunFolder(killed)) == (killed / "checkpoints" / "last.ckpt", 2 * BATCHES)
 
@@ -163,7 +163,7 @@ def test_previous_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_checkpoint_that_is_its_own_previous_leaves_one_name(tmp_path: Path) -> None:
-    """After a failure between the two renames: to rename a file to itself does nothing."""
+    """This happens after a failure between the two renames, because renaming a file to itself does nothing."""
     last = tmp_path / "last.ckpt"
     last.write_bytes(b"old")
     os.link(last, tmp_path / "previous.ckpt")
@@ -173,7 +173,7 @@ def test_a_checkpoint_that_is_its_own_previous_leaves_one_name(tmp_path: Path) -
 
 
 def test_a_complete_run_whose_previous_stays_has_not_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "checkpoints" / "previous.ckpt").mkdir(parents=True)  # which unlink refuses
+    (tmp_path / "checkpoints" / "previous.ckpt").mkdir(parents=True)  # unlink refuses a folder
     remove_previous(RunFolder(tmp_path))
     said = capsys.readouterr().err
     assert (
@@ -182,27 +182,27 @@ def test_a_complete_run_whose_previous_stays_has_not_failed(tmp_path: Path, caps
 
 
 def test_figures_that_are_gone_are_told(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The checkpoint is of batch 6, from 0."""
+    """The checkpoint is that of batch 6, counted from 0."""
     (killed / "metrics.csv").unlink()
-    go_on(killed)
-    assert f"warning: {killed / 'metrics.csv'} is gone: it begins again behind batch 6\n" in capsys.readouterr().err
+    resumed(killed)
+    assert f"warning: {killed / 'metrics.csv'} is missing: new rows begin after batch 6\n" in capsys.readouterr().err
     assert metrics(killed)[0]["step"] == "6"
 
 
 @pytest.mark.parametrize("content", [b"", b'{"seed": 0', b"[]", b"\xff\xfe"])
 def test_a_damaged_summary_is_one_line(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"summary\.json is damaged, or no summary of a run"):
+    with pytest.raises(UserError, match=r"summary\.json is damaged, or not a run's summary"):
         RunFolder(tmp_path).read_summary()
 
 
 def test_a_checkpoint_of_another_run_is_one_line(killed: Path, whole: Any) -> None:
-    """Sound, but its parts do not fit: no stack trace."""
+    """A sound checkpoint that does not fit gives no stack trace."""
     content = checkpoint(killed)
     content["optimizer_states"][0]["param_groups"].pop()
     torch.save(content, killed / "checkpoints" / "last.ckpt")
     with pytest.raises(UserError, match=r"last.ckpt does not fit this run"):
-        go_on(killed)
+        resumed(killed)
 
 
 # --- the beginning of a run ------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def test_a_checkpoint_of_another_run_is_one_line(killed: Path, whole: Any) -> No
 def test_killed_before_its_first_checkpoint(
     moment: tuple[str, int], whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It begins at its beginning, in its folder, as if nothing had been there."""
+    """It starts from the beginning in its own folder, as if the folder were empty."""
     folder, (hook, batches) = tmp_path / "run", moment
 
     def kill() -> None:
@@ -227,24 +227,24 @@ def test_killed_before_its_first_checkpoint(
     with monkeypatch.context() as patch:
         watched_by(patch, At(hook, kill, 0, batches))
         assert child_exit(lambda: small_run(folder, *QUICK)) == -signal.SIGKILL
-    assert_same_run(folder, go_on(folder), whole)
+    assert_same_run(folder, resumed(folder), whole)
 
 
-def test_what_goes_on_needs_no_initial_weights(whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They may be gone by now, or the network that they came from."""
+def test_a_resumed_run_needs_no_initial_weights(whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file, or the server it came from, may have gone by now."""
     weights = tmp_path / "weights.safetensors"
     shutil.copyfile(whole[0] / "backbone.safetensors", weights)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         watched_by(patch, At("on_train_batch_start", lambda: os.kill(os.getpid(), signal.SIGTERM), 1, 2))
         small_run(tmp_path / "run", *QUICK, f"backbone.weights={weights}")
     weights.unlink()
-    assert go_on(tmp_path / "run")["epochs"] == 2
+    assert resumed(tmp_path / "run")["epochs"] == 2
 
 
 # --- runs that end before their last epoch ---------------------------------------------------------------------------
 
 ENDS: dict[str, tuple[list[str], tuple[str, int]]] = {
-    # what ends it, where it is killed
+    # overrides that end it early, and where it is killed
     "within an epoch, killed at one's end": (["trainer.max_steps=10"], ("on_train_epoch_start", 2)),
     "within an epoch, killed before the test": (["trainer.max_steps=10"], ("on_test_start", 3)),
     "by early stopping, killed before the test": (
@@ -263,14 +263,14 @@ def test_a_run_that_ends_early_resumed_ends_there(end: str, tmp_path: Path, monk
         watched_by(patch, At(hook, _raise, epoch))
         with pytest.raises(RunFailed):
             small_run(tmp_path / "run", *overrides)
-    assert_same_run(tmp_path / "run", go_on(tmp_path / "run"), expected)
+    assert_same_run(tmp_path / "run", resumed(tmp_path / "run"), expected)
 
 
 # --- random numbers --------------------------------------------------------------------------------------------------
 
 
 class Draws(Callback):
-    """A user's callback with numbers of every generator, at each epoch's start and after validation."""
+    """A user's callback that draws from every generator at each epoch's start and after validation."""
 
     def __init__(self) -> None:
         self.drawn: list[float] = []
@@ -285,7 +285,7 @@ class Draws(Callback):
         self._draw()
 
 
-def test_generators_of_all_kinds_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generators_of_all_kinds_are_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uninterrupted, first, second = Draws(), Draws(), Draws()
     with monkeypatch.context() as patch:
         watched_by(patch, uninterrupted)
@@ -295,7 +295,7 @@ def test_generators_of_all_kinds_go_on(tmp_path: Path, monkeypatch: pytest.Monke
         small_run(tmp_path / "run", *QUICK, "callbacks.checkpoint_every_n_batches=null")
     with monkeypatch.context() as patch:
         watched_by(patch, second)
-        go_on(tmp_path / "run")
+        resumed(tmp_path / "run")
     assert [*first.drawn[:8], *second.drawn] == uninterrupted.drawn and len(second.drawn) == 8
 
 
@@ -315,10 +315,10 @@ def stopping(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("given", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_the_same_command_again_goes_on(
+def test_the_same_command_again_resumes(
     given: bool, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """In a folder that was given, or found in the output folder; when it has ended there is nothing to do."""
+    """The folder is given or found in the output folder; an ended run is left alone."""
     monkeypatch.chdir(tmp_path)
     where = ["hydra.run.dir=mine"] if given else []
     with monkeypatch.context() as patch:
@@ -332,8 +332,8 @@ def test_the_same_command_again_goes_on(
     capfd.readouterr()
     assert command(monkeypatch, *where) == 0
     assert capfd.readouterr().out == (
-        f"{folder if given else folder.relative_to(tmp_path)}: this run has ended, there is nothing left to do "
-        "(without resume=auto another one begins)\n"
+        f"{folder if given else folder.relative_to(tmp_path)}: this run has ended, nothing is left to do "
+        "(without resume=auto a new run begins)\n"
     )
     kept = {name: content for name, content in written.items() if not name.startswith(".hydra")}
     assert {name: (folder / name).read_bytes() for name in kept} == kept
@@ -341,8 +341,8 @@ def test_the_same_command_again_goes_on(
     assert len(list(tmp_path.rglob(".hydra"))) == 1  # no empty folders are left behind
 
 
-def test_auto_goes_on_with_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another configuration begins a run of its own; values that change no result do not."""
+def test_auto_resumes_no_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another configuration starts a new run, unless only values that change no result differ."""
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
         stopping(patch)
@@ -373,7 +373,7 @@ def test_auto_resumes_every_job_of_a_sweep(tmp_path: Path, monkeypatch: pytest.M
     assert command(monkeypatch, "seed=0,1", sweep=["-m"]) == 0
     ended = [file.parent for file in tmp_path.rglob("summary.json")]
     assert sorted(OmegaConf.load(folder / "config.yaml").seed for folder in ended) == [0, 1]
-    assert [len(metrics(folder)) for folder in ended] == [2 * BATCHES + 1, 2 * BATCHES + 1]  # one of the test
+    assert [len(metrics(folder)) for folder in ended] == [2 * BATCHES + 1, 2 * BATCHES + 1]  # one row for the test
 
 
 def test_differences_are_named() -> None:
@@ -390,7 +390,7 @@ def test_differences_are_named() -> None:
 
 @pytest.mark.parametrize("source", ["cifar10", "image_folder"])
 def test_another_folder_of_images_is_another_run(source: str) -> None:
-    """The files of CIFAR-10 are the same everywhere."""
+    """The folder of CIFAR-10 does not matter, because its files are the same everywhere."""
     own = source == "image_folder"
     asked = {"dataset": {"source": source, "root": "a", "in_memory": None}, "split": {"modules": 2}}
     for key, value in (("root", "b"), ("in_memory", False)):
@@ -409,7 +409,7 @@ def test_auto_in_a_folder_of_ones_own_looks_nowhere_else(tmp_path: Path, killed:
 def test_auto_knows_a_value_by_another_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """``off`` is saved as false."""
+    """``off`` is saved as ``false``."""
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
         stopping(patch)
@@ -421,8 +421,8 @@ def test_auto_knows_a_value_by_another_word(
 @pytest.mark.parametrize(
     "name", ["a b", "a=b", "a,b", "it's", 'a"b', "größer", "a#b&c;d", "$a`b!", "a\\", "a (b) [c]{d}"]
 )
-def test_the_command_to_go_on_can_be_pasted(name: str) -> None:
-    """Through a shell, and through Hydra's grammar."""
+def test_the_command_to_resume_can_be_pasted(name: str) -> None:
+    """It survives the shell and Hydra's grammar."""
     folder = Path("/runs") / name
     (typed,) = shlex.split(_resume_argument(folder))
     found = OverridesParser.create().parse_override(typed)
@@ -448,7 +448,7 @@ def test_a_folder_in_use_is_refused(killed: Path, tmp_path: Path) -> None:
     before = {name: (killed / name).read_bytes() for name in files_below(killed) if name != ".lock"}
     with sole_run(killed), sole_run(tmp_path / "fresh"):
         with pytest.raises(UserError, match=f"is in use: process {os.getpid()} on .* is training there"):
-            go_on(killed)
+            resumed(killed)
         with pytest.raises(UserError, match="is in use"):
             small_run(tmp_path / "fresh", *QUICK)
     assert {name: (killed / name).read_bytes() for name in files_below(killed)} == before
@@ -457,7 +457,7 @@ def test_a_folder_in_use_is_refused(killed: Path, tmp_path: Path) -> None:
 def test_in_use_is_said_first_and_nothing_is_written(
     killed: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Not that it was cut short, nor that it is another configuration: whoever moves it away ends the other run."""
+    """Other messages would tell the user to move the folder away, which would end the other run."""
     before = {name: (killed / name).read_bytes() for name in files_below(killed) - {".lock"}}
     with sole_run(killed):
         for typed in (["resume=auto"], [], ["resume=auto", "split=k4"], ["method=e2e"]):
@@ -488,7 +488,7 @@ def test_a_run_holds_its_lock_until_its_end_and_leaves_none(tmp_path: Path, monk
 
 
 def test_a_lock_that_was_removed_meanwhile_counts_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its holder removes the file: who had opened it before would lock a file that others cannot see."""
+    """A process that opened the lock file before its holder removed it would lock a file that others cannot see."""
     file = tmp_path / ".lock"
     flock, removed = locks.fcntl.flock, []
 

@@ -1,4 +1,4 @@
-"""Law 6: one config in, one folder out with a known set of files; a killed run resumed ends bit for bit the same.
+"""Law 6: one config in, one folder out with a known set of files; a killed and resumed run ends bit for bit the same.
 
 (Law 7 is in test_run_figures.py.)
 """
@@ -81,7 +81,7 @@ QUICK = [
     ("greedy_contrast by epochs", "in an epoch"),
     ("greedy_contrast by epochs", "at an epoch's end"),
 ]
-"""What the default tests kill; the tests of stops have other moments."""
+"""Where the default tests kill the run; the tests of stops have other moments."""
 
 
 @pytest.fixture
@@ -94,12 +94,12 @@ quickly = pytest.mark.usefixtures("no_pictures")
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Folder and summary of a variant's uninterrupted run, made once."""
+    """Return a function for folder and summary of a variant's uninterrupted run, made once."""
     return made_once(tmp_path_factory, VARIANTS)
 
 
 def assert_same_run(folder: Path, summary: dict[str, Any], expected: tuple[Path, dict[str, Any]]) -> None:
-    """Files, weights and optimizers bit for bit, every figure but the timed ones."""
+    """Assert that files, weights, optimizers and all figures but timings are equal bit for bit."""
     whole_folder, whole_summary = expected
     assert files_below(folder) == files_below(whole_folder)
     for name in ("last", "best"):
@@ -169,7 +169,7 @@ def test_law_6_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
 def test_law_6_when_checkpoints_are_written(
     every: int, accumulate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every so many batches; later, if the epoch is about to end. Accumulated gradients are saved, too."""
+    """They are due every few batches, or at the epoch's end if it is next. Accumulated gradients are saved, too."""
     written = []
 
     def note(trainer: Any, file: Path) -> None:
@@ -200,7 +200,7 @@ def test_law_6_when_checkpoints_are_written(
 
 @quickly
 def test_law_6_a_folder_with_a_run_in_it_takes_no_other(tmp_path: Path) -> None:
-    """Neither one that has ended nor one that can go on; what died before its first checkpoint makes room."""
+    """Neither an ended nor a resumable run may be overwritten; a run without a checkpoint may."""
     small_run(tmp_path, "epochs=1")
     assert_refused_untouched(tmp_path, "holds a run that has ended", "method=greedy_ce")
     (tmp_path / "summary.json").unlink()
@@ -234,14 +234,14 @@ def assert_refused_untouched(folder: Path, line: str, *overrides: str) -> None:
 def test_law_6_a_run_that_cannot_be_touches_no_file(wrong: str, key: str, tmp_path: Path) -> None:
     small_run(tmp_path, "epochs=1")
     (tmp_path / "summary.json").unlink()
-    (tmp_path / "checkpoints" / "last.ckpt").unlink()  # a folder that a run could begin in
+    (tmp_path / "checkpoints" / "last.ckpt").unlink()  # a new run could start in this folder
     assert_refused_untouched(tmp_path, key, wrong)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_law_6_the_command_line_killed_from_outside(tmp_path: Path) -> None:
-    """``python -m localfeat.run`` killed at three moments that nobody chose, then left alone."""
+    """Kill ``python -m localfeat.run`` at three arbitrary moments, then let it finish."""
     command = [sys.executable, "-m", "localfeat.run"]
     overrides = [*SMALL, "epochs=30", "callbacks.checkpoint_every_n_batches=1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -266,7 +266,7 @@ def count_rows(file: Path) -> int:
 
 
 def test_timed_columns_exist(whole: Any) -> None:
-    """What the comparison above leaves out is not more than it says."""
+    """The comparison above skips only columns that exist."""
     folder, summary = whole("feature_recon")
     header = next(csv.reader((folder / "metrics.csv").open()))
     assert set(TIMED) < set(header) and set(summary) > OWN_TO_A_PROCESS

@@ -1,6 +1,6 @@
-"""Law 7: every figure that a run prints or logs is checked here against what it should be; test data choose nothing.
+"""Law 7: every figure that a run prints or logs is recomputed here; test data choose nothing.
 
-A new figure fails these tests (``KNOWN``, ``SUMMARY``, ``TABLE``) until one is added that recomputes it.
+A new figure fails these tests (``KNOWN``, ``SUMMARY``, ``TABLE``) until a test recomputes it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ WHOLE_EVALUATION = ["trainer.limit_val_batches=null", "trainer.limit_test_batche
 
 
 class Witness(Callback):
-    """What the modules returned for every training batch, from forward hooks: nothing that was logged."""
+    """Keeps the modules' outputs for every training batch, by forward hooks and independently of logging."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
@@ -88,7 +88,7 @@ class Witness(Callback):
 
 
 class MemoryWitness(Callback):
-    """torch's own memory tracker around the third batch, looked at after every operation."""
+    """Runs torch's own memory tracker in the third batch and reads it after every operation."""
 
     def __init__(self) -> None:
         self.peaks: dict[str, int] = {}
@@ -130,7 +130,7 @@ def with_callback(monkeypatch: pytest.MonkeyPatch, callback: Callback) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Folder, summary, witness and printed text of one run, evaluated on every image."""
+    """Return folder, summary, witness and printed text of one run, evaluated on every image."""
     folder, witness = tmp_path_factory.mktemp("figures") / "run", Witness()
     with pytest.MonkeyPatch.context() as patch:
         draw_nothing(patch)
@@ -144,7 +144,7 @@ def column(rows: list[dict[str, str]], name: str) -> list[float]:
 
 
 def plain_accuracy(folder: Path, split: str, weights: dict[str, Tensor]) -> tuple[float, float]:
-    """Accuracy and loss of plain timm with the exported weights."""
+    """Return accuracy and loss of the plain timm model with the exported weights."""
     file = read_backbone_file(folder / "backbone.safetensors")
     model = timm.create_model(file.architecture, num_classes=10, img_size=file.img_size, **file.arguments)
     model.load_state_dict(weights)
@@ -225,7 +225,7 @@ def test_law_7_accuracies_are_those_of_the_exported_weights_in_plain_timm(finish
 
 
 def test_law_7_parameters_are_those_that_the_optimizers_hold(finished: Any) -> None:
-    """Counted from the moments in the checkpoint, and from the timm model alone."""
+    """The numbers are recomputed from the moments in the checkpoint and from the plain timm model."""
     states = checkpoint(finished.folder)["optimizer_states"]
     modules = [sum(p["exp_avg"].numel() for p in state["state"].values()) for state in states]
     backbone = sum(p.numel() for name, p in exported(finished.folder).items() if "relative_position_index" not in name)
@@ -385,7 +385,7 @@ def test_test_false_leaves_the_test_set_alone(tmp_path: Path, monkeypatch: pytes
         raise AssertionError("the test set was read")
 
     monkeypatch.setattr(ImageDataModule, "test_dataloader", refuse)
-    monkeypatch.setattr(training, "_check_shares", lambda *_: None)  # asks every loader for its length
+    monkeypatch.setattr(training, "_check_shares", lambda *_: None)  # it would ask the test loader for its length
     summary = small_run(tmp_path, "test=false")
     assert summary["test_accuracy"] is None
     assert summary["val_accuracy"] is not None

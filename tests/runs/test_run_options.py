@@ -1,4 +1,4 @@
-"""What the options of a run do: averaged weights, early stopping, no validation, limits, initial weights."""
+"""The effects of a run's options: averaged weights, early stopping, no validation, limits, initial weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Weights(Callback):
-    """The backbone's weights at the start and after every batch, whatever is done to them elsewhere."""
+    """Keeps copies of the backbone's weights from the start and after every batch."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, torch.Tensor]] = []
@@ -51,7 +51,7 @@ def accuracies(folder: Path) -> list[float]:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_averaged_weights_are_exported(accumulate: int, tmp_path: Path, weights: Weights) -> None:
-    """The average by hand: of the weights after every step of the optimizers, the first of them taken as it is."""
+    """The average is recomputed from the weights after every optimizer step, starting with the first."""
     decay = 0.7
     options = ["dataset.val_fraction=0", f"callbacks.ema={decay}", f"optimizer.accumulate={accumulate}"]
     small_run(tmp_path, *options)
@@ -75,7 +75,7 @@ def test_averaged_weights_are_the_ones_validated(tmp_path: Path) -> None:
 
 
 def test_early_stopping(tmp_path: Path) -> None:
-    """With a learning rate of next to nothing nothing gets better: two more epochs, and the end."""
+    """With almost no learning rate nothing improves, so the run ends after two more epochs."""
     summary = small_run(tmp_path, "epochs=9", "callbacks.early_stopping=2", "optimizer.lr=1e-12")
     assert summary["epochs"] == 3 == len(accuracies(tmp_path))
     assert checkpoint(tmp_path)["global_step"] == 3 * BATCHES
@@ -152,7 +152,7 @@ def test_max_steps_ends_after_so_many_batches(steps: int, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("limit", "batches"), [("3", 3), ("0.1", 8), ("null", 80)])
 def test_limits_of_batches(limit: str, batches: int, tmp_path: Path) -> None:
-    """1,294 of the 1,438 training images are left after validation: 80 batches of 16."""
+    """Validation leaves 1,294 of the 1,438 training images: 80 batches of 16."""
     small_run(tmp_path, "epochs=1", f"trainer.limit_train_batches={limit}", "method=e2e")
     assert checkpoint(tmp_path)["global_step"] == batches
 
@@ -161,7 +161,7 @@ def test_limits_of_batches(limit: str, batches: int, tmp_path: Path) -> None:
 
 
 def initial_file(file: Path, classes: int) -> dict[str, torch.Tensor]:
-    """Weights of the small Swin of ``SMALL`` with a classifier of ``classes``, as published files have them."""
+    """Write weights of the small Swin of ``SMALL`` with a classifier of ``classes``, as in published files."""
     torch.manual_seed(42)
     arguments = {"patch_size": 2, "window_size": 4, "embed_dim": 8, "depths": [1] * 4, "num_heads": [1, 1, 2, 2]}
     model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=classes, img_size=16, **arguments)
@@ -184,7 +184,7 @@ def test_initial_weights_arrive_but_for_the_classifier(
     for key, value in start.items():
         if not key.startswith("head."):
             assert torch.equal(value, given[key]), key
-            alone = key.endswith("bias_table") and len(value) == 1  # of a window of one: softmax does not see it
+            alone = key.endswith("bias_table") and len(value) == 1  # for a window of one token softmax cancels it
             assert alone or not torch.equal(end[key], given[key]), "and they are trained"
     assert start["head.fc.weight"].shape[0] == 10
     assert classes != 10 or not torch.equal(start["head.fc.weight"], given["head.fc.weight"])

@@ -1,4 +1,4 @@
-"""Signals: the batch under way is finished and saved, the run goes on bit for bit, a second signal ends it at once."""
+"""Signals: the current batch is finished and saved, the run resumes bit for bit, a second signal ends it at once."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def same_handlers() -> Iterator[None]:
-    """A run gives back the handlers that were there."""
+    """Assert that a run restores the previous signal handlers."""
     before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
     yield
     assert {number: signal.getsignal(number) for number in stopping.SIGNALS} == before
@@ -48,7 +48,7 @@ def same_handlers() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Folder and summary of a variant's uninterrupted run, made once."""
+    """Return a function for folder and summary of a variant's uninterrupted run, made once."""
     return made_once(tmp_path_factory, VARIANTS)
 
 
@@ -57,7 +57,7 @@ def send(name: str) -> Any:
 
 
 MOMENTS: dict[str, tuple[str, int, int, int]] = {
-    # hook, epoch, batches begun in it, batches in last.ckpt
+    # hook, epoch, batches started in it, batches in last.ckpt
     "before a batch": ("on_train_batch_start", 1, 2, BATCHES + 2),
     "after a batch": ("on_train_batch_end", 1, 3, BATCHES + 3),
     "before an epoch's last batch": ("on_train_batch_start", 1, BATCHES, 2 * BATCHES),
@@ -97,7 +97,7 @@ def test_stopped_and_resumed_is_as_never_stopped(
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), pytest.param("SIGTERM", 143, marks=pytest.mark.slow)])
-def test_command_line_says_how_to_go_on(
+def test_command_line_says_how_to_resume(
     name: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "my run"
@@ -105,15 +105,15 @@ def test_command_line_says_how_to_go_on(
     assert call(monkeypatch, "run", *SMALL, f"hydra.run.dir={folder}") == code
     said = capfd.readouterr().err.splitlines()
     assert said[-2:] == [
-        f"{name}: saving after this batch; once more to end at once",
-        f"stopped by {name}; go on with: python -m localfeat.run resume='{folder}'",
+        f"{name}: saving after this batch; a second signal ends at once",
+        f"stopped by {name}; resume with: python -m localfeat.run resume='{folder}'",
     ]
     assert call(monkeypatch, "run", f"resume='{folder}'") == 0
     assert (folder / "summary.json").exists() and not (folder / "checkpoints" / "previous.ckpt").exists()
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if nobody handled it: its parent sees a process that the signal has ended."""
+    """The signal is not handled again: the parent sees a process that it has ended."""
     folder = tmp_path / "run"
 
     def twice() -> None:
@@ -123,7 +123,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
     watched_by(monkeypatch, At("on_train_batch_start", twice, 1, 2))
     assert child_exit(lambda: small_run(folder, "method=greedy_ce")) == -signal.SIGTERM
-    assert checkpoint(folder)["global_step"] == BATCHES  # the one before
+    assert checkpoint(folder)["global_step"] == BATCHES  # the previous checkpoint
 
 
 @pytest.mark.parametrize("where", ["localfeat.run.train.build_learner", "localfeat.run.train._load_best"])
@@ -141,11 +141,11 @@ def test_before_and_after_training_it_ends_where_it_is(
     if "build" in where:
         assert said == "stopped by SIGINT" and not Path("outputs").exists()
     else:
-        assert said == f"stopped by SIGINT; go on with: python -m localfeat.run resume={tmp_path}/outputs/mine"
+        assert said == f"stopped by SIGINT; resume with: python -m localfeat.run resume={tmp_path}/outputs/mine"
 
 
 def test_ignored_signals_stay_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """nohup, and shells that start something in the background."""
+    """nohup, and shells that start background jobs, set signals to be ignored."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         watched_by(monkeypatch, At("on_train_batch_start", send("SIGHUP"), 0, 2))
@@ -167,7 +167,7 @@ def test_a_sweep_of_hydras_stops_as_a_whole(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.fixture
 def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in that notes what it is asked for, and fails for job 13."""
+    """Install a stand-in that records its arguments and fails for job 13."""
     program, notes = tmp_path / "bin" / "scontrol", tmp_path / "asked"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\necho "$@" >> "{notes}"\ncase "$2" in 13) echo "no such\njob" >&2; exit 1;; esac\n')
@@ -178,26 +178,26 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_requeue_names_the_job(scontrol: Path) -> None:
     usr1 = signal.SIGUSR1
-    assert requeue(usr1, {"SLURM_JOB_ID": "7"}) == "Slurm job 7 is in the queue again"
+    assert requeue(usr1, {"SLURM_JOB_ID": "7"}) == "Slurm job 7 was requeued"
     task = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "8", "SLURM_ARRAY_TASK_ID": "3"}
-    assert requeue(usr1, task) == "Slurm job 8_3 is in the queue again"
-    assert requeue(usr1, {"SLURM_JOB_ID": "13"}) == "Slurm job 13 was not put into the queue again: no such job"
+    assert requeue(usr1, task) == "Slurm job 8_3 was requeued"
+    assert requeue(usr1, {"SLURM_JOB_ID": "13"}) == "Slurm job 13 was not requeued: no such job"
     assert scontrol.read_text().splitlines() == ["requeue 7", "requeue 8_3", "requeue 13"]
     assert requeue(usr1, {}) is None  # no Slurm
-    assert requeue(signal.SIGTERM, {"SLURM_JOB_ID": "7"}) is None  # scancel must end it
+    assert requeue(signal.SIGTERM, {"SLURM_JOB_ID": "7"}) is None  # sent by scancel, which must end the job
     assert requeue(usr1, {"SLURM_JOB_ID": "7; rm -rf /"}) is None
     assert len(scontrol.read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize("resume", [["resume=auto"], []])
-def test_usr1_puts_a_job_back_that_can_go_on(
+def test_usr1_requeues_a_job_that_resumes(
     resume: list[str],
     scontrol: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Only with a command that goes on: without resume=auto the requeued job would begin anew."""
+    """Without resume=auto the requeued job would start from the beginning."""
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     command = [*SMALL, "method=greedy_ce", f"hydra.run.dir={tmp_path}/run", *resume]
     with monkeypatch.context() as patch:
@@ -205,13 +205,13 @@ def test_usr1_puts_a_job_back_that_can_go_on(
         assert call(monkeypatch, "run", *command) == 128 + signal.SIGUSR1
     assert scontrol.exists() == bool(resume)
     if resume:
-        assert capfd.readouterr().err.splitlines()[-1] == "Slurm job 5 is in the queue again"
+        assert capfd.readouterr().err.splitlines()[-1] == "Slurm job 5 was requeued"
         assert call(monkeypatch, "run", *command) == 0
         assert (tmp_path / "run" / "summary.json").exists()
 
 
 def test_a_request_outside_the_main_thread_is_silent() -> None:
-    """Python lets only the main thread have handlers: a run elsewhere must not fail for it."""
+    """Python allows signal handlers only in the main thread; a run in another thread must not fail."""
     from concurrent.futures import ThreadPoolExecutor
 
     def listen() -> bool:

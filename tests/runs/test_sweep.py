@@ -1,4 +1,4 @@
-"""``localfeat sweep``: jobs in processes of their own, whatever happens to them or to the sweep."""
+"""``localfeat sweep``: jobs in their own processes, and what happens if they or the sweep fail."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_finished_jobs_are_left_alone(place: Place, capfd: pytest.CaptureFixture
     assert capfd.readouterr().out.startswith("3 jobs: 1 done before, 0 elsewhere, 2 to run\n")
     assert place.attempts() == [["anew"], ["anew"], ["anew"]]
     assert {file: file.stat().st_mtime_ns for file in place.job(E2E).rglob("*")} == before
-    assert place.sweep("split=k2") == 0  # study.json keeps what there are runs of
+    assert place.sweep("split=k2") == 0  # study.json keeps jobs that have runs
     assert len(json.loads((place.folder / "out" / "study.json").read_text())["jobs"]) == 3
 
 
@@ -77,7 +77,7 @@ def test_the_others_survive_a_failure(place: Place, capfd: pytest.CaptureFixture
         f"{E2E} FAILED" in out
         and f"(exit code 1, error: it failed): {log} | 0 done, 1 failed, 0 running, 2 left" in out
     )
-    assert f"{K2} FAILED" in out and "(killed, perhaps for lack of memory)" in out
+    assert f"{K2} FAILED" in out and "(killed, possibly out of memory)" in out
     assert f"{K4} FAILED" in out and "(exit code 0)" in out
     assert out.splitlines()[-5:-1] == [
         *(f"failed: {name}: {log.with_name(name + '.log')}" for name in (E2E, K2, K4)),
@@ -93,7 +93,7 @@ def test_the_others_survive_a_failure(place: Place, capfd: pytest.CaptureFixture
 
 
 def test_a_killed_sweep(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
-    """Its job goes on as an orphan and belongs to nobody else; the same command again does the rest."""
+    """Its job keeps running and keeps its lock; the same command again runs the other jobs."""
     place.behave(k2=[1, "wait"])
     sweep = place.start()
     until((place.job(K2) / "here").exists)
@@ -103,7 +103,7 @@ def test_a_killed_sweep(place: Place, capfd: pytest.CaptureFixture[str]) -> None
     before = finished.stat().st_mtime_ns
     assert place.sweep() == 0
     out = capfd.readouterr().out
-    assert f"{K2} is being trained by another process and left alone\n" in out
+    assert f"{K2} is skipped: another process is training it\n" in out
     assert "3 jobs: 1 done before, 1 elsewhere, 1 to run\n" in out and "2 of 3 jobs done, 0 failed" in out
     assert place.attempts() == [["anew"], ["anew"], ["anew"]]
     (place.folder / "go").touch()
@@ -121,7 +121,7 @@ def test_a_sweep_that_is_told_to_stop(name: str, code: int, place: Place, capfd:
     out, error = sweep.communicate(timeout=60)
     assert (sweep.returncode, error) == (code, "")
     assert "ending 1 running jobs" in out
-    assert out.splitlines()[-1].startswith("stopped with 1 of 3 jobs done; to go on: localfeat sweep study=")
+    assert out.splitlines()[-1].startswith("stopped with 1 of 3 jobs done; resume with: localfeat sweep study=")
     assert place.attempts() == [["anew"], ["anew"], []]
     (place.folder / "go").touch()
     assert place.sweep() == 0
@@ -130,7 +130,7 @@ def test_a_sweep_that_is_told_to_stop(name: str, code: int, place: Place, capfd:
 
 
 def test_side_by_side(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
-    """With joblib; two jobs that wait for each other."""
+    """With joblib, two jobs can wait for each other."""
     place.behave(e2e=[0, "meet"], k4=[0, "meet"])
     assert place.sweep("launcher=joblib", "hydra.launcher.n_jobs=3", "split=k4") == 0
     lines = capfd.readouterr().out.splitlines()
@@ -160,7 +160,7 @@ def test_a_folder_with_other_runs_is_refused(place: Place, capfd: pytest.Capture
         f"error: {place.job(E2E)} holds a run of another configuration (epochs=3, now epochs=4); "
         "give the study another folder=<folder>, or move this one away\n"
     )
-    assert place.sweep("epochs=4", "method=feature_recon", "split=k2") == 2  # unfinished: nothing is lost either
+    assert place.sweep("epochs=4", "method=feature_recon", "split=k2") == 2  # an unfinished run is not overwritten
     assert {file: file.read_bytes() for file in (place.folder / "out").rglob("*") if file.is_file()} == before
     (place.job(E2E) / ".hydra" / "overrides.yaml").unlink()
     assert place.sweep() == 2
@@ -174,7 +174,7 @@ def test_a_folder_with_other_runs_is_refused(place: Place, capfd: pytest.Capture
 def test_a_damaged_file_of_a_finished_job_is_one_line(
     file: str, content: str | bytes, place: Place, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing is run, and nothing is overwritten."""
+    """Nothing is run or overwritten."""
     assert place.sweep("method=e2e") == 0
     damaged = place.job(E2E) / file
     damaged.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -195,7 +195,7 @@ def test_a_folder_that_cannot_be_written_to(place: Place, capfd: pytest.CaptureF
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_told_to_stop_while_a_job_starts(name: str, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
-    """The process that nobody has heard of yet is ended with the others."""
+    """A process that has not been reported yet is ended with the others."""
     place.behave(e2e=[1, "wait"])
     begin = task.RunJob._start
 

@@ -42,7 +42,7 @@ def last_checkpoint(damage: Callable[[Path], None]) -> Callable[[Path], str]:
         trial.kill_midway()
         damage(trial.folder / "checkpoints" / "last.ckpt")
         ended = trial.run()
-        succeeds(ended, "last.ckpt cannot be read", "takes its place")
+        succeeds(ended, "last.ckpt cannot be read", "replaces it")
         trial.identical()
         return "a warning, the one before takes its place; identical"
 

@@ -45,7 +45,7 @@ def stop_and_resume(trial: Trial, name: str, more: list[str], but: str) -> str:
     child.wait(lambda: rows_of(trial.folder / "metrics.csv") >= rows)
     os.killpg(child.number, number)
     ended = child.end()
-    soon(ended, 128 + number, f"stopped by {name}; go on with: ")
+    soon(ended, 128 + number, f"stopped by {name}; resume with: ")
     trial.resume(*more, but=but)
     return f"exit code {ended.code} {ended.seconds:.1f} s after a signal in batch {rows + 1} of 8; identical"
 
@@ -67,7 +67,7 @@ def at(hook: str, epoch: int, where: str) -> Callable[[Path], str]:
     def make(place: Path) -> str:
         trial = Trial(place)
         ended = trial.run(prepare=lambda: watch(At(hook, send("SIGTERM"), epoch)))
-        one_line(ended, 143, "stopped by SIGTERM; go on with: ")
+        one_line(ended, 143, "stopped by SIGTERM; resume with: ")
         trial.resume()
         return f"exit code 143, {where}; identical"
 
@@ -122,7 +122,7 @@ def under_slurm(place: Path) -> str:
 
     ended = trial.run(prepare=prepare)
     need(ended.code == 128 + signal.SIGUSR1, f"exit code {ended.code}")
-    need(ended.last_line == "Slurm job 5 is in the queue again", f"says {ended.last_line}")
+    need(ended.last_line == "Slurm job 5 was requeued", f"says {ended.last_line}")
     need(notes.read_text() == "requeue 5\n", "scontrol was asked for something else")
     trial.resume()
     return "exit code 138, the job is in the queue again; identical"

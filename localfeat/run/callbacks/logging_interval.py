@@ -1,4 +1,4 @@
-"""How often figures are logged in runs of few batches."""
+"""The logging interval of runs with few batches."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from lightning.pytorch.callbacks import Callback
 
 
 class LogShortRuns(Callback):
-    """Lowers the trainer's ``log_every_n_steps`` to the batches of an epoch, so that every epoch logs training figures.
+    """Lowers the trainer's ``log_every_n_steps`` to the batches of an epoch, so that every epoch logs training metrics.
 
-    A run of fewer batches would otherwise end without a single one.
+    A run with fewer batches would otherwise log none.
     """
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""What a run says, keeps and does when losses or gradients are not finite."""
+"""Report losses and gradients that are not finite, save the batch, and stop the run."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ SEED_NOTE = (
 
 @dataclass(frozen=True)
 class Batch:
-    """A training batch and what became of it.
+    """A training batch and its metrics.
 
     Attributes:
-        images, labels: as the loader gave them.
-        epoch, index: both from 0.
-        figures: ``train/module_1/loss`` and the like, scalars on the device.
-        folder: of the run.
-        seed: of torch's generator when the batch began, if nobody has set it since.
+        images, labels: the batch as the loader returned it.
+        epoch, index: the numbers of epoch and batch, from 0.
+        figures: the batch's metrics (``train/module_1/loss`` and others), scalars on the device.
+        folder: the run's folder.
+        seed: torch's seed at the start of the batch, unless it was set since.
     """
 
     images: Tensor
@@ -51,11 +51,11 @@ class Batch:
         return f"epoch {self.epoch}, batch {self.index}"
 
     def write(self, facts: Mapping[str, Any]) -> str:
-        """Write it to ``nonfinite_batch.safetensors`` in the folder; returns where it is, or why it is nowhere."""
+        """Write the batch to ``nonfinite_batch.safetensors`` in the folder; return its path or an error, as text."""
         file = Path(self.folder) / FILE
         parts = {"images": self.images, "labels": self.labels}
         if not all(isinstance(part, Tensor) for part in parts.values()):
-            return "its batch was not kept, as it is not made of tensors"
+            return "its batch was not saved because it is not made of tensors"
         tensors = {name: part.detach().cpu().contiguous().clone() for name, part in parts.items()}
         known = {"epoch": self.epoch, "batch": self.index, "torch_seed": self.seed, "torch_seed_note": SEED_NOTE}
         try:
@@ -66,33 +66,34 @@ class Batch:
 
 
 def read_batch(file: str | Path) -> tuple[Tensor, Tensor, dict[str, str]]:
-    """Images, labels and facts of a ``nonfinite_batch.safetensors``.
+    """Return images, labels and metadata of a ``nonfinite_batch.safetensors``.
 
-    The facts are texts: ``module``, ``term``, ``value``, ``epoch``, ``batch``, ``torch_seed``, ``torch_seed_note``, and
-    ``parameter`` where a gradient was not finite.
+    The metadata are strings: ``module``, ``term``, ``value``, ``epoch``, ``batch``, ``torch_seed``,
+    ``torch_seed_note``, and ``parameter`` if a gradient was not finite.
     """
     with safe_open(file, "pt") as content:
         return content.get_tensor("images"), content.get_tensor("labels"), dict(content.metadata())
 
 
 class StopOnNonFinite(Callback):
-    """Ends a run one of whose modules no longer takes steps; names every module that leaves one out, once.
+    """Warns once per module that skips a step, and ends the run when a module skips too many steps in a row.
 
-    The learner leaves out and counts such steps with or without it. How many in a row are too many is the learner's
-    ``optimization.stop_after_nonfinite``. On a GPU it looks only where figures are logged, as that has to wait for it.
+    The learner skips and counts such steps with or without this callback; the limit is its
+    ``optimization.stop_after_nonfinite``. On a GPU the check is made only when metrics are logged, because it waits for
+    the device.
 
     Raises:
-        Diverged: at the end of a batch. The batch, or of an accumulation window the last one whose loss was not finite,
-            is written into the trainer's ``default_root_dir``.
+        Diverged: at the end of a batch. That batch (with accumulation, the last one whose loss was not finite) is
+            written to the trainer's ``default_root_dir``.
     """
 
     def __init__(self) -> None:
         self._begin()
 
     def _begin(self) -> None:
-        self._batch: tuple[Any, int] = (None, 0)  # the current one and its number
+        self._batch: tuple[Any, int] = (None, 0)  # the current batch and its number
         self._named: set[int] = set()
-        self._suspects: dict[int, tuple[Batch, Trouble]] = {}  # the latest bad loss of modules that took no step since
+        self._suspects: dict[int, tuple[Batch, Trouble]] = {}  # latest bad loss of modules without a step since
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._begin()
@@ -106,24 +107,24 @@ class StopOnNonFinite(Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         learner = as_learner(pl_module)
-        self._batch = None, batch_idx  # nothing of it stays
+        self._batch = None, batch_idx  # free its memory
         if learner.device.type == "cpu" or learner.logs_batch or torch.is_anomaly_enabled():
             self.look(learner, described(trainer, learner, batch, batch_idx), trainer.optimizers)
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Keep the batch in which anomaly detection has found an operation, and say where."""
+        """Save the batch in which anomaly detection found an operation, and add its path to the message."""
         if isinstance(exception, AnomalyFound):
             batch = described(trainer, as_learner(pl_module), *self._batch)
             facts = {"module": f"module_{exception.module}", "term": exception.operation, "value": "nan"}
             exception.args = (f"{exception}; {batch.write(facts)}",)
 
     def look(self, learner: Learner, batch: Batch, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """After a batch. Waits for the device.
+        """Check a batch after it was trained on. Waits for the device.
 
         Raises:
-            Diverged: a module has left out too many steps in a row.
+            Diverged: a module has skipped too many steps in a row.
         """
         nonfinite = learner.nonfinite
         limit = 1 if torch.is_anomaly_enabled() else learner.optimization.stop_after_nonfinite
@@ -144,43 +145,43 @@ class StopOnNonFinite(Callback):
             if limit is not None and count >= limit and nonfinite.stepped:
                 raise Diverged(last_words(module, count, limit, *(self._suspects.get(module) or (batch, find(module)))))
         if losses.is_cuda:
-            self._suspects.clear()  # the memory of their images; the next look is many batches away
+            self._suspects.clear()  # frees their images; the next check is many batches away
 
 
 def described(trainer: lightning.Trainer, learner: Learner, batch: Any, index: int) -> Batch:
-    """The batch (images, labels) of that number in the epoch, with the figures that it gave."""
+    """Return a batch (images, labels) with its number in the epoch and its metrics."""
     images, labels = batch
     return Batch(images, labels, trainer.current_epoch, index, learner.figures.latest, trainer.default_root_dir)
 
 
 def as_learner(pl_module: lightning.LightningModule) -> Learner:
-    """The module, if it is what counts such steps.
+    """Return ``pl_module`` as a ``Learner``, which counts skipped steps.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not a ``Learner``.
     """
     if not isinstance(pl_module, Learner):
-        raise UserError(f"StopOnNonFinite watches a localfeat.Learner, this is a {type(pl_module).__name__}")
+        raise UserError(f"StopOnNonFinite works with a localfeat.Learner, not with {type(pl_module).__name__}")
     return pl_module
 
 
 def warn_of(module: int, batch: Batch, found: tuple[Batch, Trouble] | None) -> None:
-    """Say on stderr that a module (from 0) leaves out a step; ``found``: where and why, if that is known."""
-    what = f"some loss or gradient of module {module + 1} was not finite before {batch}"
+    """Warn on stderr that a module (from 0) skips a step; ``found`` is the batch and the reason, if known."""
+    what = f"a loss or gradient of module {module + 1} was not finite before {batch}"
     if found is not None:
         what = f"{found[1]} at {found[0]}"
-    print(f"warning: {what}: the module does not take such steps, summary.json counts them", file=sys.stderr)
+    print(f"warning: {what}: the module skips such steps, summary.json counts them", file=sys.stderr)
 
 
 def last_words(module: int, count: int, limit: int, batch: Batch, trouble: Trouble) -> str:
-    """Write the batch and return the line in which the run ends."""
+    """Write the batch and return the run's last line."""
     facts = {"module": f"module_{module + 1}", "term": trouble.term, "value": trouble.value}
     facts |= {} if trouble.parameter is None else {"parameter": trouble.parameter}
     written = batch.write(facts)
     if torch.is_anomaly_enabled():
         return f"{trouble} at {batch} (trainer.detect_anomaly=true): {written}"
     return (
-        f"{trouble} at {batch}, and {count} steps of this module in a row were left out "
-        f"(optimizer.stop_after_nonfinite={limit}): {written}; begin anew with a lower optimizer.lr, or look: "
-        "trainer.detect_anomaly=true names the operation"
+        f"{trouble} at {batch}, and this module has skipped {count} steps in a row "
+        f"(optimizer.stop_after_nonfinite={limit}): {written}; start again with a lower optimizer.lr, or use "
+        "trainer.detect_anomaly=true to find the operation"
     )

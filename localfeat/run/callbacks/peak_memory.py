@@ -1,4 +1,4 @@
-"""The most memory that training takes: measured on CUDA, counted everywhere else."""
+"""Peak memory of training: measured on CUDA, counted on other devices."""
 
 from __future__ import annotations
 
@@ -19,33 +19,32 @@ from localfeat.memory.windows import ModuleWindows
 
 GIB = 1024**3
 WARM_UP_BATCHES = 2
-"""Batches at the start of a run that measure compilation, autotuning and cold caches rather than training."""
+"""Batches at the start of a run, which would measure compilation, autotuning and cold caches rather than training."""
 
 CUDA_SOURCE = "torch.cuda.max_memory_allocated"
 ACCOUNTING_SOURCE = "allocator accounting of one training batch"
 
 
 class PeakMemory(Callback):
-    """The most memory that training takes, in bytes: over all, and of every one of ``local_modules``.
+    """Peak memory of training in bytes, overall and for each of ``local_modules``.
 
-    On CUDA: ``torch.cuda.max_memory_allocated`` over all of training, validation left out (its batches may be larger
-    and have no graph). On every other device: the allocations of one training batch, counted by ``StorageTracker``
-    on top of weights (their moving average, too), buffers, optimizer state, gradients and the batch itself. That
-    batch is the third of the run, when optimizer states exist, or the last one of a shorter run; with accumulation
-    the one of the second optimizer step, when every module's gradients are alive too. Compiled modules run
-    uncompiled while they are counted. A resumed run keeps the figures of its earlier part, unless it has moved
-    between CPU and GPU.
+    On CUDA this is ``torch.cuda.max_memory_allocated`` over all of training without validation, whose batches may be
+    larger and have no graph. On other devices ``StorageTracker`` counts the allocations of one training batch, on top
+    of weights (and their moving average), buffers, optimizer state, gradients and the batch itself. That batch is the
+    third of the run, when optimizer states exist, or the last one of a shorter run; with accumulation it is that of
+    the second optimizer step, when every module's gradients are alive, too. Compiled modules run uncompiled while they
+    are counted. A resumed run keeps the figures of its earlier part, unless it moved between CPU and GPU.
 
-    The modules' peaks are those of ``ModuleWindows`` in the same batch on every device. They contain what is
-    allocated all the time, so the largest of them is the overall peak (on CUDA at most that).
+    On every device the modules' peaks come from ``ModuleWindows`` in that batch. They include persistent memory, so the
+    largest of them is the overall peak (on CUDA: at most that).
 
     Attributes:
-        peak_bytes: the figure; None until taken, and for ever if no batch could be measured.
-        reserved_bytes: ``torch.cuda.max_memory_reserved``; None off CUDA. The allocator keeps what it has reserved:
-            what validation needed counts, too.
-        module_peak_bytes: ``{"module_1": bytes, …}``; empty until taken, and for a model without ``local_modules``.
-        source: where ``peak_bytes`` comes from; None as long as there is none.
-        slow_batch: 0-based number, within this fit, of the batch that the accounting slows down; None on CUDA.
+        peak_bytes: the overall peak; None until measured.
+        reserved_bytes: ``torch.cuda.max_memory_reserved``; None on other devices. It includes validation, because the
+            allocator keeps what it has reserved.
+        module_peak_bytes: ``{"module_1": bytes, …}``; empty until measured and without ``local_modules``.
+        source: how ``peak_bytes`` was measured; None until then.
+        slow_batch: 0-based number, within this fit, of the batch that accounting slows down; None on CUDA.
     """
 
     SAVED = ("peak_bytes", "reserved_bytes", "module_peak_bytes", "source")
@@ -137,7 +136,7 @@ class PeakMemory(Callback):
         self._leave()
 
     def _leave(self) -> None:
-        """No hook and no accounting after this; figures not taken by now are lost."""
+        """Remove hooks and stop accounting; figures not measured by now are lost."""
         tracker, windows = self._tracker, self._windows
         self._tracker = self._windows = None
         if windows is not None:
@@ -153,7 +152,7 @@ class PeakMemory(Callback):
             self._keep_cuda(pl_module.device)
 
     def _keep_cuda(self, device: torch.device) -> int:
-        """Raise the figures to CUDA's peaks since the last reset; returns the allocated one."""
+        """Raise the figures to CUDA's peaks since the last reset; return the allocated one."""
         allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         self.peak_bytes = max(self.peak_bytes or 0, allocated)
         self.reserved_bytes = max(self.reserved_bytes or 0, reserved)
@@ -161,32 +160,32 @@ class PeakMemory(Callback):
         return allocated
 
     def _take_cuda(self, device: torch.device) -> int:
-        # The allocator counts on the host, as tensors are made: nothing to wait for.
+        # The allocator counts on the host when tensors are created, so there is no need to synchronize.
         allocated = self._keep_cuda(device)
         torch.cuda.reset_peak_memory_stats(device)
         return allocated
 
 
 def take_counted(tracker: StorageTracker) -> int:
-    """The tracker's peak, which begins anew."""
+    """Return the tracker's peak and reset it."""
     peak = tracker.peak_bytes
     tracker.reset_peak()
     return peak
 
 
 def on_cuda(pl_module: lightning.LightningModule) -> bool:
-    """Whether the model's device has an allocator that keeps statistics."""
+    """Return whether the model's device has an allocator that keeps statistics."""
     return pl_module.device.type == "cuda"
 
 
 def local_modules(pl_module: lightning.LightningModule) -> Iterable[nn.Module]:
-    """What a learner trains one after the other; nothing for any other model."""
+    """Return a learner's local modules; nothing for any other model."""
     modules = getattr(pl_module, "local_modules", None)
     return modules if isinstance(modules, nn.ModuleList) else ()
 
 
 def batch_to_measure(trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> int:
-    """0-based number, within the run, of a batch as heavy as any: it updates, and optimizer states exist."""
+    """Return the 0-based number, within the run, of a batch with an update when optimizer states exist."""
     accumulate = getattr(getattr(pl_module, "optimization", None), "accumulate", 1)
     per_epoch = trainer.num_training_batches
     window = int(min(accumulate, per_epoch))
@@ -195,10 +194,10 @@ def batch_to_measure(trainer: lightning.Trainer, pl_module: lightning.LightningM
 
 
 def remaining_batches(trainer: lightning.Trainer) -> int:
-    """How many training batches this fit has still to run; a large number where nothing limits it."""
+    """Return the number of training batches left in this fit; a very large number without a limit."""
     limits: list[float] = []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        # After a resume at an epoch's end the progress still shows that epoch's batches: hence the remainder.
+        # After resuming at an epoch's end the progress still counts that epoch's batches, hence the remainder.
         done = trainer.fit_loop.epoch_loop.batch_progress.current.completed % trainer.num_training_batches
         limits.append((trainer.max_epochs - trainer.current_epoch) * trainer.num_training_batches - done)
     if trainer.max_steps >= 0:
@@ -208,10 +207,10 @@ def remaining_batches(trainer: lightning.Trainer) -> int:
 
 
 def existing_tensors(trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any) -> Iterator[Tensor]:
-    """All that is allocated when a step begins: weights, buffers, gradients, optimizer state, averages, the batch.
+    """Yield all tensors when a step begins: weights, buffers, gradients, optimizer state, averages, the batch.
 
-    Left out are some scalars, a few KiB in all: states of metrics, sums of losses, a GradScaler's scale. Schedules
-    hold no tensors.
+    Some scalars, a few KiB in all, are ignored: states of metrics, sums of losses, a GradScaler's scale. Schedules hold
+    no tensors.
     """
     for parameter in pl_module.parameters():
         yield parameter
@@ -225,10 +224,10 @@ def existing_tensors(trainer: lightning.Trainer, pl_module: lightning.LightningM
 
 
 def averaged_tensors(trainer: lightning.Trainer, device: torch.device) -> Iterator[Tensor]:
-    """The copies of weights and buffers that weight averaging keeps on ``device``.
+    """Yield the copies of weights and buffers that weight averaging keeps on ``device``.
 
-    Lightning copies the model before it moves it: unless the callback is given a device, a run on a GPU keeps its
-    average in main memory.
+    Lightning copies the model before moving it, so a run on a GPU keeps its average in main memory unless the callback
+    is given a device.
     """
     for callback in getattr(trainer, "callbacks", []):
         average = averaged_model(callback)

@@ -1,4 +1,4 @@
-"""Random numbers that a resumed run repeats: a seed for every batch, and the generators' states."""
+"""Reproduce random numbers in a resumed run: a seed for every batch, and the generators' states."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 
 def batch_seed(seed: int, epoch: int, batch_idx: int, rank: int) -> int:
-    """A 63-bit seed in which neighbouring arguments share nothing (NumPy's ``SeedSequence``)."""
+    """Return a 63-bit seed that is unrelated to those of similar arguments (NumPy's ``SeedSequence``)."""
     high, low = np.random.SeedSequence((seed, epoch, batch_idx, rank)).generate_state(2, np.uint32).tolist()
     return ((high << 32) | low) >> 1
 
@@ -20,9 +20,8 @@ def batch_seed(seed: int, epoch: int, batch_idx: int, rank: int) -> int:
 class SeedEachBatch(Callback):
     """Seeds torch's generators (all devices) before every training batch from (seed, epoch, batch, rank).
 
-    A batch's augmentation, dropout and drop path then depend on nothing that happened before: not on validation or
-    test loops in between, not on whether the run was killed and resumed. Lightning saves no generator state, so a
-    resumed run could not repeat them otherwise.
+    A batch's augmentation, dropout and drop path then do not depend on earlier events, such as validation loops or a
+    kill and resume. Lightning saves no generator states, so a resumed run could not reproduce them otherwise.
     """
 
     def __init__(self, seed: int) -> None:
@@ -35,9 +34,9 @@ class SeedEachBatch(Callback):
 
 
 class RandomStates(Callback):
-    """Keeps the states of Python's, NumPy's and torch's generators (all devices) in checkpoints.
+    """Saves the states of Python's, NumPy's and torch's generators (all devices) in checkpoints.
 
-    A resumed run then goes on with the same numbers, also where a callback of the user's draws some.
+    A resumed run then draws the same numbers, also in a user's callbacks.
     """
 
     def __init__(self) -> None:
@@ -56,7 +55,7 @@ class RandomStates(Callback):
         self._restored = state_dict
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Not earlier: what is built before draws, too."""
+        """Restore the states here and not earlier, because building the run draws numbers, too."""
         state, self._restored = self._restored, None
         if state is None:
             return
@@ -65,5 +64,5 @@ class RandomStates(Callback):
         kind, words, *rest = state["numpy"]
         np.random.set_state((kind, words.numpy().astype(np.uint32), *rest))
         torch.set_rng_state(state["torch"].cpu())
-        if len(state["cuda"]) == torch.cuda.device_count():  # on other hardware the numbers are others anyway
+        if len(state["cuda"]) == torch.cuda.device_count():  # other hardware draws other numbers anyway
             torch.cuda.set_rng_state_all([device.cpu() for device in state["cuda"]])

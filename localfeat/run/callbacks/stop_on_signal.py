@@ -1,4 +1,4 @@
-"""Signals while batches are trained."""
+"""Delay signals until a batch is trained and saved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from localfeat.run.signals import StopRequest
 
 
 class StopOnSignal(Callback):
-    """While batches are trained, signals wait for ``LastCheckpoint`` to save.
+    """Lets signals wait for ``LastCheckpoint`` while batches are trained.
 
     Attributes:
         began: whether training has begun in this process.
@@ -20,7 +20,7 @@ class StopOnSignal(Callback):
         self.began = False
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.request.install()  # Lightning's own handlers, there by now, end with exit code 0 or save within a step
+        self.request.install()  # replaces Lightning's, which exit with code 0 or save within a step
         self.request.waits = self.began = True
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

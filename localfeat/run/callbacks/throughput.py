@@ -16,18 +16,17 @@ from localfeat.run.callbacks.peak_memory import WARM_UP_BATCHES, PeakMemory
 
 
 class Throughput(Callback):
-    """Training images per second, as the user waits for them.
+    """Training images per second of wall time.
 
     An epoch is timed from its first batch's start to its last batch's end: waiting for the loader counts, validation
-    does not. The first two batches of a run and the one that ``PeakMemory`` slows down are left out, with the time
-    they took. CUDA is synchronised where the clock starts or stops for good, not per batch: once after the batches
-    left out, before validation, and at the ends of epochs. A resumed run keeps the figures of its earlier part.
+    does not. The first two batches of a run and the one that ``PeakMemory`` slows down are excluded with their time.
+    CUDA is not synchronized per batch, only when the clock starts or stops: after excluded batches, before validation,
+    and at the ends of epochs. A resumed run keeps the figures of its earlier part.
 
     Attributes:
-        epochs: images per second of every epoch in which at least one batch was timed (all ranks).
-        outside: for the same epochs, the share of the time not spent between ``on_train_batch_start`` and
-            ``on_train_batch_end``: loader, logging, checkpoints. On CUDA the host may run ahead of the device, so
-            this is then the host's view.
+        epochs: images per second of every epoch with at least one timed batch, over all ranks.
+        outside: for the same epochs, the share of time outside ``on_train_batch_start`` to ``on_train_batch_end``:
+            loader, logging, checkpoints. On CUDA this is the host's time, and the host may run ahead of the device.
     """
 
     def __init__(self) -> None:
@@ -47,11 +46,11 @@ class Throughput(Callback):
         self._images = 0
         self._seconds = 0.0
         self._inside = 0.0
-        self._mark: float | None = None  # None: the clock stands still
+        self._mark: float | None = None  # None while the clock is stopped
 
     @property
     def images_per_second(self) -> float | None:
-        """Median over the timed epochs; None when there was none."""
+        """Median over the timed epochs; None without a timed epoch."""
         return median(self.epochs) if self.epochs else None
 
     @property
@@ -61,16 +60,16 @@ class Throughput(Callback):
 
     @property
     def latest(self) -> float | None:
-        """Images per second of the running epoch so far, else of the last one; for progress displays."""
+        """Images per second of the current epoch so far, else of the last one; for progress displays."""
         if self._images:
             return self._images / self._seconds
         return self.epochs[-1] if self.epochs else None
 
     @property
     def seconds(self) -> float:
-        """Wall time of training until now or its end, validation included.
+        """Wall time of training so far, validation included.
 
-        Of a resumed run: of all its parts, without what a killed part did after its last checkpoint.
+        For a resumed run it covers all parts, without work after the last checkpoint of a killed part.
         """
         return self._earlier + (0.0 if self._started is None else time.perf_counter() - self._started)
 
@@ -119,7 +118,7 @@ class Throughput(Callback):
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self._mark is not None and not trainer.is_last_batch and self._images:
-            # Mid-epoch: what the device still has to do for the batches counted is theirs, what follows is not.
+            # Validation in mid-epoch: the device's remaining work belongs to the counted batches.
             synchronize(pl_module.device)
             rest = time.perf_counter() - self._mark
             self._seconds += rest
@@ -136,16 +135,16 @@ class Throughput(Callback):
 
 
 def peak_memory_callbacks(trainer: lightning.Trainer) -> list[PeakMemory]:
-    """The ``PeakMemory`` callbacks of this trainer (usually one or none)."""
+    """Return the ``PeakMemory`` callbacks of this trainer (usually one or none)."""
     return [callback for callback in getattr(trainer, "callbacks", []) if isinstance(callback, PeakMemory)]
 
 
 def batch_size(batch: Any) -> int:
-    """Length of the first tensor's first dimension."""
+    """Return the length of the first tensor's first dimension."""
     return next(int(leaf.shape[0]) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for the device where work is queued; does nothing on the CPU."""
+    """Wait for the queued work of a CUDA device; do nothing on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

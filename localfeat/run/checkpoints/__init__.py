@@ -1,1 +1,1 @@
-"""Checkpoint files, and when they are written."""
+"""Checkpoint files, and the callbacks that write them."""

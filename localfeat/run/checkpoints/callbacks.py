@@ -1,4 +1,4 @@
-"""Which states of a run are kept: the best, the last, the average."""
+"""Callbacks that save a run's best and last state, and average its weights."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from localfeat.utils.errors import Stopped
 
 
 class BestCheckpoint(Checkpoint):
-    """Keeps the epoch with the highest validation accuracy in ``best.ckpt``; of equal ones the latest.
+    """Saves the epoch with the highest validation accuracy as ``best.ckpt``; among equal epochs, the latest.
 
-    A small validation set has many equal epochs (all images right), and the later one has a smaller learning rate
-    behind it.
+    On a small validation set many epochs are equal (all images right), and a later one has trained longer at a lower
+    learning rate.
 
     Args:
-        file: ``best.ckpt`` of the run.
+        file: the path of the run's ``best.ckpt``.
 
     Attributes:
         score: the highest accuracy so far, 0 to 1; None before the first validation.
-        epoch: when that was, from 0.
+        epoch: the epoch with that accuracy, from 0.
     """
 
     def __init__(self, file: Path) -> None:
@@ -50,18 +50,18 @@ class BestCheckpoint(Checkpoint):
 
 
 class LastCheckpoint(Checkpoint):
-    """Overwrites ``last.ckpt``, from which a killed run goes on, and writes it once more when the run ends.
+    """Overwrites ``last.ckpt``, from which a killed run is resumed, and writes it once more when the run ends.
 
-    It holds the state of the callbacks before it in the trainer's list: keep it last. A checkpoint that falls due at
-    an epoch's last batch waits for the epoch's end, as Lightning would resume without that epoch's validation. So
-    does a stop.
+    It saves the state of the callbacks before it in the trainer's list, so keep it last. A checkpoint or stop that is
+    due at an epoch's last batch waits for the epoch's end, because Lightning would resume without that epoch's
+    validation.
 
     Args:
-        file: ``last.ckpt`` of the run.
-        epochs: how often, in epochs.
-        batches: how often within epochs, in batches of the run; None: never.
-        stop: the signal that asks the run to stop, None as long as there is none. The run then ends with
-            ``Stopped`` when the batch under way is in ``last.ckpt``.
+        file: the path of the run's ``last.ckpt``.
+        epochs: the number of epochs between checkpoints.
+        batches: the number of batches between checkpoints within epochs; None for none.
+        stop: returns the signal that asks the run to stop, or None. The run then ends with ``Stopped`` once the
+            current batch is in ``last.ckpt``.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class LastCheckpoint(Checkpoint):
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Early stopping has ended the run: it goes on with no further epoch."""
+        """Record whether early stopping has ended the run, so that resuming it adds no epoch."""
         checkpoint["stopped_early"] = trainer.should_stop and self._at_epoch_end
 
     def on_load_checkpoint(
@@ -87,7 +87,7 @@ class LastCheckpoint(Checkpoint):
         trainer.should_stop = checkpoint.get("stopped_early", False)
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Count the last epoch of a run that had ended before it was resumed; Lightning leaves it out."""
+        """Count the last epoch of a run that had ended before it was resumed; Lightning does not."""
         if stage == "fit" and trainer.fit_loop.done:
             progress: Any = trainer.fit_loop.epoch_progress.current
             progress.completed = progress.processed
@@ -121,10 +121,10 @@ class LastCheckpoint(Checkpoint):
 
 
 class AveragedWeights(WeightAveraging):
-    """An exponential moving average of the weights, by steps of the optimizers: batches that only accumulate are none.
+    """An exponential moving average of the weights, updated at optimizer steps, not at batches that only accumulate.
 
-    Lightning goes by ``global_step``, which counts all batches here. And it averages buffers of whole numbers, with the
-    fractions cut off: Swin's attention would look its position biases up at wrong places. Those are copied here.
+    Lightning's own updates by ``global_step``, which counts all batches here. It also averages integer buffers and
+    truncates them, so that Swin would look up its position biases at wrong indices; those are copied here.
     """
 
     def __init__(self, decay: float) -> None:
@@ -139,12 +139,12 @@ class AveragedWeights(WeightAveraging):
 
 
 def holds_gradients(pl_module: lightning.LightningModule) -> bool:
-    """Whether gradients are waiting for more batches: after a step of the optimizers there are none."""
+    """Return whether gradients are being accumulated; an optimizer step clears them."""
     return any(parameter.grad is not None for parameter in pl_module.parameters())
 
 
 def is_last_epoch(trainer: lightning.Trainer) -> bool:
-    """Whether no epoch follows the one that is just ending."""
+    """Return whether the epoch that is ending is the last one."""
     epochs = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
     return trainer.should_stop or epochs or _reaches_max_steps(trainer)
 

@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole, verified when read, the one before kept until the run has ended."""
+"""Checkpoint files: written whole, verified when read, with the previous one kept until the run has ended."""
 
 from __future__ import annotations
 
@@ -28,72 +28,72 @@ NEEDED: dict[str, type | tuple[type, ...]] = {
     "lr_schedulers": list,
     "callbacks": Mapping,
 }
-"""What every checkpoint of Lightning holds, and what a run goes on from."""
+"""The entries of every Lightning checkpoint, needed to resume."""
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Lightning's plugin for checkpoint files. What is called ``last.ckpt`` keeps the one before it beside it.
+    """Lightning's plugin for checkpoint files; writing ``last.ckpt`` keeps the one before as ``previous.ckpt``.
 
-    A kill, a full disk or a crash of the machine leave the file that was there or the new one, never a part.
+    A kill, a full disk or a crash of the machine leaves either the old or the new file, never a partial one.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write ``checkpoint`` to ``path``.
 
         Raises:
-            RunFailed: it cannot be written.
+            RunFailed: the file cannot be written.
         """
         file = Path(path)
         with failing_in_one_line(file), whole_file(file) as part:
             torch.save(checkpoint, part)
             part.flush()
-            os.fsync(part.fileno())  # on disk before the older one goes
+            os.fsync(part.fileno())  # on disk before the old one is replaced
             run = RunFolder(file.parents[1])
             if file == run.last and file.is_file():
                 _keep(file, run.previous)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """See :func:`read_checkpoint`; code in a file is never run, whatever ``weights_only`` says."""
+        """Return :func:`read_checkpoint`'s result; code in a file is never run, whatever ``weights_only`` says."""
         return read_checkpoint(Path(path))
 
 
 def _keep(file: Path, name: Path) -> None:
-    """Give ``file`` another name, too, so that it stays when its own goes to another file."""
+    """Give ``file`` a second name, so that it survives when another file replaces it."""
     second = name.with_name(f".{name.name}.part")
     second.unlink(missing_ok=True)
     try:
         os.link(file, second)
-    except OSError:  # a file system without hard links
+    except OSError:  # no hard links on this file system
         shutil.copyfile(file, second)
     os.replace(second, name)
-    second.unlink(missing_ok=True)  # a rename between two names of the same file does nothing
+    second.unlink(missing_ok=True)  # renaming does nothing if both names are the same file
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
-    """A checkpoint's content on the CPU. Nothing in it is executed; every byte is compared with its checksum.
+    """Return a checkpoint's content on the CPU; nothing in it is executed, and all checksums are verified.
 
     Raises:
-        UserError: a file that is damaged, is none of Lightning's checkpoints, or needs code to be read.
+        UserError: the file is damaged, is not a Lightning checkpoint, or needs code to be read.
     """
     _check_archive(file)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{file} needs code to be unpickled, which is refused: it is no checkpoint of a run") from error
-    except Exception as error:  # torch's readers raise anything on what is no checkpoint
+        raise UserError(f"{file} needs code to be unpickled, which is refused: it is not a run's checkpoint") from error
+    except Exception as error:  # torch's readers raise anything for other files
         raise UserError(f"{file} cannot be read ({type(error).__name__}): it is damaged") from error
     for key, kind in NEEDED.items():
         if not isinstance(content, Mapping) or not isinstance(content.get(key), kind):
-            raise UserError(f"{file} is no checkpoint of a run: it has no {key}")
+            raise UserError(f"{file} is not a run's checkpoint: it has no {key}")
     return dict(content)
 
 
 def _check_archive(file: Path) -> None:
-    """Checkpoints are zip archives without compression; torch itself does not look at their checksums."""
+    """Refuse a compressed or damaged archive; torch does not verify the checksums of its zip archives."""
     try:
         with zipfile.ZipFile(file) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise UserError(f"{file} is no checkpoint of a run: it is compressed")  # and may unpack to any size
+                raise UserError(f"{file} is not a run's checkpoint: it is compressed")  # it may unpack to any size
             damaged = archive.testzip()
     except (OSError, EOFError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as error:
         if isinstance(error, UserError):
@@ -104,12 +104,12 @@ def _check_archive(file: Path) -> None:
 
 
 def newest_sound(folder: RunFolder) -> tuple[Path | None, int]:
-    """The newest checkpoint that a run in ``folder`` can go on from, and the batches behind it; (None, 0) without one.
+    """Return the newest sound checkpoint to resume from and its number of batches; (None, 0) without checkpoints.
 
-    A damaged ``last.ckpt`` is named on stderr, and the one before it takes its place.
+    A damaged ``last.ckpt`` is reported on stderr and replaced by the previous one.
 
     Raises:
-        UserError: all of them are damaged.
+        UserError: all checkpoints are damaged.
     """
     complaints: list[str] = []
     for file in folder.resumable():
@@ -119,16 +119,16 @@ def newest_sound(folder: RunFolder) -> tuple[Path | None, int]:
             complaints.append(str(error))
             continue
         if complaints:
-            print(f"warning: {complaints[0]}; the one before it, of batch {batches}, takes its place", file=sys.stderr)
-        os.replace(file, folder.last)  # or the next checkpoint would take the damaged one for previous
+            print(f"warning: {complaints[0]}; the previous one, of batch {batches}, replaces it", file=sys.stderr)
+        os.replace(file, folder.last)  # or the next checkpoint would keep the damaged one as previous
         return folder.last, batches
     if complaints:
-        raise UserError(f"{'; '.join(complaints)}; without {folder.checkpoints} the run begins anew")
+        raise UserError(f"{'; '.join(complaints)}; remove {folder.checkpoints} to start the run from the beginning")
     return None, 0
 
 
 def remove_previous(folder: RunFolder) -> None:
-    """Only a run that is cut short goes on from it: that it stays is no reason to call a complete run failed."""
+    """Remove ``previous.ckpt``, which only an unfinished run needs; a failure is only a warning."""
     file = folder.previous
     try:
         file.unlink(missing_ok=True)

@@ -1,1 +1,1 @@
-"""Where logged figures go: metrics.csv and W&B."""
+"""Loggers: metrics.csv and W&B."""

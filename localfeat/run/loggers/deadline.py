@@ -1,4 +1,4 @@
-"""Calls of code that may hang, in which a training must not."""
+"""Call code that may hang without letting the training hang."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ _T = TypeVar("_T")
 
 
 class NoAnswerError(TimeoutError):
-    """It still has not come back."""
+    """The call has not returned in time."""
 
 
 def within(seconds: float | None, action: Callable[[], _T]) -> _T:
-    """What ``action()`` returns or raises, if it does so within ``seconds`` (None: at any time).
+    """Return or raise what ``action()`` does within ``seconds`` (None for no limit).
 
-    It runs in a thread of its own, which goes on after that but does not keep the process from ending.
+    The action runs in a daemon thread, which may outlive this call but does not keep the process from ending.
 
     Raises:
-        NoAnswerError: it takes longer.
+        NoAnswerError: the action takes longer.
     """
     if seconds is None:
         return action()
@@ -29,7 +29,7 @@ def within(seconds: float | None, action: Callable[[], _T]) -> _T:
     def call() -> None:
         try:
             results.append(action())
-        except BaseException as error:  # SystemExit, too: wandb ends in it when its service has failed
+        except BaseException as error:  # SystemExit, too: wandb raises it when its service fails
             errors.append(error)
 
     thread = threading.Thread(target=call, name="localfeat-within", daemon=True)

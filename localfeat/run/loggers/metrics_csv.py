@@ -1,4 +1,4 @@
-"""metrics.csv: every logged number of a run, complete up to the last logged batch whatever ends the run."""
+"""metrics.csv: every number that a run logs, complete up to the last logged batch however the run ends."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ Row = dict[str, Any]
 
 
 class MetricsCsv(Logger):
-    """Writes ``<folder>/metrics.csv``: one row per step, new columns when new metrics turn up.
+    """Writes ``<folder>/metrics.csv``: one row per step, and a new column for every new metric.
 
-    ``step`` counts batches from 0 (Lightning's logger axis), so validation after batch n shares row n-1. What is
-    logged twice for one step goes into one row. A row reaches the operating system when it is logged, so no death of
-    the process loses one; the file is only rewritten when a column is new, so the cost of a row does not grow with the
-    file. Lightning's ``CSVLogger`` collects rows in memory and deletes an earlier file.
+    ``step`` counts batches from 0 (Lightning's logger axis), so validation after batch n shares row n-1. All metrics of
+    one step share a row. A row reaches the operating system when it is logged, so it survives the death of the process;
+    the file is rewritten only for a new column, so the cost of a row does not grow with the file. (Lightning's
+    ``CSVLogger`` collects rows in memory and deletes an existing file.)
 
-    A row does not wait for the disk, which would take longer than a small batch: when the machine itself goes down,
-    rows of the last half minute can be missing. Call ``sync()`` before a checkpoint is written: then no row is lost
-    that a resumed run would not log again.
+    A row does not wait for the disk, which would take longer than a small batch: if the machine crashes, rows of the
+    last half minute may be lost. Call ``sync()`` before a checkpoint is written; a resumed run then logs every lost row
+    again.
 
-    What cannot be written ends the run: a full disk, a file or folder that somebody has moved, deleted or changed
-    meanwhile. The rows until then are in the file as they were; those of a deleted file are written there again.
+    A write error ends the run: a full disk, or a file or folder that was moved, deleted or changed by others. Rows
+    logged before stay in the file; a deleted file is written again.
 
     Args:
-        folder: the run's folder; made if it does not exist.
-        resume_from_step: for a resumed run, the number of batches behind its checkpoint (``global_step``): rows of
-            later batches (``step >= resume_from_step``), logged before the run was killed, are dropped because they
-            come again. None: a new run; an existing file is kept as ``metrics.1.csv`` (or the next free number).
+        folder: the run's folder; created if missing.
+        resume_from_step: for a resumed run, the ``global_step`` of its checkpoint: rows of later batches
+            (``step >= resume_from_step``) are dropped because they will be logged again. None for a new run; an
+            existing file is kept as ``metrics.1.csv`` (or the next free number).
     """
 
     def __init__(self, folder: str | Path, *, resume_from_step: int | None = None) -> None:
@@ -55,7 +55,7 @@ class MetricsCsv(Logger):
     def path(self) -> Path:
         return self.folder / FILE_NAME
 
-    # Lightning puts checkpoints into <save_dir>/<name>/<version>/checkpoints: with empty names, <folder>/checkpoints.
+    # Lightning writes checkpoints to <save_dir>/<name>/<version>/checkpoints; with empty names, <folder>/checkpoints.
     @property
     def name(self) -> str:
         return ""
@@ -74,15 +74,15 @@ class MetricsCsv(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Writes nothing: the run's configuration is config.yaml."""
+        """Write nothing: the run's configuration is in config.yaml."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Adds ``metrics`` to the row of ``step`` (None: to the latest row).
+        """Add ``metrics`` to the row of ``step`` (None for the latest row).
 
         Raises:
-            RunFailed: the row cannot be written; the file holds the rows before it.
-            UserError: the file of the run that is resumed is no metrics.csv.
+            RunFailed: the row cannot be written; the file keeps the rows before it.
+            UserError: the file of the resumed run is not a valid metrics.csv.
         """
         with failing_in_one_line(self.path):
             if self._table is None:
@@ -91,10 +91,10 @@ class MetricsCsv(Logger):
 
     @rank_zero_only
     def sync(self) -> None:
-        """Waits until all rows are on the disk.
+        """Wait until all rows are on disk.
 
         Raises:
-            RunFailed: the disk does not take them.
+            RunFailed: the rows cannot be written to the disk.
         """
         with failing_in_one_line(self.path):
             if self._table is not None:
@@ -102,11 +102,11 @@ class MetricsCsv(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Syncs and lets go of the file; the next row opens it again (testing after fitting)."""
+        """Sync and close the file; the next row opens it again (testing after fitting)."""
         try:
             self.sync()
         except RunFailed:
-            if status == "success":  # otherwise there is an error already, which is the one to be told
+            if status == "success":  # otherwise an earlier error is being reported
                 raise
         finally:
             if self._table is not None:
@@ -122,15 +122,15 @@ class MetricsCsv(Logger):
 
 
 class _Table:
-    """An open CSV file whose last row can still grow. Rows before it are on disk and not held in memory.
+    """An open CSV file whose last row can still grow; the rows before it are not held in memory.
 
-    Every method that raises leaves the file, and this object, as they were.
+    A method that raises leaves the file and this object unchanged.
     """
 
     columns: list[str]
     _file: io.FileIO
     _last: Row  # the row that can still grow, without empty values
-    _last_line: bytes  # the same as it stands in the file
+    _last_line: bytes  # the same row, as encoded in the file
     _last_offset: int
     _end: int
 
@@ -165,9 +165,9 @@ class _Table:
         self._file.close()
 
     def _check(self) -> None:
-        """Refuse a file that is not the run's any more: nobody would find what is written there.
+        """Refuse a file that was moved, deleted or changed by others, because rows written there would be lost.
 
-        It costs two system calls a row. The descriptor of a deleted file still has the rows.
+        This costs two system calls per row. The rows of a deleted file are recovered from its descriptor.
         """
         if self._file.closed:
             self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115  (it stays open)
@@ -179,25 +179,25 @@ class _Table:
         if named is None and ours.st_nlink == 0 and self.path.parent.is_dir():
             self._file.seek(0)
             write_whole(self.path, self._file.readall())
-            reason = "somebody has deleted it; its rows are there again"
+            reason = "another program has deleted it; its rows are restored"
         raise RunFailed(f"{self.path} cannot be written ({reason})")
 
     def _put(self, row: Row, offset: int) -> None:
-        """Writes ``row`` at ``offset``, as the end of the file: over the last row or behind it."""
+        """Write ``row`` at ``offset`` as the end of the file, over or after the last row."""
         line = encode([row], self.columns)
         try:
             self._overwrite(offset, line)
         except BaseException:  # also Ctrl-C
-            with suppress(OSError):  # the last row's bytes are on the disk already: a full one takes them, too
+            with suppress(OSError):  # these bytes have their place on the disk, even a full one
                 self._overwrite(self._last_offset, self._last_line)
             raise
         self._last, self._last_line, self._last_offset, self._end = row, line, offset, offset + len(line)
 
     def _overwrite(self, offset: int, line: bytes) -> None:
-        """Makes ``line`` the end of the file; unbuffered, so that a kill loses nothing."""
+        """Make ``line`` the end of the file, unbuffered, so that a kill loses nothing."""
         self._file.seek(offset)
         rest = memoryview(line)
-        while rest:  # a disk that is nearly full takes a part, and fails at the next
+        while rest:  # a nearly full disk takes a part, then fails
             rest = rest[self._file.write(rest) :]
         self._file.truncate()
 
@@ -211,7 +211,7 @@ class _Table:
 
 
 def columns_of(rows: list[Row]) -> list[str]:
-    """``step``, ``epoch``, then everything else by name."""
+    """Return ``step``, ``epoch``, then all other columns by name."""
     return [*FIRST_COLUMNS, *sorted({key for row in rows for key in row} - set(FIRST_COLUMNS))]
 
 
@@ -220,20 +220,20 @@ def encode_header(columns: list[str]) -> bytes:
 
 
 def encode(rows: list[Row], columns: list[str]) -> bytes:
-    """``rows`` as CSV lines, UTF-8, without a header; missing values are empty."""
+    """Return ``rows`` as CSV lines in UTF-8 without a header; missing values are empty."""
     text = io.StringIO(newline="")
     csv.DictWriter(text, columns, restval="", lineterminator="\n").writerows(rows)
     return text.getvalue().encode()
 
 
 def read_rows(path: str | Path) -> list[dict[str, str]]:
-    """All complete rows of a metrics.csv, as text; none if there is no file.
+    """Return all complete rows of a metrics.csv as text; none if the file does not exist.
 
-    Lines that a crash has cut off are left out: at the end of the file without a line break, or anywhere with fewer
-    fields than columns (a shorter row was being written over a longer one). Of no such line do all commas remain.
+    Lines that a crash cut off are skipped: a last line without a line break, and lines with fewer fields than columns
+    (a shorter row was being written over a longer one, which never leaves all commas).
 
     Raises:
-        UserError: it is no file that ``MetricsCsv`` has written.
+        UserError: ``MetricsCsv`` did not write this file, or it is damaged.
     """
     path = Path(path)
     if not path.exists():
@@ -246,15 +246,15 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
         for row in rows:
             int(row["step"])
     except (ValueError, KeyError, csv.Error, IsADirectoryError) as error:
-        raise UserError(f"{path} is damaged, or no metrics.csv ({type(error).__name__}: {error})") from error
+        raise UserError(f"{path} is damaged, or not a metrics.csv ({type(error).__name__}: {error})") from error
     return rows
 
 
 def read_series(path: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """Column name -> [(step, value), …] for every number in a metrics.csv, ``step`` itself left out.
+    """Return column name -> [(step, value), …] for every number in a metrics.csv, without ``step`` itself.
 
     Raises:
-        UserError: see :func:`read_rows`, or a value is no number.
+        UserError: see :func:`read_rows`, or a value is not a number.
     """
     series: dict[str, list[tuple[int, float]]] = {}
     for row in read_rows(path):
@@ -269,11 +269,11 @@ def _number(text: str, where: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise UserError(f"{where} is {text!r}, which is no number") from error
+        raise UserError(f"{where} is {text!r}, which is not a number") from error
 
 
 def set_aside(path: Path) -> None:
-    """Renames an existing ``metrics.csv`` to the first free ``metrics.<n>.csv``."""
+    """Rename an existing ``metrics.csv`` to the first free ``metrics.<n>.csv``."""
     if path.exists():
         number = 1
         while (target := path.with_suffix(f".{number}{path.suffix}")).exists():

@@ -1,4 +1,4 @@
-"""Weights & Biases: one run per job, offline without a login, never a question, and no trouble stops a training."""
+"""Weights & Biases: one run per job, offline without a login, no prompts, and no failure that stops the training."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ MODES = ("auto", "online", "offline", "disabled")
 DEFAULT_HOST = "https://api.wandb.ai"
 RUN_ID = Path("wandb", "run_id")
 LONGEST_TAG = 64  # characters
-LONGEST_CALL = 20.0  # seconds, of one call of W&B during training: it only hands over to its service
+LONGEST_CALL = 20.0  # seconds for one call of W&B during training, which only hands data to its service
 
 AXIS = "trainer/global_step"
-"""What every metric is drawn against: batches from 0, the ``step`` of metrics.csv."""
+"""The x-axis of every metric: batches from 0, the ``step`` of metrics.csv."""
 
 SUMMARIES: dict[str, str | None] = {
     "train/*": None,
@@ -39,24 +39,24 @@ SUMMARIES: dict[str, str | None] = {
     "memory/*": None,
     "speed/*": None,
 }
-"""Families of metrics, and what W&B's table of runs shows of them (None: the last value)."""
+"""Pattern of metric names -> the summary shown in W&B's table of runs (None for the last value)."""
 
 
 class RunLogger(WandbLogger):
-    """Lightning's logger with the axes above. A row of W&B's history is a step, as in metrics.csv.
+    """Lightning's logger with the axis above. A row of W&B's history is a step, as in metrics.csv.
 
-    The steps of a resumed run go on where its checkpoint was; what W&B online has of them already is not logged again.
-    Once a call of W&B fails, or takes longer than 20 s, a line on stderr says so and nothing more is logged.
+    A resumed run continues at its checkpoint's step; steps that W&B has online already are not logged again. If a call
+    of W&B fails or takes longer than 20 s, a warning on stderr says so and nothing more is logged.
 
     Args:
-        required: refuse to begin if W&B cannot be reached, instead of logging offline.
-        reconstructions_every_n_epochs: how often to log what the decoders make of validation images; None: at the end.
-        arguments: of Lightning's logger and ``wandb.init``.
+        required: whether to refuse to start if W&B cannot be reached, instead of logging offline.
+        reconstructions_every_n_epochs: the number of epochs between pictures of reconstructions; None for the end only.
+        arguments: the arguments of Lightning's logger and ``wandb.init``.
     """
 
     def __init__(self, *, required: bool, reconstructions_every_n_epochs: int | None = None, **arguments: Any) -> None:
         super().__init__(**arguments)
-        # Lightning passes this setting always, and wandb 0.31 warns that it has no effect.
+        # Lightning always passes this setting, and wandb 0.31 warns that it has no effect.
         self._wandb_init.pop("anonymous", None)
         self.required = required
         self.reconstructions_every_n_epochs = reconstructions_every_n_epochs
@@ -64,15 +64,15 @@ class RunLogger(WandbLogger):
         self._step = 0
 
     def begin(self, folder: Path, *, resume: bool, tags: Sequence[str] = ()) -> None:
-        """Start W&B's run for the run in ``folder``: a new one, or the same once more.
+        """Start W&B's run for the run in ``folder``, or resume it.
 
         Args:
-            folder: keeps the id in ``wandb/run_id``.
-            resume: go on with the run of that id, if it is known.
-            tags: beside the user's own.
+            folder: the run's folder, which keeps W&B's id in ``wandb/run_id``.
+            resume: whether to resume the W&B run with that id, if there is one.
+            tags: tags in addition to the user's own.
 
         Raises:
-            UserError: W&B refuses the project, the tags …, or is ``required`` and cannot be reached.
+            UserError: W&B refuses a setting (project, tags, …), or is ``required`` and cannot be reached.
         """
         own = [*(self._wandb_init.get("tags") or ()), *(tag[:LONGEST_TAG] for tag in tags)]
         self._wandb_init["tags"] = list(dict.fromkeys(own))
@@ -85,16 +85,16 @@ class RunLogger(WandbLogger):
         self.attempt(define_metrics)
         self.attempt(lambda run: write_whole(file, f"{run.id}\n".encode()))
         if run.offline:
-            print(f"W&B: offline, in {folder / 'wandb'}; wandb sync <folder of the run in there> sends it")
+            print(f"W&B: offline, in {folder / 'wandb'}; wandb sync <its folder in there> uploads it")
 
     def _started(self) -> Any | None:
-        """W&B's run; offline instead of online if that fails and is not ``required``, else None."""
+        """Return W&B's run; offline if online fails and is not ``required``; None if that fails, too."""
         import wandb
         from pydantic import ValidationError
         from wandb.errors import UsageError
 
-        wandb.setup(wandb.Settings(silent=True))  # of its service, too
-        logging.raiseExceptions = False  # wandb's log file prints a stack trace for every line that a full disk refuses
+        wandb.setup(wandb.Settings(silent=True))  # silences its service, too
+        logging.raiseExceptions = False  # or wandb prints a stack trace for every log line on a full disk
         try:
             return self.experiment
         except (UsageError, ValidationError) as error:
@@ -105,7 +105,7 @@ class RunLogger(WandbLogger):
             abandon()
             if self.required:
                 raise UserError(
-                    f"W&B cannot be reached ({line_of(error)}): logger.mode=auto goes on offline"
+                    f"W&B cannot be reached ({line_of(error)}): logger.mode=auto would log offline"
                 ) from error
             warn(f"W&B cannot be reached ({line_of(error)}): this run is logged offline")
         self._wandb_init["mode"] = "offline"
@@ -113,7 +113,7 @@ class RunLogger(WandbLogger):
             return self.experiment
         except Exception as error:
             abandon()
-            self._lose(f"W&B does not start offline either ({line_of(error)}): the run goes on without it")
+            self._lose(f"W&B does not start offline either ({line_of(error)}): the run continues without it")
         return None
 
     def _lose(self, line: str) -> None:
@@ -122,7 +122,7 @@ class RunLogger(WandbLogger):
             warn(line)
 
     def attempt(self, action: Callable[[Any], object]) -> None:
-        """``action(run)`` with W&B's run, which may fail without consequences for the training."""
+        """Call ``action(run)`` with W&B's run; a failure does not affect the training."""
         if self.lost:
             return
         try:
@@ -131,14 +131,14 @@ class RunLogger(WandbLogger):
             raise
         except Exception as error:  # wandb raises errors of its own, OSError, and plain subclasses of Exception
             if isinstance(error, NoAnswerError):
-                abandon()  # every other call would wait as long
+                abandon()  # every further call would wait as long
             self._lose(
-                f"W&B has failed ({line_of(error)}): nothing more is logged there, and the run goes on without it"
+                f"W&B has failed ({line_of(error)}): nothing more is logged there, and the run continues without it"
             )
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Add ``metrics`` to the row of ``step`` (None: to the latest row)."""
+        """Add ``metrics`` to the row of ``step`` (None for the latest row)."""
         self.attempt(lambda run: self._log(run, metrics, step))
 
     def _log(self, run: Any, metrics: Mapping[str, Any], step: int | None) -> None:
@@ -148,18 +148,18 @@ class RunLogger(WandbLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
-        """Add to the run's configuration, nested as it is."""
+        """Add ``params`` to the run's configuration, nested as they are."""
         self.attempt(lambda _: super(RunLogger, self).log_hyperparams(params))
 
 
 def define_metrics(run: Any) -> None:
-    """Tell W&B's run what to draw metrics against, and what of them to show in tables."""
+    """Define the x-axis and the table summary of every metric in W&B."""
     for name, summary in SUMMARIES.items():
         run.define_metric(name, step_metric=AXIS, summary=summary)
 
 
 def _run_id(file: Path) -> str:
-    """The id kept in ``file``; empty if there is none, or it is damaged."""
+    """Return the id in ``file``; empty if the file is missing or damaged."""
     text = file.read_bytes().strip() if file.is_file() else b""
     return text.decode() if text.isascii() and text.decode().isprintable() else ""
 
@@ -175,20 +175,20 @@ def wandb_logger(
     mode: str = "auto",
     reconstructions_every_n_epochs: int | None = None,
 ) -> RunLogger:
-    """The logger for a run of its own, which begins with ``begin()`` or when the first thing is logged.
+    """Return the logger for a new W&B run, which starts with ``begin()`` or the first logged value.
 
-    Call ``finish()`` after the job, or the next one in this process would log into the same run.
+    Call ``finish()`` after the job, or the next one in this process would log to the same W&B run.
 
     Args:
         project: W&B's project; likewise ``entity``, ``group``, ``name``, ``tags``, ``job_type``.
-        save_dir: where the folder ``wandb/`` goes; made if it does not exist.
-        mode: "auto" obeys the variable WANDB_MODE if it is set, else is online with a login (WANDB_API_KEY or a netrc
-            entry) and offline without one, or if W&B cannot be reached; "online" insists. Offline runs can be sent
-            later with ``wandb sync``.
-        reconstructions_every_n_epochs: pictures of reconstructions during training, too; None: only at the end.
+        save_dir: the parent of the folder ``wandb/``; created if missing.
+        mode: "auto" obeys the variable WANDB_MODE if it is set; else it is online with a login (WANDB_API_KEY or a
+            netrc entry), and offline without one or if W&B cannot be reached. "online" fails instead. ``wandb sync``
+            uploads offline runs later.
+        reconstructions_every_n_epochs: the number of epochs between pictures of reconstructions; None for the end only.
 
     Raises:
-        UserError: an unknown mode, "online" without a login, a number below 1, a time that is no number.
+        UserError: an unknown mode, "online" without a login, a number below 1, or a time that is not a number.
     """
     from wandb import Settings
 
@@ -196,7 +196,7 @@ def wandb_logger(
     if every is not None and every < 1:
         raise UserError(f"logger.reconstructions_every_n_epochs={every}: it must be at least 1, or null")
     Path(save_dir).mkdir(parents=True, exist_ok=True)
-    # The mode goes to wandb.init: Lightning's offline=True would set WANDB_MODE for the rest of the process.
+    # The mode is passed to wandb.init: Lightning's offline=True would set WANDB_MODE for the rest of the process.
     return RunLogger(
         required=mode == "online",
         reconstructions_every_n_epochs=every,
@@ -219,7 +219,7 @@ def wandb_logger(
 
 
 def resolve_mode(mode: str) -> str | None:
-    """The mode for ``wandb.init``; None leaves it to WANDB_MODE."""
+    """Return the mode for ``wandb.init``; None leaves it to WANDB_MODE."""
     if mode not in MODES:
         raise UserError(f"unknown W&B mode {mode!r}: use one of {', '.join(MODES)}")
     if mode == "online" and not has_login():
@@ -232,7 +232,7 @@ def resolve_mode(mode: str) -> str | None:
 
 
 def has_login() -> bool:
-    """Whether wandb would find a key without asking: WANDB_API_KEY, or an entry for its host in the netrc file."""
+    """Return whether wandb finds a key without asking: WANDB_API_KEY, or an entry for its host in the netrc file."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", DEFAULT_HOST)).hostname
@@ -242,7 +242,7 @@ def has_login() -> bool:
 
 
 def netrc_hosts(file: Path) -> set[str | None]:
-    """Hosts named in a netrc file; none if it is missing or not one."""
+    """Return the hosts in a netrc file; none if the file is missing or invalid."""
     try:
         return set(netrc.netrc(file).hosts)
     except (OSError, netrc.NetrcParseError):
@@ -250,6 +250,6 @@ def netrc_hosts(file: Path) -> set[str | None]:
 
 
 def log_images(logger: WandbLogger, images: Mapping[str, str | Path]) -> None:
-    """Uploads PNG files, name -> path, to the logger's run."""
+    """Upload PNG files, name -> path, to the logger's run."""
     for name, path in images.items():
         logger.log_image(key=name, images=[str(path)])

@@ -1,4 +1,4 @@
-"""The end of W&B's run and of its service process, in bounded time and by W&B's public calls."""
+"""Close W&B's run and its service process, in bounded time and by W&B's public calls."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from typing import Any
 from localfeat.run.loggers.deadline import within
 from localfeat.utils.errors import UserError
 
-LONGEST_END = 10.0  # seconds in which a run may send what is left, see ``finish``
-LONGEST_TEARDOWN = 5.0  # seconds more, in which its service writes what it has to the disk
-SHORT_TEARDOWN = 2.0  # of one that has not answered before
-PREEMPTED = (128 + signal.SIGTERM, 128 + signal.SIGUSR1)  # exit codes: what batch systems send
+LONGEST_END = 10.0  # seconds for a run to upload the rest, see ``finish``
+LONGEST_TEARDOWN = 5.0  # further seconds for its service to write its data to the disk
+SHORT_TEARDOWN = 2.0  # seconds for a service that did not answer before
+PREEMPTED = (128 + signal.SIGTERM, 128 + signal.SIGUSR1)  # exit codes after the signals of batch systems
 
 
 def line_of(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """Return the first line of an error's message."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
 def warn(line: str) -> None:
-    """Say on stderr what does not stop the training."""
+    """Print a warning to stderr."""
     print(f"warning: {line}", file=sys.stderr)
 
 
 def seconds(variable: str, otherwise: float) -> float:
-    """A time from the environment.
+    """Return a number of seconds from the environment.
 
     Raises:
-        UserError: it is no number.
+        UserError: the variable is not a number.
     """
     text = os.environ.get(variable) or str(otherwise)
     try:
@@ -43,15 +43,16 @@ def seconds(variable: str, otherwise: float) -> float:
 
 
 def finish(exit_code: int = 0) -> None:
-    """Close the run of this process, if there is one, so that the next job gets its own.
+    """Close W&B's run in this process, if any, so that the next job gets its own.
 
-    Also stop wandb's service process, which leaves WANDB_SERVICE in the environment as long as it runs.
+    This also stops wandb's service process, which keeps WANDB_SERVICE in the environment while it runs.
 
-    What has not been sent after 10 s, or as many as WANDB_FINISH_TIMEOUT says (0: wait as long as it takes), stays on
-    the disk for ``wandb sync``. Nobody waits for a service that does not answer: it ends by itself once it can.
+    Data not uploaded within 10 s, or WANDB_FINISH_TIMEOUT seconds (0: no limit), stay on disk for ``wandb sync``.
+    A service that does not answer is not waited for; it ends by itself once it can.
 
     Args:
-        exit_code: of the process; W&B then calls the run finished (0), failed, or preempted (128 + SIGTERM, SIGUSR1).
+        exit_code: the process's exit code; W&B marks the run finished (0), failed, or preempted (128 + SIGTERM or
+            SIGUSR1).
     """
     import wandb
 
@@ -60,11 +61,11 @@ def finish(exit_code: int = 0) -> None:
         try:
             within(limit + 2 if limit else None, partial(_end, wandb.run, exit_code))
         except (Exception, SystemExit) as error:
-            warn(f"W&B has not finished properly ({line_of(error)}): wandb sync <folder of the run in wandb/> sends it")
+            warn(f"W&B has not finished properly ({line_of(error)}): wandb sync <its folder in wandb/> uploads it")
             abandon()
             return
     try:
-        within(LONGEST_TEARDOWN, partial(wandb.teardown, exit_code))  # it writes what it has before it ends
+        within(LONGEST_TEARDOWN, partial(wandb.teardown, exit_code))  # it writes its data before it ends
     except (Exception, SystemExit) as error:
         warn(f"W&B's service has not ended properly ({line_of(error)})")
 
@@ -76,9 +77,9 @@ def _end(run: Any, exit_code: int) -> None:
 
 
 def abandon() -> None:
-    """Forget W&B's run and its service: it has died, hangs, or has nobody to talk to."""
+    """Drop W&B's run and its service, which has died, hangs, or cannot reach its server."""
     import wandb
 
     with suppress(Exception, SystemExit):
         within(SHORT_TEARDOWN, partial(wandb.teardown, 1))
-    wandb.run = None  # or Lightning's logger would take it for the next job's
+    wandb.run = None  # or Lightning's logger would reuse it for the next job

@@ -1,4 +1,4 @@
-"""What fits into a memory budget, without a GPU: ``localfeat plan dataset=cifar10 budget=8GiB``."""
+"""Plan what fits into a memory budget, without a GPU: ``localfeat plan dataset=cifar10 budget=8GiB``."""
 
 from __future__ import annotations
 
@@ -21,39 +21,40 @@ USAGE = """
 localfeat plan [group=choice …] [key=value …] budget=8GiB [margin=0.05] [device=cuda] [all=true] [json=file]
                          [--config-dir folder]
 
-Which methods, splits and efficiency settings fit, the largest batch for each, the predicted peak, the cost of a step.
-What you type is what localfeat.run takes. A method, split or efficiency setting that you name is kept; the others are
-searched: all methods, balanced splits of up to 12 modules, all efficiency settings but compile. No data are read.
-Recommended is the cheapest that fits, of end-to-end training and of the method typed (feature_recon if there is none).
+Shows which methods, splits and efficiency settings fit, with the largest batch, the predicted peak and the cost of a
+step for each. Overrides are those of localfeat.run. A method, split or efficiency setting that you give is kept; the
+others are searched: all methods, balanced splits of up to 12 modules, all efficiency settings but compile. No data are
+read. The recommendation is the cheapest option that fits, of end-to-end training and the given method (feature_recon
+by default).
 
-  budget   memory that training may take: 8GiB, 24GB, 6000MiB; auto for what the GPU that is here has free
-  margin   share of the budget left for what cannot be predicted: workspaces of kernels, fragmentation
-  device   whose memory it is: cuda or cpu (how autocast and attention work there)
-  all      every number of modules, instead of the most useful one of each setting
-  json     also write everything to this file; - for the terminal, with nothing else
+  budget   the memory that training may use: 8GiB, 24GB, 6000MiB; auto for the free memory of this machine's GPU
+  margin   the share of the budget kept free for what cannot be predicted: workspaces of kernels, fragmentation
+  device   cuda or cpu: the device to predict for, which decides how autocast and attention work
+  all      true: show every number of modules, not only the most useful one of each setting
+  json     also write the plan to this file; - prints it instead of the table
 """
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 OWN = {"budget": ..., "margin": "0.05", "device": None, "all": "false", "json": None, "config_dir": None}
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of ``8GiB`` (1024-based), ``8GB`` (1000-based).
+    """Return the bytes of ``8GiB`` (1024-based) or ``8GB`` (1000-based).
 
     Raises:
-        UserError: no positive number with such a unit.
+        UserError: not a positive number with a known unit.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
     units = {unit.lower(): size for unit, size in UNITS.items()}
     if not found or found[2].lower() not in units or float(found[1]) <= 0:
-        raise UserError(f"budget={text}: a number with its unit, like 8GiB (units {', '.join(UNITS)}), or auto")
+        raise UserError(f"budget={text}: it must be a number with a unit ({', '.join(UNITS)}), like 8GiB, or auto")
     return int(float(found[1]) * units[found[2].lower()])
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The planner's own values (the last one of each counts), and the overrides of the configuration.
+    """Return the planner's own values (the last one of each counts) and the overrides of the configuration.
 
     Raises:
-        UserError: an option other than ``--config-dir``, a budget that is missing, what no single run takes.
+        UserError: an option other than ``--config-dir``, a missing budget, or an override that a single run refuses.
     """
     values, overrides = dict(OWN), []
     rest = iter(arguments)
@@ -68,9 +69,9 @@ def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]
         else:
             overrides.append(argument)
     if values["budget"] is ...:
-        raise UserError("budget has to be given: budget=8GiB, or budget=auto for the GPU that is here (see --help)")
+        raise UserError("budget has to be given: budget=8GiB, or budget=auto for this machine's GPU (see --help)")
     if resumed := next((o for o in overrides if o.startswith("resume=")), None):
-        raise UserError(f"{resumed}: a run that was cut short goes on as it was; plan without it")
+        raise UserError(f"{resumed}: a resumed run keeps its own configuration; plan without it")
     check_arguments(overrides)
     return values, overrides
 
@@ -82,7 +83,7 @@ def _folder(path: str) -> str:
 
 
 def composer(config_dir: str | None) -> Callable[[Sequence[str]], dict[str, Any]]:
-    """Makes the configuration of ``localfeat.run`` with given overrides, plain values."""
+    """Return a function that composes the configuration of ``localfeat.run`` for overrides, as plain values."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
@@ -98,13 +99,13 @@ def composer(config_dir: str | None) -> Callable[[Sequence[str]], dict[str, Any]
 
 
 def make_plan(arguments: Sequence[str]) -> tuple[Plan, dict[str, Any]]:
-    """The plan for a command line, and the planner's own values in it."""
+    """Return the plan for a command line and the planner's own values in it."""
     values, overrides = split_arguments(arguments)
     compose = composer(values["config_dir"])
     checked = _checked(values)
     if values["budget"] != "auto":
         parse_bytes(values["budget"])
-    compose(overrides)  # what cannot be composed is told before heavy imports
+    compose(overrides)  # errors show before the heavy imports
     from localfeat.run.plan.planning import plan
 
     hydra = ["--config-dir", values["config_dir"]] if values["config_dir"] else []
@@ -136,13 +137,13 @@ def _budget(text: str) -> int:
     import torch
 
     if not torch.cuda.is_available():
-        raise UserError("budget=auto: there is no GPU that this torch can use; give a budget like 8GiB")
+        raise UserError("budget=auto: torch finds no usable GPU; give a budget like 8GiB")
     free, _ = torch.cuda.mem_get_info()
     return int(free)
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     arguments = sys.argv[1:]
     if not arguments or "--help" in arguments or "-h" in arguments:
         print(USAGE.strip())

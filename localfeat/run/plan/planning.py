@@ -1,4 +1,4 @@
-"""From a configuration and a budget to a plan: the options, the one to take, and the command for it."""
+"""Plan a configuration within a memory budget: all options, the recommended one, and its command."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ def plan(
     device: Target | None,
     options_of_hydra: Sequence[str] = (),
 ) -> Plan:
-    """Return the plan for the configuration that ``overrides`` make.
+    """Return the plan for the configuration with ``overrides``.
 
     Args:
-        overrides: what was typed.
-        compose: makes the plain values of overrides.
-        budget: bytes.
-        margin: share of the budget that is left free.
-        options_of_hydra: what else the command needs, like ``--config-dir``.
-        device: ``None`` takes the CPU for ``trainer=cpu``, else CUDA.
+        overrides: the overrides as typed.
+        compose: composes overrides to plain values.
+        budget: the budget in bytes.
+        margin: the share of the budget to keep free.
+        device: the device to predict for; ``None`` for the CPU with ``trainer=cpu`` and CUDA otherwise.
+        options_of_hydra: further options of the printed command, like ``--config-dir``.
     """
     typed = {override.lstrip("+").partition("=")[0].partition(".")[0] for override in overrides}  # also by one value
     values = compose(overrides)
     own_method = values["method"]["name"]
-    if "method" not in typed:  # the default one may be refused where others are not
+    if "method" not in typed:  # some configurations refuse the default method but not others
         values = compose([*overrides, "method=e2e"])
     configuration = RunConfiguration.from_values(values)
     device = device or ("cpu" if configuration.trainer.accelerator == "cpu" else "cuda")
@@ -64,7 +64,7 @@ def plan(
     options = list(planner.options(*_split(configuration, typed, planner.blocks)))
     if "split" not in typed and "efficiency" not in typed:
         options += fitted(planner)
-    # Methods differ in more than cost: another one than the configuration's is not recommended for its cost alone.
+    # Methods differ in more than cost, so a method that was not asked for is not recommended for its cost.
     considered = [o for o in options if o.method in (own_method, "e2e")] or options
     chosen = _recommend(considered)
     if chosen is not None and not chosen.fits:
@@ -88,7 +88,7 @@ def plan(
 
 
 def _split(configuration: RunConfiguration, typed: set[str], blocks: int) -> tuple[Split | None, int | None]:
-    """The split that was typed, or the number of modules of a balanced one."""
+    """Return the split that was typed, or the number of modules of a balanced one."""
     if "split" not in typed:
         return None, None
     split = configuration.split
@@ -103,7 +103,7 @@ def _accumulating(workload: Workload) -> Workload:
 
 
 def _in_smaller_batches(options: Sequence[Option], accumulating: Planner) -> Option | None:
-    """The option with the largest batches when gradients of several stay there, exactly."""
+    """Return the option with the largest batches when gradients are accumulated, evaluated exactly."""
     possible = [option for option in options if option.largest_batch]
     possible.sort(key=lambda option: (-option.largest_batch, option.step_cost))
     best: Option | None = None
@@ -123,9 +123,9 @@ def _recommend(options: Sequence[Option]) -> Option | None:
 
 
 def _changes(option: Option, typed: set[str], workload: Workload) -> list[str]:
-    """Overrides that make the option, beside what was typed."""
+    """Return the overrides for an option, in addition to those typed."""
     found = [] if "method" in typed else [f"method={option.method}"]
-    # split=balanced finds the same cuts only for the batch and the memory that it is told of
+    # split=balanced finds the same cuts only for the same batch size and persistent memory.
     alike = option.fits and workload.accumulate == 1 and not workload.ema and workload.precision != "16-mixed"
     if option.balanced and option.cuts and alike:
         found += ["split=balanced", f"split.k={option.modules}"]
@@ -154,7 +154,7 @@ def _efficiency_overrides(option: Option) -> list[str]:
 
 
 def _merged(overrides: Sequence[str], changes: Sequence[str]) -> list[str]:
-    """What was typed, with the changes in place of other values for the same keys."""
+    """Return the typed overrides, with changed keys replaced."""
     changed = {change.partition("=")[0] for change in changes}
 
     def stays(override: str) -> bool:
@@ -169,14 +169,14 @@ def _merged(overrides: Sequence[str], changes: Sequence[str]) -> list[str]:
 
 
 def workload_of(configuration: RunConfiguration, device: Target) -> Workload:
-    """The run that a configuration describes, without what the planner chooses.
+    """Return a configuration's workload, without the settings that the planner chooses.
 
     Raises:
-        UserError: a step whose needs are not known.
+        UserError: the memory of a step cannot be predicted.
     """
     datamodule = build_datamodule(configuration)
     if configuration.efficiency.compile:
-        raise UserError("efficiency.compile=true: what a compiled step needs is not known; plan without it")
+        raise UserError("efficiency.compile=true: the memory of a compiled step cannot be predicted; plan without it")
     height, width = datamodule.source.image_shape
 
     def backbone() -> nn.Module:
@@ -198,7 +198,7 @@ def workload_of(configuration: RunConfiguration, device: Target) -> Workload:
 
 
 def _averages(configuration: RunConfiguration, device: Target) -> bool:
-    """Whether the device holds a moving average of the weights: Lightning keeps it in main memory."""
+    """Return whether the device holds the weights' moving average, which Lightning keeps in main memory."""
     return device == "cpu" and configuration.callbacks.ema is not None
 
 
@@ -216,7 +216,7 @@ def _efficiencies(configuration: RunConfiguration, typed: set[str], compose: Com
 
 
 def _confirmed(configuration: RunConfiguration, device: Target) -> int:
-    """Peak of a whole step of the configuration, by the learner's own loop on the meta device."""
+    """Return the peak of a whole step of the configuration, by the learner's own loop on the meta device."""
     datamodule = build_datamodule(configuration)
     with torch.device("meta"):
         learner = build_learner(configuration.without_initial_weights(), datamodule.num_classes)

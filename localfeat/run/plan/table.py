@@ -1,4 +1,4 @@
-"""What the planner found, for people and for programs."""
+"""The planner's result, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ MIB, GIB = 2**20, 2**30
 
 @dataclass(frozen=True)
 class Plan:
-    """What was asked and what was found.
+    """A request and its result.
 
     Attributes:
-        budget: bytes, the margin already taken off.
-        options: everything that was evaluated.
-        recommended: of the configuration's method and end-to-end training the cheapest that fits at the batch size
-            wanted, else the one with the largest batch; ``None`` if nothing fits at any batch size.
-        command: how to run it.
-        confirmed_bytes: its peak by a whole step on the meta device.
+        budget: the budget in bytes, without the margin.
+        options: all options evaluated.
+        recommended: the cheapest option that fits at the requested batch size, of the configuration's method and
+            end-to-end training; else the one with the largest batch; ``None`` if nothing fits at any batch size.
+        command: the command that runs the recommended option.
+        confirmed_bytes: the peak of a whole step of that option, on the meta device.
     """
 
     batch_size: int
@@ -39,20 +39,20 @@ class Plan:
     confirmed_bytes: int | None
 
     def to_json(self) -> str:
-        """Everything, for programs."""
+        """Return the plan as JSON."""
         return json.dumps(asdict(self), indent=2)
 
     def nothing_fits(self) -> str:
-        """One line for a plan without a recommendation."""
+        """Return one line for a plan without a recommendation."""
         least = min(self.options, key=lambda option: option.peak_bytes)
         return (
-            f"nothing fits into {_size(self.budget)}, at no batch size; the least at batch_size="
+            f"nothing fits into {_size(self.budget)} at any batch size; the least at batch_size="
             f"{self.batch_size} is {_size(least.peak_bytes)} (method={least.method}, K={least.modules}, "
             f"efficiency={least.efficiency})"
         )
 
     def show(self, *, everything: bool = False) -> None:
-        """Print a table, and the command."""
+        """Print the table and the recommended command."""
         console = Console(soft_wrap=True, highlight=False)
         shown = self.options if everything else _most_useful(self.options)
         table = Table(box=None, header_style="bold", pad_edge=False)
@@ -64,10 +64,10 @@ class Plan:
             table.add_row(*_cells(option), style=None if option.fits else "dim")
         console.print(f"{self.backbone}, {self.precision} on {self.device}, {_size(self.budget)} without the margin")
         console.print(table)
-        console.print("most: largest batch that fits; cost: estimated time of a step, plain end-to-end training is 1")
+        console.print("most: largest batch that fits; cost: estimated time of a step, plain e2e is 1")
         if self.command and self.recommended and self.confirmed_bytes is not None:
             if self.recommended.largest_batch < self.batch_size:
-                console.print(f"nothing fits with batches of {self.batch_size}: smaller ones, accumulated")
+                console.print(f"nothing fits with batches of {self.batch_size}: use smaller ones, accumulated")
             console.print(f"recommended ({_size(self.confirmed_bytes)}):")
             console.print(f"  {self.command}", soft_wrap=True)
 
@@ -92,7 +92,7 @@ def _cells(option: Option) -> list[str]:
 
 
 def _efficiency_text(option: Option) -> str:
-    """The setting's name; of a search's result what it recomputes."""
+    """Return the setting's name; for a search's result, the number of blocks it recomputes."""
     blocks = option.settings.blocks
     return option.efficiency if blocks is None and not _changed(option) else f"{len(blocks or ())} blocks recomputed"
 
@@ -102,7 +102,7 @@ def _changed(option: Option) -> bool:
 
 
 def _most_useful(options: Iterable[Option]) -> list[Option]:
-    """Of every method and efficiency setting the fewest modules that fit; if none do, those with the least memory."""
+    """Return, per method and efficiency setting, the fewest modules that fit, or else those with the least memory."""
     best: dict[tuple[str, str], Option] = {}
     for option in options:
         key = (option.method, _efficiency_text(option))

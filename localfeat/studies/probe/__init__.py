@@ -1,1 +1,1 @@
-"""What each block of a trained network knows."""
+"""Measure what each block of a trained network has learned."""

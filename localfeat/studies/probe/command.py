@@ -1,4 +1,4 @@
-"""What a run's network knows at which depth: ``localfeat probe run=<folder> e2e=<folder>``."""
+"""Measure what a run's network has learned at each depth: ``localfeat probe run=<folder> e2e=<folder>``."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ USAGE = """
 localfeat probe run=<folder> [e2e=<folder>] [split=val] [images=5000] [train_images=10000]
                             [checkpoint=best] [root=<folder>] [output=<folder>] [wandb=true]
 
-  run           folder of a run; its network is opened block by block
-  e2e           folder of a run of the same dataset, with any backbone, to compare with block by block
-  split         val or test: the images that accuracies and similarities are taken on
-  images        how many of them, at random
-  train_images  how many training images, not augmented, the probes are fitted on
+  run           the folder of the run whose blocks are measured
+  e2e           the folder of a run to compare with, on the same dataset, with any backbone
+  split         val or test: the images for accuracies and similarities
+  images        the number of these images, chosen at random
+  train_images  the number of training images, not augmented, that the probes are fitted on
   checkpoint    best (on validation) or last
-  root          where the dataset lies now, if it has moved since the run
-  output        where the results go; <run>/inspection unless given, where reports look for them
+  root          the dataset's folder, if it has moved since the run
+  output        the folder for the results; the default, <run>/inspection, is where reports look for them
   wandb         true: also send the results to W&B (offline without a login)
 
-Features are means over space of what a block puts out (of a ViT's patch tokens). A linear probe is a ridge regression
-on one-hot labels in closed form, its strength chosen by leave-one-out on the training images; kNN is the vote of the 20
-nearest training images by cosine. Both see features standardised on the training images. Everything is in float32.
-In the table | ends a module, and CKA (0 to 1) compares with the other network's features after the same block.
+Features are spatial means of a block's output (of a ViT's patch tokens). The linear probe is ridge regression to
+one-hot labels in closed form, with its strength chosen by leave-one-out on the training images; kNN is the vote of the
+20 nearest training images by cosine. Both use features standardised on the training images. Networks run in float32.
+In the table, | ends a module, and CKA (0 to 1) compares with the other network's features after the same block.
 """
 DEFAULTS: dict[str, Any] = {
     "run": ...,
@@ -48,14 +48,14 @@ DEFAULTS: dict[str, Any] = {
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     with one_line_errors():
         arguments = parse_arguments(USAGE, DEFAULTS)
         if empty := [key for key, value in arguments.items() if value == ""]:
             raise UserError(f"{empty[0]}= is empty: give a value")
         if arguments["wandb"] not in ("true", "false"):
             raise UserError(f"wandb={arguments['wandb']}: it is true or false")
-        RunFolder(arguments["run"]).read_config()  # refused before what takes seconds to import
+        RunFolder(arguments["run"]).read_config()  # before imports that take seconds
         if arguments["output"] is None:  # the run's own folder
             RunFolder(arguments["run"]).check_inside()
         request = _request(arguments)
@@ -95,7 +95,7 @@ def _print(found: dict[str, Any], folder: Path) -> None:
 
 
 def _table(found: dict[str, Any]) -> Table:
-    """A line for each block, counted from 1; ``|`` marks the last block of a local module."""
+    """Return a table with a row for each block, counted from 1; ``|`` marks the last block of a local module."""
     from rich.table import Table
 
     reference = found["reference"]

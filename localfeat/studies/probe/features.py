@@ -1,4 +1,4 @@
-"""A run's network opened block by block, and the spatial means of what its blocks put out."""
+"""Load a run's network and take the spatial means of its blocks' outputs."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from localfeat.run.folder import RunFolder
 from localfeat.utils.errors import UserError
 
 SAMPLE_SEED = 0
-"""Which images are taken does not depend on the run, so that runs on the same split are measured on the same ones."""
+"""The same for all runs, so that runs on the same split are measured on the same images."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the network features were taken: after a block, or at the patch embeddings (``block`` is None)."""
+    """A place in the network where features are taken: after a block, or (``block`` is None) the patch embeddings."""
 
     block: int | None
     """Counted from 0."""
     module: int
-    """The local module that it belongs to, counted from 1."""
+    """The block's local module, counted from 1."""
     channels: int
     ends_module: bool
 
 
 @dataclass(frozen=True)
 class Features:
-    """Of N images: ``means[i]`` (N, C_i) at the i-th place, all on the CPU."""
+    """Features of N images: ``means[i]`` (N, C_i) at the i-th place, all on the CPU."""
 
     means: list[Tensor]
     labels: Tensor  # (N,)
@@ -48,7 +48,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Network:
-    """A run's network in evaluation mode, with the data it was trained on."""
+    """A run's network in evaluation mode, with its dataset."""
 
     folder: RunFolder
     configuration: RunConfiguration
@@ -72,10 +72,10 @@ class Network:
 
     @torch.no_grad()
     def features(self, loader: BatchLoader) -> Features:
-        """One pass over ``loader``: images resized and normalised as the run did, not augmented, in float32.
+        """Return the features of a loader's images, resized and normalised as in the run, not augmented, in float32.
 
         Raises:
-            UserError: features that are not finite.
+            UserError: the features are not finite.
         """
         means: list[list[Tensor]] = []
         labels, predictions = [], []
@@ -91,7 +91,7 @@ class Network:
         return Features(joined, torch.cat(labels), torch.cat(predictions))
 
     def _through(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Means over space at every place, of patch tokens only, and the logits."""
+        """Return the spatial means at every place, of patch tokens only, and the logits."""
         x = self.pieces.stem(images)
         taken = [self._mean(x, 0)]
         for number, block in enumerate(self.pieces.blocks, start=1):
@@ -110,10 +110,10 @@ class Network:
 
 
 def open_network(folder: RunFolder, checkpoint: str, root: str | Path | None) -> Network:
-    """The network of the run in ``folder``; ``root`` is where its dataset lies if that has moved.
+    """Return the network of the run in ``folder``; ``root`` is its dataset's folder if that has moved.
 
     Raises:
-        UserError: no such run or checkpoint, or data that are not there.
+        UserError: no such run or checkpoint, or missing data.
     """
     configuration = saved_configuration(folder)
     if root is not None:
@@ -125,7 +125,7 @@ def open_network(folder: RunFolder, checkpoint: str, root: str | Path | None) ->
 
 
 def sample(datamodule: ImageDataModule, split: str, count: int) -> BatchLoader:
-    """``count`` random images of a split in a fixed order, all of them if there are less; nothing is augmented.
+    """Return a loader of ``count`` random images of a split (or all, if fewer), in order and not augmented.
 
     Raises:
         UserError: no such split.

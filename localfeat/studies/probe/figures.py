@@ -1,4 +1,4 @@
-"""accuracy_by_depth.png and cka.png, drawn from what inspection.json holds."""
+"""Draw accuracy_by_depth.png and cka.png from the content of inspection.json."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 Found = dict[str, Any]
 
 SHOWN_VALUES = 12
-"""Matrices with at most so many rows and columns have their values written in."""
+"""The largest number of rows or columns of a matrix whose values are written into its cells."""
 NAMES = {"val": "validation", "test": "test"}
 
 
 def accuracy_by_depth(found: Found, png: str | Path) -> None:
-    """Draws what can be read off the features after every block, the local modules as bands behind it."""
+    """Draw the probes' accuracy after every block, with the local modules as bands behind it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(6.4, 1.8 + 0.42 * len(found["blocks"])), 4.4), layout="constrained")
@@ -42,7 +42,7 @@ def accuracy_by_depth(found: Found, png: str | Path) -> None:
 
 
 def draw_modules(axis: Axes, blocks: list[Found]) -> None:
-    """A band and a name for each local module; every other band is shaded."""
+    """Draw a band and a name for each local module; every other band is shaded."""
     count = blocks[-1]["module"]
     start = -0.5
     for module in range(1, count + 1):
@@ -57,9 +57,9 @@ def draw_modules(axis: Axes, blocks: list[Found]) -> None:
 
 
 def draw_accuracies(axis: Axes, found: Found, last: int, color: str, prefix: str, neighbours: int) -> None:
-    """Linear probes as a line of filled dots, neighbours as a dashed one of hollow dots, in per cent.
+    """Draw linear probes as a line with filled dots and kNN as a dashed line with hollow dots, in per cent.
 
-    A network of another depth is stretched to end at block ``last``, and its legend says how many blocks it has.
+    A network of another depth is stretched to end at block ``last``; the legend then names its number of blocks.
     """
     blocks = found["blocks"]
     places = [last * number / (len(blocks) - 1) for number in range(len(blocks))]
@@ -76,7 +76,7 @@ def draw_accuracies(axis: Axes, found: Found, last: int, color: str, prefix: str
 
 
 def cka_heat_map(found: Found, png: str | Path) -> None:
-    """Draws the CKA of every block (rows) with every block of the other network, cuts as white lines."""
+    """Draw the CKA of every block (rows) with every block of the other network, with cuts as white lines."""
     from matplotlib.figure import Figure
 
     cka = found["cka"]
@@ -101,7 +101,7 @@ def cka_heat_map(found: Found, png: str | Path) -> None:
 
 
 def draw_cuts(axis: Axes, found: Found) -> None:
-    """White lines where a local module ends, of the networks along their own axes."""
+    """Draw white lines at the ends of local modules, each network's along its own axis."""
     other = found["reference"] or found
     for block in ends(found):
         axis.axhline(block + 0.5, color="white", linewidth=2)
@@ -110,7 +110,7 @@ def draw_cuts(axis: Axes, found: Found) -> None:
 
 
 def ends(found: Found) -> list[int]:
-    """Blocks after which a cut lies."""
+    """Return the blocks that a cut follows."""
     return [block["block"] for block in found["blocks"][:-1] if block["ends_module"]]
 
 
@@ -122,7 +122,7 @@ def write_values(axis: Axes, matrix: list[list[float]]) -> None:
 
 
 def other_name(found: Found) -> str:
-    """The other network's method; of one beside itself, what it is."""
+    """Return the other network's method, or a description if the methods or the networks are the same."""
     if found["reference"] is None:
         return "the same network"
     name: str = found["reference"]["method"]

@@ -1,4 +1,4 @@
-"""An inspection from beginning to end: open the networks, measure, write ``inspection.json`` and its pictures."""
+"""Inspect a run: load the networks, measure, write ``inspection.json`` and its pictures."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Found = dict[str, Any]
 
 PICTURES = ("accuracy_by_depth.png", "cka.png", "reconstructions.png")
 DRAWN = 8
-"""Images whose reconstructions are drawn."""
+"""The number of images whose reconstructions are drawn."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be inspected, see :data:`localfeat.studies.probe.command.USAGE`."""
+    """The settings of an inspection, see :data:`localfeat.studies.probe.command.USAGE`."""
 
     run: Path
     e2e: Path | None = None
@@ -48,12 +48,12 @@ class Request:
 
     @property
     def folder(self) -> Path:
-        """Where the results go."""
+        """The folder for the results."""
         return self.output or self.run / "inspection"
 
 
 def inspect_run(request: Request) -> Found:
-    """Measure a run's network block by block; returns what ``inspection.json`` holds.
+    """Measure a run's network block by block; return the content of ``inspection.json``.
 
     Raises:
         UserError: no such run, checkpoint or data; runs that cannot be compared; an output that cannot be written to.
@@ -86,7 +86,7 @@ def inspect_run(request: Request) -> Found:
 
 
 def measured(network: Network, train: BatchLoader, held_out: BatchLoader) -> tuple[Found, Features]:
-    """Accuracies of a network's blocks, local modules and classifier on ``held_out``, and its features there."""
+    """Return the accuracies of a network's blocks, modules and classifier on ``held_out``, and its features there."""
     known, asked = network.features(train), network.features(held_out)
     classes = network.datamodule.num_classes
     blocks = []
@@ -114,7 +114,7 @@ def _reference(other: Network, found: Found) -> Found:
 
 
 def _cka(own: Features, other: Features, network: Network | None) -> Found:
-    """Of blocks only: the patch embeddings are left out."""
+    """Return the CKA between blocks, without the patch embeddings."""
     return {
         "with": None if network is None else str(network.folder),
         "own_blocks": list(range(len(own.means) - 1)),
@@ -124,13 +124,13 @@ def _cka(own: Features, other: Features, network: Network | None) -> Found:
 
 
 def _check_comparable(own: Network, other: Network, request: Request) -> None:
-    """Refuse a run of other data, or one that was trained on images that are to be evaluated."""
+    """Refuse a run of another dataset, or one that was trained on images to be evaluated."""
     mine, its = own.configuration.dataset, other.configuration.dataset
     if mine.source != its.source:
-        raise UserError(f"e2e={other.folder}: its dataset is {its.source}, that of run is {mine.source}")
+        raise UserError(f"e2e={other.folder}: its dataset is {its.source}, but run has {mine.source}")
     folders = [Path(dataset.root).resolve() for dataset in (mine, its)]
     if mine.source == "image_folder" and folders[0] != folders[1]:
-        raise UserError(f"e2e={other.folder}: its images lie in {its.root}, those of run in {mine.root}")
+        raise UserError(f"e2e={other.folder}: its images are in {its.root}, those of run in {mine.root}")
     if request.split == "test" or own.datamodule.source.has_validation():
         return
     for key, has, had in (
@@ -145,10 +145,10 @@ def _check_comparable(own: Network, other: Network, request: Request) -> None:
 
 
 def _make_folder(folder: Path) -> None:
-    """Make it, without what an earlier inspection left (half of it would pass for this one's), and write to it.
+    """Create the folder, remove the files of an earlier inspection, and test that it can be written to.
 
     Raises:
-        UserError: one of these cannot be done, which should not show after minutes of measuring.
+        UserError: the folder cannot be written to, which should not show only after minutes of measuring.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -167,7 +167,7 @@ def _write(folder: Path, found: Found) -> None:
 
 
 def _draw_reconstructions(network: Network, loader: BatchLoader, file: Path) -> None:
-    """What the decoders, if there are any, make of images from all over the sample (which may be sorted by class)."""
+    """Draw reconstructions, if the run has decoders, of images from all over the sample, which is sorted by class."""
     images = cast(LabelledImages, loader.dataset)
     raw, labels = images.fetch(torch.linspace(0, len(images) - 1, DRAWN).long().unique())
     pixels, _ = network.datamodule.prepare(raw.to(network.learner.device), labels, training=False)

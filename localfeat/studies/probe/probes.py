@@ -1,4 +1,4 @@
-"""What can be read off features: by a linear map in closed form, and by looking at neighbours."""
+"""Probe features: a linear probe in closed form, and nearest neighbours."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 NEIGHBOURS = 20
 RIDGES = np.logspace(-3, 5, 9)
-"""Ridge strengths to choose from: penalties on the squared weights, beside a sum over images of squared errors."""
+"""Ridge strengths to choose from: factors of the squared weights, added to the sum of squared errors over images."""
 
 
 def standardised(train: Tensor, held_out: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Features (N, C) and (M, C) with mean 0 and standard deviation 1 over ``train``, as float64.
+    """Return features (N, C) and (M, C) with mean 0 and standard deviation 1 over ``train``, as float64.
 
     Constant channels become 0.
     """
@@ -25,10 +25,10 @@ def standardised(train: Tensor, held_out: Tensor) -> tuple[np.ndarray, np.ndarra
 def linear_probe(
     train: np.ndarray, train_labels: np.ndarray, held_out: np.ndarray, labels: np.ndarray, num_classes: int
 ) -> float:
-    """Accuracy (0 to 1) on ``held_out`` (M, C) of ridge regression on one-hot labels, fitted on ``train`` (N, C).
+    """Return the accuracy (0 to 1) on ``held_out`` (M, C) of ridge regression to one-hot labels of ``train`` (N, C).
 
-    The strength of the ridge is the one with the least squared error over ``train`` when every image is predicted
-    by a fit to all others (leave-one-out in closed form), so the held-out images choose nothing.
+    The strength is the one with the least leave-one-out squared error on ``train`` (in closed form), so the held-out
+    images choose nothing.
     """
     probe = RidgeCV(alphas=RIDGES).fit(train, np.eye(num_classes)[train_labels])
     return float((probe.predict(held_out).argmax(1) == labels).mean())
@@ -37,10 +37,10 @@ def linear_probe(
 def neighbour_accuracy(
     train: np.ndarray, train_labels: np.ndarray, held_out: np.ndarray, labels: np.ndarray, neighbours: int = NEIGHBOURS
 ) -> float:
-    """Accuracy (0 to 1) on ``held_out`` (M, C) of the class that most of the nearest images of ``train`` (N, C) have.
+    """Return the accuracy (0 to 1) on ``held_out`` (M, C) of a vote of the nearest images of ``train`` (N, C).
 
-    Nearest by cosine; every neighbour has one vote, and of classes with equally many the first one wins. All of
-    ``train`` votes if it has no more images than ``neighbours``.
+    Distance is by cosine; every neighbour has one vote, and the first of tied classes wins. All of ``train`` votes if
+    it has no more than ``neighbours`` images.
     """
     voters = KNeighborsClassifier(min(neighbours, len(train)), metric="cosine", algorithm="brute")
     return float((voters.fit(train, train_labels).predict(held_out) == labels).mean())

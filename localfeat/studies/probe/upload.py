@@ -1,4 +1,4 @@
-"""An inspection as a W&B run of its own, beside the run that it is about."""
+"""Upload an inspection as its own W&B run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ COLUMNS = ["block", "module", "channels", "ends_module", "linear_probe", "knn"]
 
 
 def upload(found: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
-    """Send table, pictures and figures; offline without a login, into ``folder/wandb``.
+    """Send table, pictures and figures to W&B; without a login, offline into ``folder/wandb``.
 
     Args:
-        found: what inspection.json holds.
-        config: of the inspected run: project, group, tags and mode are those of its own W&B logger, if it had one.
-        folder: where the pictures lie.
+        found: the content of inspection.json.
+        config: the inspected run's configuration; project, group, tags and mode are taken from its W&B logger, if any.
+        folder: the folder with the pictures.
 
     Raises:
         UserError: W&B refuses the run's settings.

@@ -1,1 +1,1 @@
-"""Studies: what their files say, and how their jobs are run."""
+"""Studies: read their files and run their jobs."""

@@ -1,4 +1,4 @@
-"""Run the jobs of a study, go on with them after anything: ``localfeat sweep study=paper_scratch``."""
+"""Run or resume the jobs of a study: ``localfeat sweep study=paper_scratch``."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ USAGE = """
 localfeat sweep study=<name or study.yaml> [folder=outputs/studies/<study>] [launcher=basic] [dry=true]
                           [job=<name>] [speed=<images/s>] [hydra.launcher.<option>=<value> …] [<override> …]
 
-Runs every job of a study in a process of its own. The same command again goes on where it stopped: finished jobs are
-left alone, those cut short resume from their last checkpoint, failed ones begin anew.
+Runs every job of a study in its own process. The same command resumes the study after an interruption: finished jobs
+are skipped, unfinished ones resume from their last checkpoint, failed ones without a checkpoint start again.
 
-  study     a name below experiments/, or a file of your own: my_study/study.yaml, with a question, overrides of every
-            job (a list) and jobs (a list of lines as method=e2e,greedy_ce seed=0,1: all combinations)
-  folder    of the study: a folder for every job, logs/<job>.log, study.json
-  launcher  basic (one after the other), joblib (side by side: hydra.launcher.n_jobs=2), submitit_local,
+  study     a name below experiments/, or your own file, my_study/study.yaml, with the keys question, overrides (a list,
+            for every job) and jobs (a list of lines like method=e2e,greedy_ce seed=0,1, which make all combinations)
+  folder    the study's folder: a folder for every job, logs/<job>.log, study.json
+  launcher  basic (one job at a time), joblib (in parallel: hydra.launcher.n_jobs=2), submitit_local,
             submitit_slurm (hydra.launcher.partition=gpu hydra.launcher.timeout_min=600 hydra.launcher.gpus_per_node=1)
-  dry       true: all jobs with state, predicted peak memory (of a GPU, unless trainer=cpu) and estimated time of
-            training steps; nothing is run
-  speed     of a dry run: images per second of end-to-end training of the study's smallest backbone on your machine,
+  dry       true: only list the jobs with state, predicted peak memory (of a GPU, unless trainer=cpu) and estimated
+            time of training steps
+  speed     for dry=true: images per second of end-to-end training of the study's smallest backbone on your machine,
             instead of a measurement on this one
-  job       only this one; study=… job=… is what a machine of a cluster or a W&B agent is told
+  job       run only this job, for example on one machine of a cluster or by a W&B agent
 
-Overrides go to every job. Values that the study has choose among its jobs: seed=0 method=e2e,feature_recon.
-logger=wandb makes the study a W&B group and names the runs as the jobs.
-Exit code: 0 all done, 1 some failed, 2 a mistake in what was asked, 130 after Ctrl-C.
+Overrides apply to every job. Values that occur in the study select among its jobs: seed=0 method=e2e,feature_recon.
+logger=wandb makes the study a W&B group and names the runs after the jobs.
+Exit code: 0 all done, 1 some failed, 2 a mistake in the arguments, 130 after Ctrl-C.
 """
 OWN: dict[str, Any] = {
     "study": ...,
@@ -55,14 +55,15 @@ OWN: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Request:
-    """What was typed.
+    """A parsed command line.
 
     Attributes:
-        study: that it names.
-        jobs: of the study with the overrides of this command line.
-        chosen: those of them to be run.
+        study: the study.
+        jobs: all jobs of the study, with the overrides of this command line.
+        chosen: the jobs to run.
+        folder: the study's folder.
         values: the sweep's own values by name.
-        launcher_options: overrides of Hydra's launcher.
+        launcher_options: the overrides of Hydra's launcher.
     """
 
     study: Study
@@ -74,10 +75,10 @@ class Request:
 
 
 def read_request(arguments: Sequence[str]) -> Request:
-    """The request of a command line.
+    """Return the request of a command line.
 
     Raises:
-        UserError: anything in it that cannot be.
+        UserError: the command line is invalid.
     """
     values, options, overrides = dict(OWN), list[str](), list[str]()
     for argument in arguments:
@@ -108,7 +109,7 @@ def _check(values: dict[str, Any], overrides: Sequence[str]) -> None:
         if key == "resume" or key.partition(".")[0].partition("/")[0] == "hydra":
             raise UserError(f"{override}: the sweep sets this itself; hydra.launcher.* configures the launcher")
         if difflib.get_close_matches(key, OWN, cutoff=0.75) and key not in known_keys([]):
-            raise UserError(unknown_key(key, list(OWN)))  # a mistyped key of the sweep's own, and none of the runs'
+            raise UserError(unknown_key(key, list(OWN)))  # a mistyped key of the sweep, not a key of the runs
     check_arguments(list(overrides))
     if values["dry"] not in ("true", "false"):
         raise UserError(f"dry={values['dry']}: it is true or false")
@@ -119,22 +120,22 @@ def _check(values: dict[str, Any], overrides: Sequence[str]) -> None:
 
 
 def parse_speed(text: str | None) -> float | None:
-    """Images per second as typed.
+    """Return images per second as typed.
 
     Raises:
-        UserError: no positive number.
+        UserError: not a positive number.
     """
     try:
         speed = None if text is None else float(text)
     except ValueError:
         speed = -1.0
     if speed is not None and not 0 < speed < float("inf"):
-        raise UserError(f"speed={text}: images per second of end-to-end training, like speed=800")
+        raise UserError(f"speed={text}: it must be images per second of end-to-end training, like speed=800")
     return speed
 
 
 def _logged(job: Job, study: str) -> Job:
-    """With W&B: the study as the group and the job as the run's name, unless given."""
+    """Return the job; with W&B, the study as the run's group and the job as its name, unless given."""
     had = read_grid(job.overrides)
     if had.get("logger") != ["logger=wandb"]:
         return job
@@ -143,10 +144,10 @@ def _logged(job: Job, study: str) -> Job:
 
 
 def compose_all(jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """Every job's configuration as ``localfeat.run`` will see it: a mistake shows before hours have passed.
+    """Return every job's configuration as ``localfeat.run`` will compose it, so that mistakes show at once.
 
     Raises:
-        hydra.errors.HydraException, omegaconf.errors.OmegaConfBaseException: an override that cannot be.
+        hydra.errors.HydraException, omegaconf.errors.OmegaConfBaseException: an override is invalid.
     """
     from localfeat.run.plan.command import composer
 
@@ -158,12 +159,12 @@ def compose_all(jobs: Sequence[Job]) -> list[dict[str, Any]]:
 
 
 def _without_seed(job: Job) -> tuple[str, ...]:
-    """Overrides in which jobs differ that are alike for checks and estimates."""
+    """Return the job's overrides without those that do not matter for checks and estimates."""
     return tuple(override for override in job.overrides if not override.startswith(("seed=", "logger.name=")))
 
 
 def run(request: Request) -> int:
-    """Run what is still to be run; the exit code."""
+    """Run the jobs that are not finished; return the exit code."""
     folder, states = request.folder, {}
     for job in request.chosen:
         states[job.name] = folder.state(job.name)
@@ -173,7 +174,7 @@ def run(request: Request) -> int:
     folder.write_study(request.study, request.jobs)
     task = RunJob(tuple(request.jobs), folder, uuid.uuid4().hex[:12])
     for name in elsewhere:
-        print(f"{name} is being trained by another process and left alone", flush=True)
+        print(f"{name} is skipped: another process is training it", flush=True)
     print(f"{len(states)} jobs: {len(done)} done before, {len(elsewhere)} elsewhere, {len(pending)} to run", flush=True)
     progress = Progress(task, len(states) - len(elsewhere), len(done), folder.seconds(done))
     stopped = _launch(task, pending, request, progress) if pending else None
@@ -181,7 +182,7 @@ def run(request: Request) -> int:
 
 
 def _launch(task: RunJob, pending: Sequence[int], request: Request, progress: Progress) -> int | None:
-    """Run the pending jobs; the signal that ended it, if one did."""
+    """Run the pending jobs; return the signal that stopped them, if any."""
     launcher = request.values["launcher"]
     try:
         with progress.following(), ending_jobs_on_signals(progress):
@@ -189,29 +190,29 @@ def _launch(task: RunJob, pending: Sequence[int], request: Request, progress: Pr
                 report(f"a job could not be run: {type(error).__name__}: {' '.join(str(error).split())}")
     except Stopped as stopped:
         return stopped.signum
-    except Exception as error:  # of the launcher's own: jobs that it lost count as failed
+    except Exception as error:  # the launcher's own: jobs that it lost count as failed
         if not progress.running and not progress.ended:
-            if isinstance(error, ValueError | TypeError):  # of an option that it takes but cannot use
+            if isinstance(error, ValueError | TypeError):  # for an option with an unusable value
                 raise UserError(f"launcher={launcher}: {error} (hydra.launcher.*)") from error
             raise
         report(f"launcher={launcher}: {type(error).__name__}: {' '.join(str(error).split())}")
     finally:
         task.events.unlink(missing_ok=True)
-        if launcher != "submitit_slurm":  # it may begin jobs after we have left, but not after a stop
+        if launcher != "submitit_slurm":  # Slurm may start jobs later, but not after a stop
             task.stop.unlink(missing_ok=True)
     return None
 
 
 def _conclude(request: Request, progress: Progress, stopped: int | None) -> int:
-    """The last lines, and the exit code; what has ended is read from the folders again."""
+    """Print the last lines and return the exit code; the jobs' states are read from their folders again."""
     folder, names = request.folder, [job.name for job in request.chosen]
     states = {name: folder.state(name) for name in names}
     if stopped is not None:
         done = sum(state == "finished" for state in states.values())
         again = shlex.join(["localfeat", "sweep", *sys.argv[1:]])
         if any(state == "running" for state in states.values()):
-            print("some jobs are running on, on other machines; scancel ends them", flush=True)
-        print(f"stopped with {done} of {len(names)} jobs done; to go on: {again}", flush=True)
+            print("some jobs are still running on other machines; scancel ends them", flush=True)
+        print(f"stopped with {done} of {len(names)} jobs done; resume with: {again}", flush=True)
         return 128 + stopped
     failed = [name for name, state in states.items() if state in ("new", "unfinished")]
     for name in failed:
@@ -226,7 +227,7 @@ def _conclude(request: Request, progress: Progress, stopped: int | None) -> int:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     arguments = sys.argv[1:]
     if not arguments or "--help" in arguments or "-h" in arguments:
         print(USAGE.strip())

@@ -1,4 +1,4 @@
-"""A study without running it: every job with its state, predicted memory and estimated time."""
+"""List a study's jobs without running them, with state, predicted memory and estimated time."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Row:
-    """A job of the table.
+    """One job in the table.
 
     Attributes:
-        peak_bytes: predicted; None where it is not known.
-        seconds: estimated for the training, of a finished job as it was; None where it is not known.
-        basis: of the seconds, in words.
+        peak_bytes: the predicted peak memory; None if not known.
+        seconds: the training time, estimated or, for a finished job, measured; None if not known.
+        basis: the source of ``seconds``, a key of ``_BASES``.
     """
 
     job: Job
@@ -37,11 +37,13 @@ class Row:
 def rows(
     jobs: Sequence[Job], configurations: Sequence[RunConfiguration], folder: StudyFolder, speed: float | None
 ) -> list[Row]:
-    """The table's rows, in the order of the jobs.
+    """Return the table's rows, in the order of the jobs.
 
     Args:
-        configurations: of the jobs, resolved.
-        speed: images per second of end-to-end training with the reference backbone (``cheapest``), if known.
+        jobs: the jobs.
+        configurations: the jobs' configurations.
+        folder: the study's folder.
+        speed: the images per second of end-to-end training with the reference backbone (``cheapest``), if known.
     """
     costs = Costs()
     configurations = [configuration.without_initial_weights() for configuration in configurations]
@@ -76,7 +78,7 @@ def show(
     folder: StudyFolder,
     speed: float | None,
 ) -> None:
-    """Print the table, its totals and what the times are based on."""
+    """Print the table, its totals and the sources of its figures."""
     found = rows(jobs, configurations, folder, speed)
     print(f"{study.name}: {study.question}\n")
     print(f"{'state':<10}  {'peak GiB':>8}  {'time':>10}  command")
@@ -89,7 +91,7 @@ def show(
 
 
 def totals(found: Sequence[Row]) -> str:
-    """One line: jobs by state, time of all and of those that are not finished, one after the other; largest peak."""
+    """Return one line: the number of jobs by state, the time of all and of the unfinished ones, the largest peak."""
     states = Counter(row.state for row in found)
     counted = ", ".join(f"{states[state]} {state}" for state in ("new", "unfinished", "running", "finished"))
     whole = sum(row.seconds or 0 for row in found)
@@ -100,25 +102,25 @@ def totals(found: Sequence[Row]) -> str:
 
 
 def _notes(found: Sequence[Row], configurations: Sequence[RunConfiguration]) -> list[str]:
-    """What the figures are and are not."""
+    """Return lines that explain the figures."""
     devices = " and ".join(sorted({target(configuration) for configuration in configurations}))
-    lines = [f"peak: of a training step, predicted for {devices}, without what libraries take for themselves"]
+    lines = [f"peak: of a training step, predicted for {devices}, without the memory that libraries use themselves"]
     lines += [
         f"time: {count} jobs {_BASES[basis].format(device=device_of(configurations[0]))}"
         for basis, count in Counter(row.basis for row in found if row.basis).items()
     ]
-    lines.append("time: images × epochs ÷ images per second; validation and waiting for data come on top")
+    lines.append("time: images × epochs ÷ images per second, without validation and waiting for data")
     if unknown := sum(row.seconds is None for row in found):
-        lines.append(f"time: not known for {unknown} jobs (torch.compile, or data that would have to be read)")
+        lines.append(f"time: unknown for {unknown} jobs (torch.compile, or a dataset that must be read first)")
     return lines
 
 
-_SCALED = "scaled by the predicted cost of a step (other backbones: by their work)"
+_SCALED = "scaled by the predicted cost of a step (and of the backbone)"
 _BASES = {
-    "measured": "as they took (finished jobs, validation included)",
+    "measured": "as measured (finished jobs, validation included)",
     "finished jobs": "by the speed of finished jobs with the same settings",
     "finished jobs of the same backbone": f"by the speed of finished jobs with the same backbone, {_SCALED}",
     "speed=": f"by speed= for end-to-end training of the smallest backbone, {_SCALED}",
     "measured here": "by a few end-to-end steps of the smallest backbone measured on this machine ({device}), "
-    f"{_SCALED}; speed=<images/s> says what another machine does",
+    f"{_SCALED}; speed=<images/s> gives the speed of another machine",
 }

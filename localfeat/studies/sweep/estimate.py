@@ -1,4 +1,4 @@
-"""What the jobs of a study will need, before any runs: peak memory and time, without data and without a GPU."""
+"""Estimate peak memory and time of a study's jobs before they run, without data and without a GPU."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from localfeat.run.configuration import RunConfiguration
 from localfeat.run.plan.planning import workload_of
 
 TRAINING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "stl10": 5_000, "svhn": 73_257}
-"""Of the sources that would have to read their files to know."""
+"""Training images of the datasets that would have to read their files to count them."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What a finished job measured.
+    """The figures of a finished job.
 
     Attributes:
-        images_per_second: of training.
-        seconds: of training, validation included.
+        images_per_second: the speed of training.
+        seconds: the time of training, validation included.
     """
 
     images_per_second: float
@@ -38,16 +38,16 @@ class Finished:
 
 
 class Costs:
-    """Predictions for configurations; what two of them have in common is worked out once."""
+    """Predictions for configurations, with shared results computed once."""
 
     def __init__(self) -> None:
         self._planners: dict[str, Planner] = {}
         self._known: dict[str, tuple[int, float]] = {}
 
     def of(self, configuration: RunConfiguration) -> tuple[int, float] | None:
-        """Peak memory in bytes, and a step's cost relative to plain end-to-end training of the same backbone.
+        """Return peak memory in bytes, and a step's cost relative to plain end-to-end training of the same backbone.
 
-        None where they are not known: with ``torch.compile``.
+        With ``torch.compile`` neither can be predicted, and the result is None.
         """
         if configuration.efficiency.compile:
             return None
@@ -60,7 +60,7 @@ class Costs:
         return self._known[key]
 
     def work(self, configuration: RunConfiguration) -> float:
-        """What an image costs in plain end-to-end training, in the planner's unit: for ratios between backbones."""
+        """Return an image's cost in plain end-to-end training, in the planner's unit, to compare backbones."""
         planner = self._planner(configuration)
         costs = planner.costs(next(iter(planner.methods)), Efficiency(), configuration.batch_size)
         return planner.work(costs.segment(0, planner.blocks)) / configuration.batch_size
@@ -71,7 +71,7 @@ class Costs:
         method = configuration.method
         if key not in self._planners:
             plain = replace(configuration, efficiency=replace(configuration.efficiency, compile=False))
-            # No budget: what does not fit is for the reader to see.
+            # The budget is irrelevant here: every job is listed, whether it fits or not.
             self._planners[key] = Planner(workload_of(plain, target(configuration)), {method.name: method}, {}, 0)
         planner = self._planners[key]
         if planner.methods.get(method.name) not in (None, method):  # one name, other values
@@ -91,12 +91,12 @@ def _cuts(configuration: RunConfiguration, planner: Planner) -> list[int]:
 
 
 def target(configuration: RunConfiguration) -> Target:
-    """Whose memory a configuration's predictions are for."""
+    """Return the device that a configuration's predictions are for."""
     return "cpu" if configuration.trainer.accelerator == "cpu" else "cuda"
 
 
 def setting(configuration: RunConfiguration) -> str:
-    """What a configuration's memory and speed depend on, as text."""
+    """Return the settings that a configuration's memory and speed depend on, as text."""
     values, method = configuration.values, configuration.method
     what = {"method": values["method"], "efficiency": values["efficiency"], "dataset": configuration.dataset.source}
     parts = [values["split"] if method.local else None, values["decoder"] if method.decodes else None]
@@ -104,7 +104,7 @@ def setting(configuration: RunConfiguration) -> str:
 
 
 def _network(configuration: RunConfiguration) -> dict[str, Any]:
-    """The backbone and how it is trained, apart from the objectives."""
+    """Return the backbone and how it is trained, without the objectives."""
     backbone = configuration.backbone
     return {
         "backbone": {"name": backbone.name, "variants": backbone.variants, "arguments": backbone.arguments},
@@ -127,7 +127,7 @@ _FACTS: dict[str, tuple[int, tuple[int, int], int | None]] = {}
 
 
 def data_facts(key: str, make: Callable[[], ImageDataModule]) -> tuple[int, tuple[int, int], int | None]:
-    """Classes, height and width, training images; asked once, since an image folder reads all its names for it."""
+    """Return classes, (height, width) and training images; cached, since an image folder must list its files."""
     if key not in _FACTS:
         made = make()
         _FACTS[key] = made.num_classes, made.source.image_shape, made.source.size("train")
@@ -139,7 +139,7 @@ def _data(configuration: RunConfiguration) -> str:
 
 
 def images_to_train(configuration: RunConfiguration) -> int | None:
-    """Images that go through training, epochs counted; None if the data have to be read for it."""
+    """Return the number of images trained on over all epochs; None if the data would have to be read to know."""
     name = configuration.dataset.source
     count = TRAINING_IMAGES.get(name) or data_facts(_data(configuration), lambda: build_datamodule(configuration))[2]
     if count is None:
@@ -155,14 +155,14 @@ def images_to_train(configuration: RunConfiguration) -> int | None:
 
 @dataclass(frozen=True)
 class Speeds:
-    """How fast configurations train, from the best that is known.
+    """Estimates of training speed from the best source available.
 
     Args:
-        costs: relative ones.
-        finished: pairs of a configuration and what it measured.
-        given: images per second of end-to-end training with the reference backbone, as the user says.
-        measure: finds the same out here; called only if nothing else is known.
-        reference: the configuration whose backbone ``given`` and ``measure`` are about.
+        costs: the predicted costs.
+        finished: pairs of a configuration and its figures.
+        given: images per second of end-to-end training with the reference backbone, given by the user.
+        measure: measures the same on this machine; called only if nothing else is known.
+        reference: the configuration with the reference backbone.
     """
 
     costs: Costs
@@ -172,7 +172,7 @@ class Speeds:
     reference: RunConfiguration
 
     def of(self, configuration: RunConfiguration) -> tuple[float, str] | None:
-        """Images per second, and what they come from; None where costs are not known."""
+        """Return images per second and their source; None if the cost is not known."""
         same = [run.images_per_second for other, run in self.finished if setting(other) == setting(configuration)]
         if same:
             return statistics.median(same), "finished jobs"
@@ -197,6 +197,6 @@ class Speeds:
 
 
 def cheapest(configurations: Iterable[RunConfiguration], costs: Costs) -> RunConfiguration:
-    """The configuration with the backbone that is quickest to try."""
+    """Return the configuration with the cheapest backbone."""
     distinct = {_key(_network(configuration)): configuration for configuration in configurations}
     return min(distinct.values(), key=costs.work)

@@ -1,4 +1,4 @@
-"""The folder of a study on disk: a folder for every job, the jobs' logs and locks, and ``study.json``."""
+"""A study's folder: a folder for every job, the jobs' logs and locks, and ``study.json``."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ State = Literal["new", "unfinished", "finished", "running"]
 
 
 class StudyFolder:
-    """Where the runs of a study lie: ``<path>/<job>/``, their output in ``<path>/logs/<job>.log``.
+    """The folder of a study: its runs in ``<path>/<job>/``, their output in ``<path>/logs/<job>.log``.
 
     Args:
-        path: of the folder, which need not exist.
+        path: the folder's path, which need not exist.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -29,41 +29,41 @@ class StudyFolder:
         self.logs = self.path / "logs"
 
     def run(self, name: str) -> Path:
-        """Folder of a job's run."""
+        """Return the folder of a job's run."""
         return self.path / name
 
     def log(self, name: str) -> Path:
-        """What a job has printed, all attempts one after the other."""
+        """Return the file with the output of all attempts of a job."""
         return self.logs / f"{name}.log"
 
     def state(self, name: str) -> State:
-        """What there is of a job; one that another process trains is running, whatever lies in its folder."""
+        """Return a job's state; a locked job is running, whatever its folder holds."""
         return "running" if self.is_locked(name) else self.left(name)
 
     def left(self, name: str) -> Literal["new", "unfinished", "finished"]:
-        """What the job's processes have left: its summary, or a checkpoint to go on from, or nothing of use."""
+        """Return a job's state by its files: a summary, a checkpoint to resume from, or neither."""
         run = RunFolder(self.run(name))
         if run.has_ended():
             return "finished"
         return "unfinished" if run.resumable() else "new"
 
     def lock(self, name: str) -> int | None:
-        """A file descriptor that keeps every other process from the job while it is open; None if one has it.
+        """Lock a job and return the open file descriptor that holds the lock; None if another process has it.
 
-        A child process that inherits it holds the lock too, also after its parent's death.
+        A child process that inherits the descriptor holds the lock too, even after its parent has died.
         """
         self.logs.mkdir(parents=True, exist_ok=True)
         return try_lock(self.logs / f"{name}.lock")
 
     def is_locked(self, name: str) -> bool:
-        """Whether a process trains this job now."""
+        """Return whether a process is training this job."""
         return is_locked(self.logs / f"{name}.lock")
 
     def check(self, jobs: Iterable[Job]) -> None:
-        """Refuse jobs whose folders hold something else.
+        """Refuse jobs whose folders hold another run.
 
         Raises:
-            UserError: a folder with a run by other overrides, one that does not say by which, a damaged summary.
+            UserError: a folder's run has other or unknown overrides, or a damaged summary.
         """
         for job in jobs:
             folder = self.run(job.name)
@@ -76,30 +76,30 @@ class StudyFolder:
                 )
 
     def seconds(self, names: Iterable[str]) -> list[float]:
-        """How long finished jobs trained."""
+        """Return the training times of finished jobs."""
         found = [self.summary(name).get("seconds") for name in names]
         return [seconds for seconds in found if seconds is not None]
 
     def summary(self, name: str) -> dict[str, Any]:
-        """What a finished job's summary.json holds.
+        """Return the content of a finished job's summary.json.
 
         Raises:
-            UserError: a damaged file.
+            UserError: the file is damaged.
         """
         file = self.run(name) / "summary.json"
         try:
             found = json.loads(file.read_text())
         except (OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read ({error}); without it the job goes on or begins anew") from error
+            raise UserError(f"{file} cannot be read ({error}); remove it to run the job again") from error
         if not isinstance(found, dict):
-            raise UserError(f"{file} holds no summary; without it the job goes on or begins anew")
+            raise UserError(f"{file} does not hold a summary; remove it to run the job again")
         return found
 
     def write_study(self, study: Study, jobs: Sequence[Job]) -> None:
-        """Write ``study.json``; jobs of earlier sweeps stay in it if there are runs of them.
+        """Write ``study.json``; jobs of earlier sweeps are kept if they have a run.
 
         Raises:
-            UserError: a folder that cannot be written to.
+            UserError: the folder cannot be written to.
         """
         now = [job.to_dict() for job in jobs]
         names = {job.name for job in jobs}
@@ -116,18 +116,18 @@ class StudyFolder:
         try:
             found: list[dict[str, Any]] = json.loads((self.path / "study.json").read_text())["jobs"]
             return [job for job in found if isinstance(job["name"], str)]
-        except (OSError, ValueError, KeyError, TypeError):  # none yet, or not one of ours
+        except (OSError, ValueError, KeyError, TypeError):  # missing, or not written by a sweep
             return []
 
 
 def _recorded(folder: Path) -> list[str] | None:
-    """What the run was begun by; None if it does not say."""
+    """Return the overrides of the run in ``folder``; None if they were not recorded."""
     run = RunFolder(folder)
     return run.read_overrides() if run.overrides.is_file() else None
 
 
 def _difference(recorded: Sequence[str] | None, asked: Sequence[str]) -> str | None:
-    """The first difference that matters, in words."""
+    """Describe the first difference that can change results."""
     if recorded is None:
         return "it has no .hydra/overrides.yaml"
     had, has = _values(recorded), _values(asked)

@@ -1,4 +1,4 @@
-"""Jobs in the hands of Hydra's launcher plugins: one after the other, side by side, on a cluster."""
+"""Run jobs with Hydra's launcher plugins: one at a time, in parallel, or on a cluster."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ PLUGINS = {
     "submitit_local": "hydra_plugins.hydra_submitit_launcher",
     "submitit_slurm": "hydra_plugins.hydra_submitit_launcher",
 }
-LONG = "10080"  # minutes, a week: submitit would end a job after an hour
+LONG = "10080"  # minutes, a week; submitit would end a job after an hour
 
 
 def check_launcher(name: str) -> None:
     """Refuse a launcher that does not exist or is not installed.
 
     Raises:
-        UserError: says which there are, or what installs it.
+        UserError: the launcher is unknown or not installed.
     """
     if name not in PLUGINS:
         raise UserError(f"launcher={name}: it is one of {', '.join(PLUGINS)}")
@@ -34,14 +34,16 @@ def check_launcher(name: str) -> None:
 
 
 def launch(task: RunJob, indices: Sequence[int], launcher: str, options: Sequence[str]) -> list[Exception]:
-    """Run ``task`` for these of its jobs; returns when all have ended, with what kept jobs from being run at all.
+    """Run ``task`` for some of its jobs; when all have ended, return the errors of those that could not be run.
 
     Args:
+        task: the task.
+        indices: the jobs' positions in ``task.jobs``.
         launcher: a key of ``PLUGINS``.
         options: overrides like ``hydra.launcher.n_jobs=2``.
 
     Raises:
-        UserError: an option that the launcher does not have.
+        UserError: the launcher does not have such an option.
     """
     from hydra.core.plugins import Plugins
     from hydra.core.utils import JobStatus
@@ -56,7 +58,7 @@ def launch(task: RunJob, indices: Sequence[int], launcher: str, options: Sequenc
 
 @contextmanager
 def _configuration(task: RunJob, launcher: str, options: Sequence[str]) -> Iterator[tuple[Any, Any, Any]]:
-    """A configuration that holds nothing but the number of a job, and Hydra's own part of it."""
+    """Yield a configuration with only a job's index and Hydra's own part, with its loader and callbacks."""
     from hydra import initialize
     from hydra._internal.callbacks import Callbacks
     from hydra.core.config_store import ConfigStore

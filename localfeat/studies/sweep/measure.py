@@ -1,4 +1,4 @@
-"""How fast this machine trains a network end to end, from a few real steps on noise."""
+"""Measure how fast this machine trains a network end to end, with a few steps on noise."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from localfeat.run.configuration import RunConfiguration
 
 CPU_BATCH = 4
 STEPS = 3
-"""Steps that are timed, after a first one; the quickest counts, since other work can only make a step slower."""
+"""Timed steps, after one untimed step; the fastest counts, since other work can only slow a step down."""
 
 
 def device_of(configuration: RunConfiguration) -> str:
-    """Where a configuration would train on this machine."""
+    """Return the device that a configuration would train on here."""
     return "cuda" if torch.cuda.is_available() and configuration.trainer.accelerator != "cpu" else "cpu"
 
 
 def images_per_second(configuration: RunConfiguration) -> float:
-    """Of plain end-to-end training of the configuration's backbone here, initial weights random."""
+    """Return the speed of plain end-to-end training of the configuration's backbone here, from random weights."""
     device = device_of(configuration)
     size, batch = configuration.image_size, configuration.batch_size if device == "cuda" else CPU_BATCH
     classes = build_datamodule(configuration).num_classes
@@ -41,7 +41,7 @@ def _step(
     labels: torch.Tensor,
     mixed: torch.dtype | None,
 ) -> float:
-    """Seconds of a step; images (B, 3, H, W), labels (B,)."""
+    """Return the seconds of one step on images (B, 3, H, W) and labels (B,)."""
     _wait(images.device)
     begun = time.perf_counter()
     with torch.autocast(images.device.type, dtype=mixed, enabled=mixed is not None):

@@ -1,4 +1,4 @@
-"""What a sweep says while its jobs run, and how it ends them."""
+"""Report a sweep's progress, and end its jobs on a signal."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ POLL = 0.1  # seconds
 
 
 class Progress:
-    """Follows the events of a sweep, prints a line for each, and knows how its jobs ended.
+    """Follows the events of a sweep, prints a line for each, and keeps its jobs' outcomes.
 
     Args:
-        task: whose events.
-        total: number of jobs of the study.
-        finished: how many of them had ended before.
-        seconds: how long jobs took that had ended before.
+        task: the task whose events are followed.
+        total: the number of jobs.
+        finished: the number of jobs finished before this sweep.
+        seconds: the training times of those jobs.
     """
 
     def __init__(self, task: RunJob, total: int, finished: int, seconds: list[float]) -> None:
@@ -40,7 +40,7 @@ class Progress:
 
     @contextmanager
     def following(self) -> Iterator[None]:
-        """Print what happens, as it happens."""
+        """Print events as they happen."""
         over = threading.Event()
 
         def follow() -> None:
@@ -57,13 +57,13 @@ class Progress:
             self.update()
 
     def update(self) -> None:
-        """Take in the events that are new."""
+        """Process new events."""
         with self._reading:
             for event in self._new():
                 getattr(self, f"_{event['event']}")(event)
 
     def of(self, *outcomes: str) -> list[str]:
-        """Jobs that ended so, in this order."""
+        """Return the jobs with these outcomes, in the order in which they ended."""
         return [job for job, outcome in self.ended.items() if outcome in outcomes]
 
     def _new(self) -> list[dict[str, Any]]:
@@ -102,7 +102,7 @@ class Progress:
 def _ending(event: dict[str, Any], log: Path) -> str:
     outcome, code = event["outcome"], event.get("code")
     if outcome == "running":
-        return "is being trained by another process"
+        return "is running in another process"
     if "seconds" not in event:
         return "was finished by another sweep"
     took = f"in {duration(event['seconds'])}"
@@ -112,7 +112,7 @@ def _ending(event: dict[str, Any], log: Path) -> str:
 
 
 def _last_error(log: Path) -> str:
-    """What the job said was wrong, if that is the last thing that it said."""
+    """Return the job's error line, if that is the last line of its log."""
     try:
         lines = log.read_text(errors="replace").splitlines()
     except OSError:
@@ -122,22 +122,22 @@ def _last_error(log: Path) -> str:
 
 def _reason(code: int | None) -> str:
     if code == -signal.SIGKILL:
-        return "killed, perhaps for lack of memory"
+        return "killed, possibly out of memory"
     return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, like 1:02:03."""
+    """Return hours, minutes and seconds, like 1:02:03."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
 @contextmanager
 def ending_jobs_on_signals(progress: Progress) -> Iterator[None]:
-    """On Ctrl-C or SIGTERM: no further job begins, those on this machine get the signal, and are waited for.
+    """On Ctrl-C or SIGTERM, start no further jobs, pass the signal to those on this machine, and wait for them.
 
     Raises:
-        Stopped: when they have ended, or at the second signal.
+        Stopped: these jobs have ended, or a second signal came.
     """
     caught: list[int] = []
 
@@ -159,7 +159,7 @@ def ending_jobs_on_signals(progress: Progress) -> Iterator[None]:
 def _end_children(progress: Progress, signum: int) -> None:
     progress.update()
     here = {job: event for job, event in progress.running.items() if event["host"] == socket.gethostname()}
-    print(f"ending {len(here)} running jobs (again to leave at once)", flush=True)
+    print(f"ending {len(here)} running jobs (a second signal leaves at once)", flush=True)
     for event in here.values():
         try:
             os.kill(event["pid"], signum)

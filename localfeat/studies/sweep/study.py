@@ -1,4 +1,4 @@
-"""A study: a question and the jobs that answer it, from ``experiments/<name>/study.yaml``."""
+"""A study: a question and the jobs that answer it, read from ``experiments/<name>/study.yaml``."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 from localfeat.utils.errors import UserError
 
 Grid = Mapping[str, Sequence[str]]
-"""Key -> the overrides of it, one for each value: {"seed": ["seed=0", "seed=1"]}."""
+"""Key -> one override per value: {"seed": ["seed=0", "seed=1"]}."""
 
 LONGEST_NAME = 200
-"""Bytes of a job's name, which is the name of a folder and, with an ending, of files."""
+"""Most bytes of a job's name, which names a folder and, with a suffix, files."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Job:
     """One run of a study.
 
     Attributes:
-        name: its own overrides joined by commas, and the name of its folder.
-        overrides: all that it is configured by, those of the study included.
+        name: the job's own overrides joined by commas; also the name of its folder.
+        overrides: all overrides of the job, those of the study included.
     """
 
     name: str
@@ -32,23 +32,23 @@ class Job:
 
     @property
     def command(self) -> str:
-        """What runs it alone, for a shell."""
+        """The shell command that runs this job alone."""
         return shlex.join(["python", "-m", "localfeat.run", *self.overrides])
 
     def to_dict(self) -> dict[str, Any]:
-        """As in ``study.json``."""
+        """Return the job's entry in ``study.json``."""
         return {"name": self.name, "overrides": list(self.overrides), "command": self.command}
 
 
 @dataclass(frozen=True)
 class Study:
-    """What a study file says.
+    """The content of a study file.
 
     Attributes:
-        name: of the folder that the file lies in.
-        question: that the study answers.
-        overrides: of every job.
-        grids: of every line of jobs; each makes all its combinations.
+        name: the name of the file's folder.
+        question: the question that the study answers.
+        overrides: the overrides of every job.
+        grids: one grid per line of jobs; each makes all its combinations.
     """
 
     name: str
@@ -57,14 +57,14 @@ class Study:
     grids: tuple[Grid, ...]
 
     def jobs(self, typed: Sequence[str] = ()) -> list[Job]:
-        """All jobs, in the order of the file, equal ones once.
+        """Return all jobs in the order of the file, without duplicates.
 
         Args:
-            typed: values that the lines of jobs have choose among the jobs (and change nothing else). Others go to
-                every job and win; several of them for one key are one more dimension of every grid.
+            typed: further overrides. Values that occur in the lines of jobs only select among the jobs. Others apply
+                to every job and win; several values for one key add a dimension to every grid.
 
         Raises:
-            UserError: an override that cannot be read, nothing left, two jobs of one name.
+            UserError: an unreadable override, no job left, or two different jobs with one name.
         """
         grids, fixed = self.grids, {key: values[0] for key, values in read_grid(self.overrides).items()}
         for key, values in read_grid(typed).items():
@@ -81,7 +81,7 @@ class Study:
 
 
 def _chosen(grids: Iterable[Grid], key: str, values: Sequence[str]) -> tuple[Grid, ...]:
-    """Of grids with this key the part that has one of these values; the others as they are."""
+    """Restrict grids that have this key to these values; keep the others unchanged."""
     cut = ({**grid, key: [v for v in grid[key] if v in values]} if key in grid else grid for grid in grids)
     return tuple(grid for grid in cut if grid.get(key, values))
 
@@ -108,10 +108,10 @@ def _distinct(jobs: Sequence[Job], study: str) -> list[Job]:
 
 
 def read_grid(overrides: Iterable[str]) -> dict[str, list[str]]:
-    """Overrides in Hydra's syntax as key -> one override for each value; of equal keys the last one counts.
+    """Return overrides in Hydra's syntax as key -> one override per value; the last of equal keys counts.
 
     Raises:
-        UserError: text that is no override, a key to be removed, a sweep without an end.
+        UserError: not an override, a ``~key``, or a sweep over an interval.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -136,10 +136,10 @@ def read_grid(overrides: Iterable[str]) -> dict[str, list[str]]:
 
 
 def load_study(name: str) -> Study:
-    """The study of a name (below ``experiments``) or of a file.
+    """Return the study of a name (below ``experiments``) or of a file.
 
     Raises:
-        UserError: no such study, or one that cannot be read.
+        UserError: the study does not exist or cannot be read.
     """
     file = study_file(name)
     content = _read(file)
@@ -151,13 +151,13 @@ def load_study(name: str) -> Study:
             f"{file}: a study has a question (text) and jobs (a list with a line of overrides for each grid)"
         )
     if varied := [key for key, values in read_grid(overrides).items() if len(values) > 1]:
-        raise UserError(f"{file}: {varied[0]} has several values, which belong into the lines of jobs")
+        raise UserError(f"{file}: {varied[0]} has several values: move them to the lines of jobs")
     grids = tuple(read_grid(line.split()) for line in lines)
     return Study(file.resolve().parent.name, question.strip(), tuple(overrides), grids)
 
 
 def study_file(name: str) -> Path:
-    """Where a study stands: below ``experiments`` of the current folder or of the checkout, or the file itself."""
+    """Return a study's file: below ``experiments`` in the current folder or the checkout, or ``name`` itself."""
     if name.endswith((".yaml", ".yml")):
         places = [Path(name)]
     else:
@@ -175,16 +175,16 @@ def _read(file: Path) -> dict[str, Any]:
 
     try:
         content = OmegaConf.to_container(OmegaConf.load(file))
-    except Exception as error:  # of YAML's reader, OmegaConf or the file system
+    except Exception as error:  # from YAML's reader, OmegaConf or the file system
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: a study has the keys question, overrides and jobs")
     if unknown := [str(key) for key in content if key not in ("question", "overrides", "jobs")]:
-        raise UserError(f"{file}: {unknown[0]} is none of a study's keys: question, overrides, jobs")
+        raise UserError(f"{file}: {unknown[0]} is not a key of a study: question, overrides, jobs")
     return {str(key): value for key, value in content.items()}
 
 
 def _texts(file: Path, key: str, value: object) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise UserError(f"{file}: {key} is a list of texts, one for each line")
+        raise UserError(f"{file}: {key} must be a list of strings, one for each line")
     return value

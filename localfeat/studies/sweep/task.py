@@ -1,4 +1,4 @@
-"""A job of a study in a process of its own, and what happens to it as lines of a file."""
+"""Run a job of a study in its own process, and record its events in a file."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ PROGRAM = (sys.executable, "-m", "localfeat.run")
 
 @dataclass(frozen=True)
 class RunJob:
-    """What Hydra's launchers call for every job, here, in another process or on another machine.
+    """The function that Hydra's launchers call for every job, here, in another process or on another machine.
 
-    Each job is ``python -m localfeat.run`` in a fresh process, so that nothing is left over from the job before, and
-    neither a crash nor a kill for lack of memory ends the sweep.
+    Each job is ``python -m localfeat.run`` in a fresh process, so that no state is left over from the previous job, and
+    neither a crash nor running out of memory ends the sweep.
 
     Args:
-        jobs: of which ``cfg.index`` names one.
-        folder: of the study.
-        sweep: identifies this sweep among those that work in the folder.
-        cwd: where the jobs are run, for relative paths in their overrides.
-        pid: of the sweep.
-        program: that runs a job.
+        jobs: the jobs that ``cfg.index`` chooses from.
+        folder: the study's folder.
+        sweep: the id of this sweep among those that work in the folder.
+        cwd: the jobs' working directory, for relative paths in their overrides.
+        pid: the sweep's process id.
+        program: the command that runs a job.
     """
 
     jobs: tuple[Job, ...]
@@ -50,22 +50,22 @@ class RunJob:
 
     @property
     def events(self) -> Path:
-        """One line of JSON for everything that happens, in order."""
+        """The file with one line of JSON per event, in order."""
         return self.folder.logs / f".events-{self.sweep}.jsonl"
 
     @property
     def stop(self) -> Path:
-        """While this file exists no further job begins."""
+        """The file that keeps further jobs from starting while it exists."""
         return self.folder.logs / f".stop-{self.sweep}"
 
     def __call__(self, cfg: DictConfig) -> str:
-        """Run the job if it is still to be run; how it ended: done, failed, stopped, running (elsewhere)."""
+        """Run the job unless it is finished; return its outcome: done, failed, stopped, running (elsewhere)."""
         if os.getpid() != self.pid and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C goes to all; the sweep itself passes it on
+            signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches all processes; only the sweep handles it
         job = self.jobs[cfg.index]
         if self.stop.exists():
             return "stopped"
-        with _signals_later():  # or nobody would know of the child
+        with _signals_later():  # or a signal could leave a child that the sweep does not know of
             lock = self.folder.lock(job.name)
             if lock is None:
                 return self._end(job, "running")
@@ -77,8 +77,8 @@ class RunJob:
                 process = self._start(job, lock, resume=left == "unfinished")
                 self._note(job, event="begin", pid=process.pid, host=socket.gethostname())
             finally:
-                os.close(lock)  # from here on the child alone holds it
-        if self.stop.exists():  # the sweep was told to stop before it could know of this process
+                os.close(lock)  # from here on only the child holds it
+        if self.stop.exists():  # the sweep was stopped before it knew of this process
             process.send_signal(signal.SIGTERM)
         code = process.wait()
         finished = code == 0 and self.folder.left(job.name) == "finished"
@@ -96,7 +96,7 @@ class RunJob:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 pass_fds=[lock],
-                start_new_session=True,  # a signal comes once, from the sweep, and not from the terminal too
+                start_new_session=True,  # so that only the sweep sends signals, not the terminal, too
             )
 
     def _end(self, job: Job, outcome: str, **more: Any) -> str:
@@ -107,14 +107,14 @@ class RunJob:
         line = json.dumps({"job": job.name, "time": time.time(), **content}) + "\n"
         descriptor = os.open(self.events, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
-            os.write(descriptor, line.encode())  # one call: whole lines, whoever else writes
+            os.write(descriptor, line.encode())  # one call, so that lines of several writers do not mix
         finally:
             os.close(descriptor)
 
 
 @contextmanager
 def _signals_later() -> Iterator[None]:
-    """Ctrl-C and SIGTERM to the main thread take effect after this."""
+    """Delay Ctrl-C and SIGTERM to the main thread until the context ends."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

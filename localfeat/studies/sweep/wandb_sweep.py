@@ -1,4 +1,4 @@
-"""A study for W&B's agents: ``python -m localfeat.studies.sweep.wandb_sweep study=paper_scratch``."""
+"""Write a study for W&B's agents: ``python -m localfeat.studies.sweep.wandb_sweep study=paper_scratch``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from localfeat.studies.sweep.study import Study, load_study, study_file
 USAGE = """
 python -m localfeat.studies.sweep.wandb_sweep study=<name or study.yaml> [project=localfeat] [output=<wandb.yaml>]
 
-Writes the file that "wandb sweep" takes: a grid over the names of the study's jobs. Then, on every machine that is to
-take part, "wandb agent <what wandb sweep printed>"; each agent runs one job after the other.
+Writes the file for "wandb sweep": a grid over the names of the study's jobs. Then start "wandb agent <id printed by
+wandb sweep>" on every machine; each agent runs one job at a time.
 """
 HEAD = """\
 # wandb sweep {file}
@@ -22,13 +22,14 @@ HEAD = """\
 
 
 def wandb_sweep(study: Study, source: str, project: str) -> dict[str, Any]:
-    """W&B's sweep configuration: every job of ``study`` once, run by ``localfeat sweep``, which knows its overrides.
+    """Return W&B's sweep configuration, which runs every job of ``study`` once with ``localfeat sweep``.
 
     W&B's format: https://docs.wandb.ai/models/sweeps/sweep-config-keys
 
     Args:
-        source: what ``localfeat sweep`` finds the study by: its name or its file.
-        project: W&B's.
+        study: the study.
+        source: the study's name or file, for ``localfeat sweep``.
+        project: W&B's project.
     """
     return {
         "name": study.name,
@@ -49,10 +50,10 @@ def wandb_sweep(study: Study, source: str, project: str) -> dict[str, Any]:
 
 
 def written(source: str, project: str = "localfeat") -> str:
-    """The text of the file for the study of this name or file.
+    """Return the text of the sweep file for a study's name or file.
 
     Raises:
-        UserError: no such study, or one that cannot be read.
+        UserError: the study does not exist or cannot be read.
     """
     from omegaconf import OmegaConf
 
@@ -61,7 +62,7 @@ def written(source: str, project: str = "localfeat") -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     with one_line_errors():
         given = parse_arguments(USAGE, {"study": ..., "project": "localfeat", "output": None})
         output = Path(given["output"] or study_file(given["study"]).with_name("wandb.yaml"))

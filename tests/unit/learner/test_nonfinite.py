@@ -237,7 +237,8 @@ def failing(
 def test_three_in_a_row_end_the_run_in_one_line(value: float, tmp_path: Path, capsys: Any) -> None:
     states = States()
     line = failing(tmp_path, states, Spoil(1, "reconstruction", value, lambda step: step not in (0, 2)))
-    assert line.startswith(f"module 2's reconstruction is {value} at epoch 0, batch 5, and 3 steps of this module")
+    said = f"module 2's reconstruction is {value} at epoch 0, batch 5, and this module has skipped 3 steps in a row"
+    assert line.startswith(said)
     assert "optimizer.stop_after_nonfinite=3" in line and str(tmp_path / FILE) in line
     assert len(states.taken) == 1 + 6, "at the end of a batch"
     images, labels, facts = read_batch(tmp_path / FILE)
@@ -278,14 +279,14 @@ def test_without_the_callback_steps_are_left_out_and_counted_and_nothing_ends(tm
 
 def test_the_callback_watches_nothing_else(tmp_path: Path) -> None:
     run = tiny.trainer(tmp_path, callbacks=[StopOnNonFinite()], max_epochs=1)
-    with pytest.raises(UserError, match=r"^StopOnNonFinite watches a localfeat\.Learner, this is a TinyLearner$"):
+    with pytest.raises(UserError, match=r"^StopOnNonFinite works with a localfeat\.Learner, not with TinyLearner$"):
         run.fit(tiny.TinyLearner(), tiny.loader(1))
 
 
 def test_the_batch_of_a_window_is_the_bad_one(tmp_path: Path) -> None:
     model = small("greedy_ce", split=2, stop_after_nonfinite=2, accumulate=2)
     line = failing(tmp_path, Spoil(1, "cross_entropy", when=lambda step: step % 2 == 0), model=model)
-    assert "epoch 0, batch 2, and 2 steps" in line
+    assert "epoch 0, batch 2, and this module has skipped 2 steps" in line
     assert torch.equal(read_batch(tmp_path / FILE)[0], batch(8, 2)[0])
 
 
@@ -389,7 +390,7 @@ def test_steps_in_a_row_are_counted_across_a_resume(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"split": 2, "stop_after_nonfinite": 4}
     with pytest.raises(InterruptedError):
         trainer(Overflow(1), SaveAt(3, file)).fit(small("greedy_ce", **settings), loader(6))
-    with pytest.raises(RunFailed, match=r"module 2's gradient .* batch 3, and 4 steps"):
+    with pytest.raises(RunFailed, match=r"module 2's gradient .* batch 3, and this module has skipped 4 steps"):
         run = trainer(Overflow(1), StopOnNonFinite(), default_root_dir=tmp_path)
         run.fit(small("greedy_ce", **settings), loader(6), ckpt_path=file)
 

@@ -1,4 +1,4 @@
-"""Repeatable batches, honest speed."""
+"""Reproducible batches, and the speed measurement."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_weights_are_the_same_with_and_without_measuring(tmp_path: Path) -> None
 
 
 class Clock:
-    """A clock that a test moves by hand."""
+    """A clock that tests set."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -120,7 +120,7 @@ class SlowLoader:
 def test_waiting_for_the_loader_counts_and_is_told(tmp_path: Path, clock: Clock) -> None:
     speed = Throughput()
     learner = TinyLearner(lambda batch_idx: clock.wait(1.0))
-    # Lightning fetches one batch ahead, to know the last one: of 10 batches, 7 waits lie within the 8 timed ones.
+    # Lightning fetches one batch ahead to detect the last one: of 10 batches, 7 waits fall into the 8 timed ones.
     trainer(tmp_path, callbacks=[speed], max_epochs=1).fit(learner, SlowLoader(clock, 10))
     seconds = 8 * 1.0 + 8 * 3.0
     assert speed.images_per_second == pytest.approx(8 * BATCH_SIZE / seconds, rel=0.15)
@@ -151,7 +151,7 @@ def test_real_time(tmp_path: Path) -> None:
 
 
 def test_an_average_leaves_whole_numbers_alone() -> None:
-    """Positions in a table, as in Swin's attention: 0.9 * 41 + 0.1 * 41 is less than 41."""
+    """Table indices, as in Swin's attention, would be truncated: 0.9 * 41 + 0.1 * 41 is less than 41."""
     module, average = lightning.LightningModule(), AveragedWeights(decay=0.9)
     module.register_buffer("positions", torch.arange(100), persistent=False)
     module.register_buffer("mean", torch.zeros(1))

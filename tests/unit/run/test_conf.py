@@ -28,7 +28,7 @@ DATASETS = {"cifar10": 10, "cifar100": 100, "stl10": 10, "svhn": 10, "image_fold
 
 
 def first_command(file: str) -> list[str]:
-    """Overrides of the command in the first comment that is not ``@package``."""
+    """Return the overrides of the command in the first comment that is not ``@package``."""
     lines = (conf_dir() / f"{file}.yaml").read_text().splitlines()
     line = next(line for line in lines if "@package" not in line)
     assert line.startswith("# python -m localfeat.run "), f"{file}: {line}"
@@ -74,7 +74,7 @@ def test_a_command_stands_in_the_help_for_every_group() -> None:
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_every_data_set_builds(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_dataset_builds(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if dataset == "image_folder":
         write_image_folder(tmp_path, {"train": 60, "test": 5})
     elif dataset != "digits":
@@ -97,7 +97,7 @@ def test_every_data_set_builds(dataset: str, tmp_path: Path, monkeypatch: pytest
     ],
 )
 def test_every_backbone_builds_with_the_parameters_it_says(backbone: str) -> None:
-    """Its comment counts the classifier: of ImageNet's 1000 classes, of 10 for the small one."""
+    """The count in its comment includes a classifier of 1000 classes (ImageNet), or of 10 for the small backbone."""
     size, classes = (32, 10) if backbone == "swin_micro" else (224, 1000)
     model = build_model(configured(f"backbone={backbone}", f"image_size={size}"), classes)
     (said,) = re.findall(r"([\d.]+) M parameters", (conf_dir() / "backbone" / f"{backbone}.yaml").read_text())
@@ -137,7 +137,7 @@ def test_compiled_modules_run(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_said(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no GPU"):
+    with pytest.raises(UserError, match="no usable GPU"):
         small_run(tmp_path, "trainer=gpu")
 
 
@@ -172,11 +172,11 @@ def test_the_profile_is_in_the_runs_folder(tmp_path: Path) -> None:
     assert "run_training_batch" in (tmp_path / "fit-profile.txt").read_text()
 
 
-# --- a data set brings its backbone and image size along, and the command line wins ---
+# --- a dataset sets its backbone and image size, and the command line wins ---
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_a_data_set_brings_its_surroundings(dataset: str, tmp_path: Path) -> None:
+def test_a_dataset_sets_its_backbone_and_image_size(dataset: str, tmp_path: Path) -> None:
     config = composed(f"dataset={dataset}", f"dataset.root={tmp_path}")
     small = dataset == "digits"
     assert config.backbone.arguments.get("embed_dim") == (32 if small else None)
@@ -215,7 +215,7 @@ def test_the_seed_reaches_everything() -> None:
 
 
 def test_a_small_run_is_the_digits(tmp_path: Path) -> None:
-    """``SMALL`` only takes away: what the tests run is what a user runs."""
+    """``SMALL`` only reduces sizes, so tests run the same code as users."""
     ours, theirs = plain(composed(*SMALL)), plain(composed())
     same = ("method", "split", "decoder", "dataset", "efficiency", "logger", "seed", "image_size")
     assert {name: ours[name] for name in same if name != "dataset"} == {
@@ -225,7 +225,7 @@ def test_a_small_run_is_the_digits(tmp_path: Path) -> None:
 
 
 def test_a_method_of_the_readers_own_with_a_field_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its module need not import what the annotations of its base name."""
+    """Its module need not import the names in the annotations of its base."""
     (tmp_path / "readers_method.py").write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\nimport localfeat\n\n"
         "@dataclass(frozen=True)\nclass Mine(localfeat.HeadAndDecoder):\n    margin: float = 1.0\n"

@@ -1,4 +1,4 @@
-"""What the terminal shows, and what a log file gets instead."""
+"""The output on a terminal and in a log file."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_final_table_shows_the_figures_and_the_folder() -> None:
     ("by_module", "expected"),
     [
         ({}, "1.500 GiB (counted)"),
-        ({"module_1": 3 * 2**29}, "1.500 GiB (counted)"),  # the only one is no news
+        ({"module_1": 3 * 2**29}, "1.500 GiB (counted)"),  # a single module is not named
         ({f"module_{n}": (2 + (n == 7)) * 2**29 for n in range(1, 13)}, "1.500 GiB, module_7 (counted)"),
     ],
 )
@@ -110,8 +110,8 @@ def test_figures_that_were_not_taken_are_left_out() -> None:
     assert text.getvalue().split() == ["folder", "run"]
 
 
-def test_a_reader_that_has_gone_ends_nothing() -> None:
-    """``| head -1``: rich would leave the process."""
+def test_a_reader_that_has_gone_does_not_end_the_run() -> None:
+    """As with ``| head -1``; rich would exit the process."""
 
     def print_twice() -> None:
         reader, writer = os.pipe()

@@ -1,4 +1,4 @@
-"""Exported backbones load anywhere timm is, give the same logits, and wrong files are refused in one line."""
+"""Exported backbones load with plain timm and give the same logits; wrong files are refused in one line."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_other_shapes_are_named(tmp_path: Path) -> None:
 
 
 class Bomb:
-    """Unpickling it would call print."""
+    """An object whose unpickling would call print."""
 
     def __reduce__(self) -> tuple:
         return print, ("executed",)

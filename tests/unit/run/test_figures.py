@@ -1,4 +1,4 @@
-"""Figures: the right things are drawn, equal features get equal colours, no global state is left."""
+"""Figures: the content is right, equal features get equal colours, no global state is left."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Reconstruction:
 
 
 def write_metrics(folder: Path, batches: int = 200, modules: int = 4) -> Path:
-    """A made-up run: falling curves with noise, validation every 40 batches."""
+    """Write a synthetic run: falling, noisy curves with validation every 40 batches."""
     logger = MetricsCsv(folder)
     noise = torch.randn(batches, modules, generator=torch.Generator().manual_seed(0))
     for step in range(batches):
@@ -47,7 +47,7 @@ def write_metrics(folder: Path, batches: int = 200, modules: int = 4) -> Path:
 
 
 def sample(kind: str, channels: int = 24, size: int = 8, count: int = 8) -> tuple[Tensor, Reconstruction]:
-    """Images of coloured stripes, and a target made from them with an output near it."""
+    """Return images of coloured stripes, and a target made from them with a similar output."""
     ramp = torch.linspace(0, 1, 32)
     phase = torch.arange(count)[:, None, None, None] / count
     colours = torch.tensor([1.0, 2.0, 3.0])[:, None, None]
@@ -128,7 +128,7 @@ def test_equal_features_get_equal_colours(channels: int) -> None:
 
 
 def test_output_is_projected_and_scaled_as_the_target() -> None:
-    """A linear projection: the mean of target and output must get the mean of their colours."""
+    """The projection is linear, so the mean of target and output must get the mean of their colours."""
     _, entry = sample("features")
     target, output = as_pixels(entry, 8)
     between = Reconstruction(1, "features", entry.target, (entry.target + entry.output) / 2)

@@ -1,4 +1,4 @@
-"""The peak of every module: windows, from accounting and from CUDA's statistics, in whole and in resumed runs."""
+"""Peak memory per module, from accounting and from CUDA's statistics, in whole and in resumed runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def hooks(learner: Any) -> list[Any]:
 
 
 class Sampling(StorageTracker):
-    """Notes after every operation what is alive, under the module that is at work."""
+    """Records the living bytes after every operation, per module at work."""
 
     def __init__(self, baseline: Any) -> None:
         super().__init__(baseline)
@@ -34,7 +34,7 @@ class Sampling(StorageTracker):
 
 
 class Witness(Callback):
-    """The third batch under ``Sampling``, with hooks of its own."""
+    """Runs the third batch under ``Sampling``, with its own hooks."""
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 2:
@@ -61,7 +61,7 @@ def test_module_peaks_are_those_that_a_tracker_with_other_hooks_finds(method: st
 
 
 class Hungry(TinyLearner):
-    """Allocates for a moment before the first module, in the modules' forward passes, and after the last one."""
+    """Allocates briefly before the first module, in the modules' forward passes, and after the last module."""
 
     def __init__(self, before: int = 0, forward: tuple[int, int] = (0, 0), after: int = 0) -> None:
         super().__init__(lambda batch_idx: self.eat(after))
@@ -86,7 +86,7 @@ class Hungry(TinyLearner):
 
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[StorageTracker]:
-    """CUDA's statistics from accounting, on a machine without it; twice as much is reserved."""
+    """Emulate CUDA's statistics by accounting; twice as much is reserved as allocated."""
     with StorageTracker() as tracker:
         functions: dict[str, Callable[[Any], Any]] = {
             "max_memory_allocated": lambda device: tracker.peak_bytes,
@@ -106,11 +106,11 @@ WINDOWS = [
     ({"before": 1, "forward": (2, 3)}, (2, 3)),
     ({"forward": (2, 1), "after": 4}, (2, 4)),
 ]
-"""What a step allocates, and where it belongs."""
+"""The allocations of a step, and the module each belongs to."""
 
 
 def check_windows(memory: PeakMemory, expected: tuple[int, int], unit: int, tolerance: int) -> None:
-    """Peaks less what is always there: that is known only for both together."""
+    """Check peaks without persistent memory, which is known only for both modules together."""
     first, second = memory.module_peak_bytes["module_1"], memory.module_peak_bytes["module_2"]
     assert first - second == pytest.approx((expected[0] - expected[1]) * unit, abs=tolerance)
     assert min(first, second) >= min(expected) * unit
@@ -139,7 +139,7 @@ def test_windows_from_cudas_statistics(tmp_path: Path, fake_cuda: Any, appetite:
 def test_on_cuda_the_peak_is_that_of_all_batches_and_validation_is_not(
     tmp_path: Path, fake_cuda: StorageTracker, batch: int
 ) -> None:
-    """Resets in the third batch lose nothing that came before, and nothing of the run after it."""
+    """Resets in the third batch do not lose earlier or later peaks."""
     memory, learner = PeakMemory(), Hungry(forward=(2, 1))
     learner.at_batch, learner.in_validation = {batch: 5}, 50
     fit(tmp_path, learner, [memory], train=6, val=1, val_check_interval=2)
@@ -161,7 +161,7 @@ def test_an_error_in_the_batch_measured_on_cuda_leaves_no_hook_behind(tmp_path: 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("appetite", "expected"), WINDOWS)
 def test_allocated_reserved_and_windows_on_cuda(tmp_path: Path, appetite: Any, expected: Any) -> None:
-    """In units of 64 MiB: a cuBLAS workspace of up to 32 MiB must not matter, nor blocks that are not split."""
+    """Peaks are in units of 64 MiB, so that a cuBLAS workspace of up to 32 MiB and unsplit blocks do not matter."""
     unit = 64
     large = {key: tuple(unit * n for n in v) if isinstance(v, tuple) else unit * v for key, v in appetite.items()}
     memory, learner = PeakMemory(), Hungry(**large)

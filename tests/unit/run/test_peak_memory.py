@@ -1,4 +1,4 @@
-"""Honest memory: what accounting says of a run as a whole."""
+"""Peak memory of a whole run by accounting."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_peak_memory_counts_weights_optimizer_state_batch_and_graph(tmp_path: Pa
     assert memory.slow_batch == 2
     assert memory.source == "allocator accounting of one training batch"
     assert memory.reserved_bytes is None
-    # Above what is there anyway: at least one module's gradients, at most a few small tensors more.
+    # On top of persistent memory: at least one module's gradients, at most a few more small tensors.
     assert memory.peak_bytes is not None
     assert fixed + parameters // 2 <= memory.peak_bytes <= fixed + parameters + 40 * 512
 
@@ -66,7 +66,7 @@ def test_peak_memory_is_logged_in_gib(tmp_path: Path) -> None:
 
 
 class Plain(lightning.LightningModule):
-    """Any user's model: one optimizer, no local modules."""
+    """A user's plain model: one optimizer, no local modules."""
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""summary.json and what it says of the machine and the source."""
+"""summary.json and its record of machine and source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run changes in its process, and gives back."""
+"""The process state that a run changes and restores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RaisesWhenFreed:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_killed_worker_leaves_no_stack_trace_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch raises in whatever runs when the signal comes, a finaliser too; the loader says it again."""
+    """Torch raises wherever the signal arrives, even in a finaliser; the loader raises again."""
     told: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda found: told.append(str(found.exc_value)))
     with _clean_process(0):

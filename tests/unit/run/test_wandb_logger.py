@@ -1,4 +1,4 @@
-"""W&B offline: a run per job, readable afterwards, nothing left in the environment, never a question."""
+"""W&B offline: one readable run per job, a clean environment afterwards, no prompts."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ LEVELDB_BLOCK = 32768
 
 
 def records(folder: Path) -> Iterator[Any]:
-    """The protobuf records of an offline run: LevelDB's log format behind a 7-byte file header."""
+    """Yield the protobuf records of an offline run: LevelDB's log format after a 7-byte file header."""
     from wandb.proto import wandb_internal_pb2
 
     (file,) = folder.glob("run-*.wandb")
@@ -78,7 +78,7 @@ def records(folder: Path) -> Iterator[Any]:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Name, group, tags, configuration keys and history of an offline run."""
+    """Return name, group, tags, configuration keys and history of an offline run."""
     found: dict[str, Any] = {"config": {}, "history": [], "x_axis": {}}
     for record in records(folder):
         kind = record.WhichOneof("record_type")
@@ -109,7 +109,7 @@ def job(folder: Path, name: str) -> None:
 def test_two_jobs_in_one_process_are_two_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", None)  # a question would fail
+    monkeypatch.setattr(sys, "stdin", None)  # a prompt would fail
     before = dict(os.environ)
     for name in ("one", "two"):
         job(tmp_path / name, name)

@@ -1,4 +1,4 @@
-"""A whole run as W&B has it: read back from its offline file, it says what the run's own files say."""
+"""A whole run in W&B: its offline file holds the same values as the run's own files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, patch: pytest.MonkeyPatch) -> Path:
-    """A run with everything that it can tell W&B."""
+    """Make a run that logs everything it can to W&B."""
     without_login(tmp_path_factory.mktemp("home"), patch)
     folder = tmp_path_factory.mktemp("runs") / "told"
     small_run(folder, *WANDB, "logger.reconstructions_every_n_epochs=2")
@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, patch: pytest.MonkeyPatch) 
 
 @pytest.fixture(scope="module")
 def plain(folder: Path, patch: pytest.MonkeyPatch) -> Path:
-    """The same run without W&B."""
+    """Make the same run without W&B."""
     with pytest.MonkeyPatch.context() as pictures:
         draw_little(pictures)
         small_run(folder.parent / "plain")
@@ -58,13 +58,13 @@ def plain(folder: Path, patch: pytest.MonkeyPatch) -> Path:
 
 
 def draw_little(patch: pytest.MonkeyPatch) -> None:
-    """Pictures of one pixel: drawing real ones takes most of a small run's time."""
+    """Draw pictures of one pixel, because real ones take most of a small run's time."""
     for name in ("learning_curves", "reconstruction_grid"):
         patch.setattr(training, name, lambda *arguments: Image.new("RGB", (1, 1)).save(arguments[-1]))
 
 
 def parts(folder: Path) -> list[dict[str, Any]]:
-    """What W&B holds of the run in ``folder``: one for each time that it was begun, by the time of that."""
+    """Return W&B's records of the run in ``folder``, one for each start, in order of time."""
     return [part(path) for path in sorted((folder / "wandb").glob("offline-run-*"), key=lambda p: p.stat().st_ctime)]
 
 
@@ -85,7 +85,7 @@ def part(path: Path) -> dict[str, Any]:
 
 
 def flat(items: Iterable[Any]) -> dict[str, Any]:
-    """Name -> value, with a dot before every name within a value."""
+    """Return name -> value, with nested names joined by dots."""
     found: dict[str, Any] = {}
     for item in items:
         name, value = ".".join(item.nested_key) or item.key, json.loads(item.value_json)
@@ -94,7 +94,7 @@ def flat(items: Iterable[Any]) -> dict[str, Any]:
 
 
 def numbers(history: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
-    """Step -> what metrics.csv has a column for."""
+    """Return step -> the values that metrics.csv has a column for."""
     own = {AXIS, "_step", "_runtime", "_timestamp"}
     return {row["_step"]: {k: v for k, v in row.items() if k not in own and "." not in k} for row in history}
 
@@ -244,9 +244,7 @@ def power_cut() -> None:
     raise PowerCutError
 
 
-def test_a_resumed_run_goes_on_as_the_same(
-    folder: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_keeps_its_id(folder: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw_little(monkeypatch)
     with monkeypatch.context() as cut:
         during_the_second_epoch(cut, power_cut)
@@ -267,7 +265,7 @@ def test_a_resumed_run_goes_on_as_the_same(
 
 
 @pytest.mark.slow
-def test_online_a_resumed_run_goes_on_as_the_same(
+def test_online_a_resumed_run_keeps_its_id(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     draw_little(monkeypatch)
@@ -294,7 +292,7 @@ def test_online_a_resumed_run_goes_on_as_the_same(
 
 
 class Online:
-    """A run that W&B's server has six steps of. Nothing else of it is needed."""
+    """A stand-in for a run of which W&B's server has six steps."""
 
     starting_step = 6
 
@@ -330,7 +328,7 @@ def test_a_new_run_in_the_same_folder_is_another_one(folder: Path, tmp_path: Pat
 
 
 def kill_service() -> None:
-    """SIGKILL to W&B's service, a child of this process."""
+    """Kill W&B's service, a child of this process, with SIGKILL."""
     children = subprocess.run(
         ["ps", "--ppid", str(os.getpid()), "-o", "pid=,comm="], capture_output=True, text=True, check=True
     ).stdout
@@ -338,7 +336,7 @@ def kill_service() -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def test_training_goes_on_when_wandb_dies(
+def test_training_continues_when_wandb_dies(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     draw_little(monkeypatch)
@@ -364,7 +362,7 @@ def test_without_a_connection_a_run_is_offline(
 ) -> None:
     without_login(tmp_path / "home", monkeypatch)
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # no server there
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
     logger = wandb_logger("study", save_dir=tmp_path)
     logger.begin(tmp_path, resume=False)
@@ -374,7 +372,7 @@ def test_without_a_connection_a_run_is_offline(
     (told,) = parts(tmp_path)
     assert [row["val/loss"] for row in told["history"]] == [1.0]
     insisting = wandb_logger("study", save_dir=tmp_path, mode="online")
-    with pytest.raises(UserError, match=r"^W&B cannot be reached \(.*\): logger.mode=auto goes on offline$"):
+    with pytest.raises(UserError, match=r"^W&B cannot be reached \(.*\): logger.mode=auto would log offline$"):
         insisting.begin(tmp_path, resume=False)
     finish()
 

@@ -152,7 +152,7 @@ def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any)
         assert float(row[2]) == pytest.approx(known[i][0] / 2**30, abs=0.0051)  # type: ignore[index]
     assert lines[10].startswith("6 jobs (5 new, 0 unfinished, 0 running, 1 finished): ")
     assert "predicted for cuda" in lines[11]
-    assert lines[12].startswith("time: 1 jobs as they took") and "1 jobs by the speed of finished jobs" in lines[13]
+    assert lines[12].startswith("time: 1 jobs as measured") and "1 jobs by the speed of finished jobs" in lines[13]
     assert lines[14].startswith("time: 4 jobs by the speed of finished jobs with the same backbone")
 
 
@@ -175,7 +175,7 @@ def test_unknown_times_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     study = load_study(str(tmp_path / "mine" / "study.yaml"))
     show(study, jobs, configured(jobs), StudyFolder(tmp_path / "out"), 10.0)
     lines = capsys.readouterr().out.splitlines()
-    assert re.match(r"new +– +– +python", lines[3]) and "not known for 1 jobs" in lines[-1]
+    assert re.match(r"new +– +– +python", lines[3]) and "unknown for 1 jobs" in lines[-1]
 
 
 def test_weights_are_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

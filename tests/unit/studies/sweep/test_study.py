@@ -115,8 +115,8 @@ def test_values_are_read_as_by_hydra(line: str) -> None:
     ("text", "message"),
     [
         ("question: q", "a list with a line of overrides"),
-        ("question: q\njobs: [seed=0]\nseeds: 3", "seeds is none of a study's keys"),
-        ("question: q\njobs: [[seed=0]]", "jobs is a list of texts"),
+        ("question: q\njobs: [seed=0]\nseeds: 3", "seeds is not a key of a study"),
+        ("question: q\njobs: [[seed=0]]", "jobs must be a list of strings"),
         ("question: q\njobs: ['seed']", "seed: not key=value"),
         ("question: q\njobs: ['~seed']", "~seed: a job needs a value"),
         ("question: q\njobs: ['lr=interval(0,1)']", "a job needs a value"),
