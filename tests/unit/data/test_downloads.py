@@ -85,7 +85,7 @@ def test_two_processes_at_once_share_one_download(
     ]
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
     assert requests.read_text() == "x" and names(root) == COMPLETE
-    waited = [(tmp_path / f"err{number}").read_text().count("waiting for another process that") for number in range(3)]
+    waited = [(tmp_path / f"err{number}").read_text().count("waiting for another process to") for number in range(3)]
     assert sorted(waited) == [0, 1, 1]
 
 
