@@ -123,7 +123,7 @@ class LastCheckpoint(Checkpoint):
 class AveragedWeights(WeightAveraging):
     """An exponential moving average of the weights, updated at optimizer steps, not at batches that only accumulate.
 
-    Lightning's own updates by ``global_step``, which counts all batches here. It also averages integer buffers and
+    Lightning's own goes by ``global_step``, which counts all batches here. It also averages integer buffers and
     truncates them, so that Swin would look up its position biases at wrong indices; those are copied here.
     """
 
