@@ -21,8 +21,8 @@ MODULE = """
 import pathlib
 pathlib.Path({marker!r}).touch()
 from os import mkdir
-from localfeat import Method
-class Mine(Method):
+from localfeat import HeadAndDecoder
+class Mine(HeadAndDecoder):
     pass
 def make(**values):
     return values
