@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from localfeat.run.train import _clean_process
+from localfeat.run.process import clean_process
 
 
 class RaisesWhenFreed:
@@ -24,7 +24,7 @@ def test_a_killed_worker_leaves_no_stack_trace_behind(monkeypatch: pytest.Monkey
     """Torch raises wherever the signal arrives, even in a finaliser; the loader raises again."""
     told: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda found: told.append(str(found.exc_value)))
-    with _clean_process(0):
+    with clean_process(0):
         RaisesWhenFreed(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "))
         RaisesWhenFreed(RuntimeError("another fault"))
         gc.collect()
