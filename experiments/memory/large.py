@@ -35,7 +35,7 @@ def _network(plan: Plan, network: Network, precision: Precision) -> dict[str, An
     accumulated = _accumulated(network, precision, budgets)
     return {
         "network": network.facts(),
-        "standing_bytes": composition.costs(Case("e2e")).standing.total,
+        "standing_bytes": composition.costs(Case("e2e")).persistent.total,
         "rows": rows,
         "accumulated": accumulated,
     }
@@ -106,8 +106,8 @@ def render(found: dict[str, Any]) -> str:
             parts = [f"{n}, any batch" if n else "0" for n in item["accumulated"]["batches"]]
             lines.append(["`e2e`, accumulated parts of", "1", "–", "lean", "1.00", *parts])
             name = f"{item['network']['label']}, {PRECISION_NAMES[precision]}"
-            standing = item["standing_bytes"] / GIB
-            text += [f"## {name}\n", f"Weights and optimizer states alone: {standing:.2f} GiB.\n"]
+            persistent = item["standing_bytes"] / GIB
+            text += [f"## {name}\n", f"Weights and optimizer states alone: {persistent:.2f} GiB.\n"]
             text += [table(["method", "K", "after blocks", "efficiency", "work", *budgets], lines)]
     text.append(
         "Largest number of images per step whose predicted peak on CUDA stays within the budget, to within one image: "
