@@ -92,10 +92,10 @@ class Composition:
         found = {size: self.costs(case, size) for size in sizes}
         some = next(iter(found.values()))
         bounds = [0, *case.cuts, some.blocks]
-        parts = [
+        pieces = [
             {size: costs.pieces_of(start, stop) for size, costs in found.items()} for start, stop in pairwise(bounds)
         ]
-        return Peaks(some.persistent.total, parts)
+        return Peaks(some.persistent.total, pieces)
 
 
 @dataclass(frozen=True)

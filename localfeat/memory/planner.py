@@ -204,7 +204,7 @@ class Planner:
         return module.flops / FLOPS_PER_BYTE[self.workload.target, self.workload.precision] + module.traffic
 
     def _largest_batch(self, method: str, efficiency: Efficiency, cuts: tuple[int, ...]) -> int:
-        """Return the largest multiple of ``STEP`` that fits, from measurements at three sizes; below it 4, 2, 1 or 0."""
+        """Return the largest multiple of ``STEP`` that fits, from measurements at three sizes, or 4, 2, 1 or 0."""
         edges = list(pairwise([0, *cuts, self.blocks]))
         sizes = self._probes()
         samples = {size: self.costs(method, efficiency, size) for size in sizes}

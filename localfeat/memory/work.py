@@ -15,7 +15,7 @@ class WorkCounter(TorchDispatchMode):
     """Count the work of all operations while it is active, on any device, meta included.
 
     Attributes:
-        flops: FLOPs of matrix products, convolutions and attention kernels (two per multiply-add), by torch's own formulas.
+        flops: FLOPs of products, convolutions and attention kernels (two per multiply-add), by torch's own formulas.
         traffic: bytes of all inputs and outputs of operations that compute or copy (not of views).
     """
 
