@@ -257,7 +257,7 @@ class NonFinite:
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counters, and for a current accumulation window whether it is spoiled and the statistics before it."""
+        """Return the counters, and the current accumulation window's earlier statistics and whether it is spoiled."""
         windows = [
             {"spoiled": bool(window.trace.isnan()), "statistics": window.held}
             for window in self._windows

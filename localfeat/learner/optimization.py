@@ -94,7 +94,7 @@ class Optimization:
         return int(min(self.accumulate, per_epoch - (batch - position), left + position))
 
     def lr_factor(self, batch: int, total: int) -> float:
-        """Return the fraction of ``lr`` at a batch (from 0) of ``total``: linear warm-up, then a cosine to ``final_lr``."""
+        """Return the share of ``lr`` at a batch (from 0) of ``total``: linear warm-up, cosine to ``final_lr``."""
         warmup = round(self.warmup * total)
         if batch < warmup:
             return (batch + 1) / (warmup + 1)
