@@ -17,7 +17,7 @@ from experiments.memory.cases import Case, Network
 from localfeat import Efficiency
 from localfeat.memory.balance import balanced_cuts
 from localfeat.memory.emulation import Emulation, Precision
-from localfeat.memory.segments import Parts, SegmentCosts, Setting
+from localfeat.memory.module_costs import ModuleCosts, ModulePieces, Setting
 from localfeat.methods.parts.decoders import as_decoder
 from localfeat.methods.registry import as_method
 
@@ -42,9 +42,9 @@ class Composition:
     precision: Precision
     _known: dict[object, Any] = field(default_factory=dict)
     _backbones: dict[tuple[bool, bool], nn.Module] = field(default_factory=dict)
-    _costs: dict[str, SegmentCosts] = field(default_factory=dict)
+    _costs: dict[str, ModuleCosts] = field(default_factory=dict)
 
-    def costs(self, case: Case, batch_size: int | None = None) -> SegmentCosts:
+    def costs(self, case: Case, batch_size: int | None = None) -> ModuleCosts:
         """Return the costs of all modules under the case's method and efficiency; its cuts are ignored."""
         size = batch_size or self.network.batch_size // case.accumulate
         key = repr((replace(case, cuts=(), accumulate=1), size))
@@ -58,7 +58,7 @@ class Composition:
                 source_bytes=3 * self.network.source_side**2,
             )
             backbone = self._backbone(case.efficiency)
-            self._costs[key] = SegmentCosts(backbone, setting, self._known)
+            self._costs[key] = ModuleCosts(backbone, setting, self._known)
         return self._costs[key]
 
     def _backbone(self, efficiency: Efficiency) -> nn.Module:
@@ -74,9 +74,9 @@ class Composition:
             raise ValueError("gradients of all modules stay alive between accumulated batches: not composed here")
         costs = self.costs(case)
         bounds = [0, *case.cuts, costs.blocks]
-        segments = [costs.segment(start, stop) for start, stop in pairwise(bounds)]
-        peak = costs.standing.total + sum(s.standing for s in segments) + max(s.peak for s in segments)
-        return Total(round(peak), sum(s.flops for s in segments), sum(s.traffic for s in segments))
+        modules = [costs.module(start, stop) for start, stop in pairwise(bounds)]
+        peak = costs.persistent.total + sum(s.persistent for s in modules) + max(s.peak for s in modules)
+        return Total(round(peak), sum(s.flops for s in modules), sum(s.traffic for s in modules))
 
     def work(self, case: Case) -> Total:
         """Return ``total`` for accumulated batches too: work and peak are those of one large batch."""
@@ -85,28 +85,30 @@ class Composition:
     def balanced(self, case: Case, modules: int) -> Case:
         """Return the case with the cuts of the lowest peak; every block is a module if there are only that many."""
         costs = self.costs(case)
-        return replace(case, cuts=tuple(balanced_cuts(costs.segment, costs.blocks, modules)))
+        return replace(case, cuts=tuple(balanced_cuts(costs.module, costs.blocks, modules)))
 
     def peaks(self, case: Case, sizes: tuple[int, ...]) -> Peaks:
         """Return the peak at any batch size, from two measured sizes, or three for a quadratic term."""
         found = {size: self.costs(case, size) for size in sizes}
         some = next(iter(found.values()))
         bounds = [0, *case.cuts, some.blocks]
-        parts = [{size: costs.parts(start, stop) for size, costs in found.items()} for start, stop in pairwise(bounds)]
-        return Peaks(some.standing.total, parts)
+        pieces = [
+            {size: costs.pieces_of(start, stop) for size, costs in found.items()} for start, stop in pairwise(bounds)
+        ]
+        return Peaks(some.persistent.total, pieces)
 
 
 @dataclass(frozen=True)
 class Peaks:
     """The peak of a step as a function of the batch size."""
 
-    standing: int
-    parts: list[dict[int, Parts]]  # per module: by measured batch size
+    persistent: int
+    pieces: list[dict[int, ModulePieces]]  # one dict per module: measured batch size -> its pieces
 
     def at(self, batch_size: int) -> float:
         """Return the peak in bytes at a batch size."""
-        segments = [Parts.at(batch_size, samples).combined() for samples in self.parts]
-        return self.standing + sum(s.standing for s in segments) + max(s.peak for s in segments)
+        modules = [ModulePieces.at(batch_size, samples).combined() for samples in self.pieces]
+        return self.persistent + sum(s.persistent for s in modules) + max(s.peak for s in modules)
 
     def largest_batch(self, budget: int) -> int:
         """Return the largest number of images whose step fits into ``budget`` bytes; 0 if one image does not."""

@@ -35,7 +35,7 @@ def _network(plan: Plan, network: Network, precision: Precision) -> dict[str, An
     accumulated = _accumulated(network, precision, budgets)
     return {
         "network": network.facts(),
-        "standing_bytes": composition.costs(Case("e2e")).standing.total,
+        "standing_bytes": composition.costs(Case("e2e")).persistent.total,
         "rows": rows,
         "accumulated": accumulated,
     }

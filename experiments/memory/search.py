@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from experiments.memory.cases import Case, efficiencies, mixed
 from experiments.memory.composition import Composition
-from localfeat.memory.segments import Segment
+from localfeat.memory.module_costs import ModuleCost
 
 LIMITS = 60
 """Number of limits on a module's peak tried for every way of recomputing, evenly spaced on a log scale."""
@@ -73,10 +73,10 @@ class _Search:
         edges = edges if self.local else [(0, self.blocks)]
         self.variants = {edge: self._variants(*edge) for edge in edges}
 
-    def _variants(self, start: int, stop: int) -> list[Segment]:
+    def _variants(self, start: int, stop: int) -> list[ModuleCost]:
         """Return the module with its first 0, 1, 2 … blocks recomputed."""
-        kept, again = self.kept.parts(start, stop), self.again.parts(start, stop)
-        stem = len(kept.chain) - (stop - start)  # the first module starts with the stem, which is never recomputed
+        kept, again = self.kept.pieces_of(start, stop), self.again.pieces_of(start, stop)
+        stem = len(kept.chain) - (stop - start)  # the first module begins with the stem, which is never recomputed
         return [
             replace(kept, chain=[*again.chain[: stem + count], *kept.chain[stem + count :]]).combined()
             for count in range(stop - start + 1)
@@ -84,7 +84,7 @@ class _Search:
 
     def settings(self) -> list[Found]:
         """Return the best division for every limit."""
-        peaks = [segment.peak for variants in self.variants.values() for segment in variants]
+        peaks = [module.peak for variants in self.variants.values() for module in variants]
         low, high = math.log(min(peaks)), math.log(max(peaks))
         limits = [math.exp(low + (high - low) * step / LIMITS) * (1 + 1e-9) for step in range(LIMITS + 1)]
         divisions = {division for limit in limits if (division := self._least_work(limit)) is not None}
@@ -105,12 +105,12 @@ class _Search:
         return best[self.blocks][1] if self.blocks in best else None
 
     def _found(self, division: tuple[tuple[int, int, int], ...]) -> Found:
-        segments = [self.variants[start, stop][count] for start, stop, count in division]
+        modules = [self.variants[start, stop][count] for start, stop, count in division]
         recomputed = [start + 1 + i for start, _, count in division for i in range(count)]
         if len(recomputed) == self.blocks:
             efficiency = mixed(None, *self.way)
         else:
             efficiency = mixed(recomputed, *self.way) if recomputed else self.case.efficiency
         case = replace(self.case, cuts=tuple(stop for _, stop, _ in division[:-1]), efficiency=efficiency)
-        peak = self.kept.standing.total + sum(s.standing for s in segments) + max(s.peak for s in segments)
-        return Found(case, round(peak), sum(s.flops for s in segments))
+        peak = self.kept.persistent.total + sum(s.persistent for s in modules) + max(s.peak for s in modules)
+        return Found(case, round(peak), sum(s.flops for s in modules))

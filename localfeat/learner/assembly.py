@@ -1,4 +1,4 @@
-"""From a timm model, a split and a method to the list of local modules."""
+"""Build the list of local modules from a timm model, a split and a method."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def build_local_modules(
     std: Sequence[float] | None = None,
     efficiency: Efficiency | None = None,
 ) -> nn.ModuleList:
-    """Cut ``backbone`` and give every piece its objective.
+    """Cut ``backbone`` into local modules and give each its objective.
 
-    The pieces hold the backbone's own parameters: training them trains it. A method that is not local gets one
-    module, whatever the split says (the split must still be possible).
+    The modules hold the backbone's own parameters: training them trains it. A method that is not local gets one
+    module for any split (the split must still be valid).
 
     Raises:
-        UserError: an unknown family, a split that the backbone cannot have, a target that the decoder cannot reach.
+        UserError: an unknown family, an impossible split, or a target that the decoder cannot reach.
     """
     size = image_size_of(backbone, image_size)
     pieces = decompose(backbone, size)
@@ -71,7 +71,7 @@ def build_local_modules(
 
 
 def prepare_blocks(backbone: nn.Module, pieces: Decomposition, efficiency: Efficiency) -> list[BlockRunner]:
-    """How each block is to be computed; fused attention and MLPs are switched on in the backbone itself."""
+    """Return how each block is computed; switch fused attention and MLPs on in the backbone itself."""
     if efficiency.fused_attention:
         fuse_window_attention(backbone)
     if efficiency.fused_mlp:
@@ -91,7 +91,7 @@ def site_of(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> Site:
-    """The place of the module of blocks ``span`` (exclusive), number ``index`` of ``modules``."""
+    """Return the site of module ``index`` of ``modules``, with blocks ``span`` (end exclusive)."""
     start, stop = span
     return Site(
         index=index,
@@ -112,5 +112,5 @@ def site_of(
 
 
 def build_objective(method: Method, site: Site, decoder: DecoderFactory) -> Objective:
-    """What the module at ``site`` is trained for."""
+    """Return the objective of the module at ``site``."""
     return method.build_last(site) if site.index == site.modules - 1 else method.build(site, decoder)

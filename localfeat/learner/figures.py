@@ -14,8 +14,8 @@ class TrainingFigures:
     """Losses, their terms and the accuracy, kept on the device without waiting for it.
 
     Attributes:
-        epoch_means: of the last finished epoch, by name; a loss that was not finite makes its mean so.
-        latest: of the batch under way, scalars.
+        epoch_means: means of the last finished epoch, by name; a non-finite loss makes its mean non-finite.
+        latest: scalars of the current batch.
     """
 
     def __init__(self) -> None:
@@ -24,17 +24,17 @@ class TrainingFigures:
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
-        """Start the means afresh."""
+        """Reset the means."""
         self._sums: dict[str, Tensor] = {}
         self._batches = 0
 
     def end_epoch(self) -> None:
-        """Take the means."""
+        """Compute the epoch's means."""
         if self._batches:
             self.epoch_means = {name: float(value) / self._batches for name, value in self._sums.items()}
 
     def add(self, index: int, output: LocalOutput, labels: Tensor) -> None:
-        """Figures of one module (from 0) for a batch with labels (B,) or (B, num_classes)."""
+        """Add the figures of one module (from 0) for a batch with labels (B,) or (B, num_classes)."""
         prefix = f"train/module_{index + 1}"
         figures = {f"{prefix}/{name}": value for name, value in output.terms.items()}
         figures[f"{prefix}/loss"] = output.loss.detach()
@@ -47,7 +47,7 @@ class TrainingFigures:
         self.latest = {**(self.latest if index else {}), **figures}
 
     def count(self) -> None:
-        """After the last module of a batch."""
+        """Count a batch, after its last module."""
         self._batches += 1
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What no public name of Lightning does. Each function says why; ``tests/unit/learner`` has a test for each."""
+"""Uses of Lightning's private names. Each function says why; ``tests/unit/learner`` has a test for each."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def count_batch(trainer: lightning.Trainer) -> None:
 
 
 def resume_by_epochs(trainer: lightning.Trainer) -> None:
-    """Have Lightning resume from an epoch's end with the next epoch also if there are ``max_steps``.
+    """Make Lightning resume at an epoch's end with the next epoch, also under ``max_steps``.
 
-    It would count the ended epoch a second time, and leave the next one out.
+    Otherwise it counts the finished epoch twice and skips the next one.
     """
     trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
 
 
 def log_now(trainer: lightning.Trainer) -> None:
-    """Give loggers what Lightning would give them right after this hook.
+    """Log now what Lightning would log right after this hook.
 
-    No public call does: a run that is killed between a checkpoint and Lightning's logging would resume behind figures
-    that nobody has written. They come a second time if it is not, for the same step.
+    A run killed between a checkpoint and Lightning's logging would otherwise lose these figures on resuming. A run that
+    is not killed logs them twice, for the same step.
     """
     connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
     if connector._first_loop_iter is None:  # at an epoch's end
@@ -43,5 +43,5 @@ def log_now(trainer: lightning.Trainer) -> None:
 
 
 def averaged_model(callback: Any) -> AveragedModel | None:
-    """The copy of the model that a ``WeightAveraging`` keeps, whose memory counts; None before it is made."""
+    """Return the model copy of a ``WeightAveraging`` callback; ``None`` before it is made."""
     return callback._average_model if isinstance(callback, WeightAveraging) else None

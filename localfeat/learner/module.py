@@ -36,16 +36,16 @@ class Learner(ModulewiseSteps):
     such a batch (on the device, inside the step, so that the float images can be freed before it ends).
 
     Args:
-        backbone: a timm model of a known family; its classifier says how many classes there are. It is trained
+        backbone: a timm model of a known family; its classifier sets the number of classes. It is trained
             in place and stays a plain timm model.
         method: a name from ``METHODS`` or a :class:`Method`.
-        split: K, a list of cuts, a :class:`Split` or a :class:`BalancedSplit`; ``e2e`` trains one module whatever
-            it says.
+        split: K, a list of cuts, a :class:`Split` or a :class:`BalancedSplit`; ``e2e`` always trains
+            one module.
         decoder: ``interp``, ``one_layer``, ``deconv`` or a factory ``(in_channels, out_channels, upscale) -> module``.
-        optimization: the optimizer that every module gets one of.
-        image_size: side of the square images in pixels, where the backbone does not fix it (convolutional networks);
-            ``None`` takes that of its pretrained weights.
-        mean, std: of the normalisation that the images went through, per channel, for pixels in [0, 1]; ``None``
+        optimization: settings of every module's optimizer.
+        image_size: side of the square images in pixels, for backbones that accept any size (convolutional networks);
+            ``None`` takes that of the pretrained weights.
+        mean, std: the images' normalisation, per channel, for pixels in [0, 1]; ``None``
             takes what the backbone's pretrained weights expect. Only ``image_recon`` needs them, for its target.
         efficiency: settings that change time and memory only.
 
@@ -105,14 +105,14 @@ class Learner(ModulewiseSteps):
         return [cast(LocalModule, module) for module in self.local_modules]
 
     def forget_training(self) -> None:
-        """Start all figures of training afresh; the weights stay."""
+        """Reset all training figures; the weights stay."""
         self.figures = TrainingFigures()
         self.nonfinite = NonFinite(self._modules_in_order)
         self.current_module, self._gradients = 0, {}
 
     @property
     def figures_of_training(self) -> list[Any]:
-        """What :meth:`forget_training` makes anew."""
+        """Objects that :meth:`forget_training` replaces."""
         return [self.figures, self.nonfinite, self._gradients]
 
     @property
@@ -122,16 +122,16 @@ class Learner(ModulewiseSteps):
 
     @property
     def skipped_steps(self) -> dict[str, int]:
-        """Steps that every module left out since its loss or gradient was not finite."""
+        """Steps that every module skipped because its loss or gradient was not finite."""
         return {f"module_{number}": count for number, count in enumerate(self.nonfinite.skipped, start=1)}
 
     @property
     def scaler_skips(self) -> int | None:
-        """Steps that the loss scale of 16-bit floats left out, all modules together; None without one."""
+        """Steps of all modules that the GradScaler skipped; ``None`` without a GradScaler."""
         return self.nonfinite.scaler_skips
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes) of normalised images (B, 3, H, W): the plain timm model, no auxiliary parts."""
+        """Return the plain timm model's logits (B, num_classes) of normalised images (B, 3, H, W)."""
         x = images
         for module in self._modules_in_order:
             _, x = module.body(x)
@@ -140,7 +140,7 @@ class Learner(ModulewiseSteps):
     # --- training -----------------------------------------------------------------------------------------------
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
-        """One batch through every module in turn. At most one module's graph is alive at a time."""
+        """Train every module in turn on one batch. At most one module's graph is alive at a time."""
         self.backbone.training = self.training  # after validation Lightning restores registered modules only
         window = self._window(batch_index)
         steps = batch_index % self.optimization.accumulate + 1 == window or self.trainer.is_last_batch
@@ -152,7 +152,7 @@ class Learner(ModulewiseSteps):
             )
         if steps:
             self.nonfinite.count()
-        count_batch(self.trainer)  # also those that only accumulate
+        count_batch(self.trainer)  # also batches that only accumulate
         self._log_training()
         for scheduler in self._schedulers():
             scheduler.step()
@@ -163,21 +163,21 @@ class Learner(ModulewiseSteps):
         backward: Callable[[Tensor], None],
         update: Callable[[int], None],
     ) -> None:
-        """One batch through the schedule (see :func:`train_in_turn`), watched for what is not finite."""
+        """Run one batch through the schedule (see :func:`train_in_turn`), and watch for non-finite values."""
         train_in_turn(self._modules_in_order, batch, backward, update, self)
 
     def begin_module(self, index: int) -> None:
-        """Note whose turn it is (from 0), and keep the statistics that a bad step puts back."""
+        """Set the current module (from 0), and keep the statistics that a skipped step restores."""
         self.current_module = index
         self.nonfinite.begin(index)
 
     def see_output(self, index: int, output: LocalOutput, labels: Tensor) -> None:
-        """Take the figures of a module's batch with labels (B,) or (B, num_classes), and look at its loss."""
+        """Record a module's figures for labels (B,) or (B, num_classes), and check its loss."""
         self.nonfinite.see_loss(index, output.loss)
         self.figures.add(index, output, labels)
 
     def on_train_epoch_start(self) -> None:
-        """Start the epoch's means afresh."""
+        """Reset the epoch's means."""
         self.figures.begin_epoch()
 
     def on_train_epoch_end(self) -> None:
@@ -185,7 +185,7 @@ class Learner(ModulewiseSteps):
         self.figures.end_epoch()
 
     def train(self, mode: bool = True) -> Learner:
-        """Also tell the backbone, which is not registered."""
+        """Also set the mode of the backbone, which is not registered."""
         super().train(mode)
         self.backbone.train(mode)
         return self
@@ -193,16 +193,16 @@ class Learner(ModulewiseSteps):
     # --- evaluation ---------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
-        """Loss and accuracy of the plain timm model."""
+        """Log loss and accuracy of the plain timm model."""
         self._evaluate(batch, "val", self.val_accuracy)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
-        """Loss and accuracy of the plain timm model."""
+        """Log loss and accuracy of the plain timm model."""
         self._evaluate(batch, "test", self.test_accuracy)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> list[Reconstruction]:
-        """What each decoder makes of normalised images (B, 3, H, W); empty for methods that do not reconstruct."""
+        """Return each decoder's reconstruction of normalised images (B, 3, H, W); empty without decoders."""
         found = []
         x = images
         with evaluating(self.backbone), evaluating(self):
@@ -212,13 +212,13 @@ class Learner(ModulewiseSteps):
         return [reconstruction for reconstruction in found if reconstruction is not None]
 
     def parameter_counts(self) -> dict[str, int]:
-        """Numbers of parameters: backbone, auxiliary parts, both, and each local module."""
+        """Return the numbers of parameters: backbone, auxiliary parts, both, and each local module."""
         modules = {f"module_{i}": _count(module) for i, module in enumerate(self.local_modules, start=1)}
         backbone, total = _count(self.backbone), sum(modules.values())
         return {"backbone": backbone, "auxiliary": total - backbone, "total": total, **modules}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Optimizers are saved by position: write down what they mean. Also what was counted so far."""
+        """Save method and cuts, since optimizers are saved by position, and the counters."""
         checkpoint["localfeat"] = {"method": self.method.name, "blocks_per_module": self.blocks_per_module}
         checkpoint["means"] = self.figures.state_dict()
         checkpoint["nonfinite"] = self.nonfinite.state_dict()
@@ -227,13 +227,13 @@ class Learner(ModulewiseSteps):
             checkpoint["gradients"] = gradients
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other modules."""
+        """Restore counters and gradients; refuse a checkpoint of another method or other cuts."""
         own = {"method": self.method.name, "blocks_per_module": self.blocks_per_module}
         saved = checkpoint.get("localfeat")
         if saved != own:
             raise UserError(f"the checkpoint was written by {saved}, and this run is {own}")
         self.figures.load_state_dict(checkpoint["means"])
-        if "nonfinite" in checkpoint:  # of version 0.1 on
+        if "nonfinite" in checkpoint:  # since version 0.1
             self.nonfinite.load_state_dict(checkpoint["nonfinite"])
         self._gradients = checkpoint.get("gradients", {})
 
@@ -246,10 +246,10 @@ class Learner(ModulewiseSteps):
 
     @contextmanager
     def _naming_anomalies(self, batch_index: int) -> Iterator[None]:
-        """One line for what anomaly detection finds.
+        """Turn an error of anomaly detection into one line.
 
         Raises:
-            AnomalyFound: names the module and the operation.
+            AnomalyFound: anomaly detection found NaN; names the module and the operation.
         """
         try:
             yield
@@ -262,7 +262,7 @@ class Learner(ModulewiseSteps):
 
     @property
     def logs_batch(self) -> bool:
-        """Whether the figures of the batch that was just trained are logged."""
+        """Whether the figures of the current batch are logged."""
         return bool(self.trainer.global_step % cast(Any, self.trainer).log_every_n_steps == 0)
 
     def _log_training(self) -> None:

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: the module's step is left out and counted."""
+"""Non-finite losses and gradients: the module's step is skipped and counted."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from localfeat.utils.errors import Diverged
 
 STATISTICS = ("running_", "num_batches_tracked")
-"""How the buffers are called that a forward pass in training mode changes (BatchNorm and its kin)."""
+"""Name prefixes of the buffers that a forward pass changes in training mode (BatchNorm and the like)."""
 
 _ANOMALY = re.compile(r"Function '(\w+)' returned nan values in its (\d+)th output")
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """One thing that was not finite.
+    """One non-finite value.
 
     Attributes:
-        module: from 1.
-        term: of its loss, ``loss`` for the sum alone, or ``gradient``.
+        module: the module's number, from 1.
+        term: the term of its loss, ``loss`` for the sum, or ``gradient``.
         value: nan or an infinity.
-        parameter: the first one whose gradient was not finite; None for losses.
+        parameter: the first parameter with a non-finite gradient; ``None`` for losses.
     """
 
     module: int
@@ -44,8 +44,8 @@ class AnomalyFound(Diverged):
     """torch's anomaly detection has found NaN in a module's backward pass.
 
     Attributes:
-        module: from 1.
-        operation: what returned it.
+        module: the module's number, from 1.
+        operation: the operation that returned NaN.
     """
 
     def __init__(self, module: int, operation: str, place: str) -> None:
@@ -54,7 +54,7 @@ class AnomalyFound(Diverged):
 
 
 def statistics(module: nn.Module) -> list[Tensor]:
-    """The buffers of ``module`` that a forward pass in training mode changes."""
+    """Return the buffers of ``module`` that a forward pass changes in training mode."""
     return [part.get_buffer(name) for part, name in _places(module)]
 
 
@@ -68,17 +68,17 @@ def _places(module: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 class _Window:
-    """What one module has seen since its optimizer last stepped.
+    """State of one module since its last optimizer step.
 
     Attributes:
-        trace: 0 while all its losses were finite, else NaN, a scalar; None before the first batch.
-        norms: of the last step's gradients, (parameters with a gradient,), before clipping.
-        skips: whether the last step was left out, a bool scalar.
+        trace: scalar, 0 if all losses were finite, else NaN; ``None`` before the first batch.
+        norms: gradient norms of the last step before clipping, (parameters with a gradient,).
+        skips: bool scalar, whether the last step was skipped.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._places = _places(module)  # looked for once: a walk through all modules takes as long as a small step
+        self._places = _places(module)  # found once: walking through all modules takes as long as a small step
         self.held: list[Tensor] = []  # the statistics before the window; always the same tensors
         self.trace: Tensor | None = None
         self.norms: Tensor | None = None
@@ -102,17 +102,17 @@ class _Window:
         self.trace = trace if self.trace is None else self.trace + trace
 
     def put_back(self, bad: Tensor) -> None:
-        """The statistics before the window, if ``bad`` (a bool scalar, which nobody waits for)."""
+        """Restore the statistics before the window if ``bad``, a bool scalar on the device (no synchronisation)."""
         for buffer, held in zip(self._statistics(), self.held, strict=True):
             buffer.copy_(torch.where(bad, held, buffer))
 
     def parameter_not_finite(self, optimizer: torch.optim.Optimizer) -> tuple[str | None, float]:
-        """Name and norm of the first gradient that was not finite; no name if only all of them together overflow."""
+        """Return name and norm of the first non-finite gradient; no name if only their total overflows."""
         assert self.norms is not None
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         stepped = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
         norms = self.norms.tolist()
-        if len(norms) == len(stepped):  # else some have no gradient, and which ones is not known any more
+        if len(norms) == len(stepped):  # else some parameters had no gradient, and the names are lost
             for name, norm in zip(stepped, norms, strict=True):
                 if not math.isfinite(norm):
                     return name, norm
@@ -120,18 +120,17 @@ class _Window:
 
 
 class NonFinite:
-    """Finds losses and gradients that are not finite, has the optimizer leave out that step, and counts.
+    """Find non-finite losses and gradients, make the optimizer skip that step, and count the skipped steps.
 
-    Everything happens on the device, where nobody waits for it: the fused AdamW looks at ``found_inf`` itself. Weights,
-    moments and BatchNorm's running statistics of the module are then what they were before the step's first batch.
-    Counters are read only by ``counts``.
+    Everything happens on the device without synchronisation: the fused AdamW reads ``found_inf`` itself. A skipped step
+    leaves the module's weights, moments and BatchNorm statistics as they were before the step's first batch.
 
     Args:
         modules: the local modules, in order.
 
     Attributes:
-        scaler: of 16-bit floats, if there is one. It leaves out steps by itself, which is how it finds its scale: these
-            are counted apart, unless the loss itself is not finite or the scale has sunk below 1.
+        scaler: the GradScaler, if any. It skips steps itself to find its scale: these are counted separately, unless
+            the loss itself is not finite or the scale has fallen below 1.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -142,7 +141,7 @@ class NonFinite:
         self._scaler_skips: Tensor | None = None
 
     def start(self, device: torch.device, scaler: torch.amp.GradScaler | None) -> None:
-        """Before the first batch of a fit: counters, and what a checkpoint brought, to ``device``."""
+        """Move counters and restored state to ``device`` before the first batch of a fit."""
         self.scaler = scaler
         if scaler is not None and self._scaler_skips is None:
             self._scaler_skips = torch.zeros((), dtype=torch.int64)
@@ -158,25 +157,25 @@ class NonFinite:
 
     @property
     def held(self) -> list[Tensor]:
-        """Copies of BatchNorm's running statistics, which stand between steps."""
+        """Copies of BatchNorm's running statistics, kept between steps."""
         return [tensor for window in self._windows for tensor in window.held]
 
     def begin(self, module: int) -> None:
-        """Before the forward pass of a module (from 0)."""
+        """Keep a module's statistics (from 0) before its forward pass."""
         self._windows[module].begin()
 
     def see_loss(self, module: int, loss: Tensor) -> None:
-        """``loss``: of a module, a scalar. It is not finite if one of its terms is not."""
+        """Check a module's scalar loss: it is not finite if one of its terms is not."""
         self._windows[module].see(loss)
 
     def wait(self, module: int) -> None:
-        """After a batch that only accumulates: its statistics do not stay until the step if it was bad."""
+        """Restore the statistics after a batch that only accumulates if its loss was not finite."""
         window = self._windows[module]
         if window.held and window.trace is not None:
             window.put_back(window.trace.isnan())
 
     def poison(self, module: int, optimizer: Any) -> None:
-        """Let a GradScaler find a loss that is not finite although its gradient is."""
+        """Make a GradScaler see a non-finite loss whose gradient is finite."""
         trace = self._windows[module].trace
         if self.scaler is None or trace is None:
             return
@@ -185,7 +184,7 @@ class NonFinite:
             gradients[0].add_(trace)
 
     def before_step(self, module: int, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Decide on a module's step from its unscaled gradients; returns their norm, a scalar."""
+        """Decide from its unscaled gradients whether a module steps, and return their norm, a scalar."""
         window = self._windows[module]
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         window.norms = _norms(gradients, window.module)
@@ -207,7 +206,7 @@ class NonFinite:
         return norm
 
     def count(self) -> None:
-        """After a batch in which every module's optimizer was to step."""
+        """Count skipped steps after a batch in which every module's optimizer was to step."""
         skips = torch.stack([window.skips for window in self._windows if window.skips is not None])
         self._skipped += skips
         self._in_a_row = (self._in_a_row + 1) * skips
@@ -216,40 +215,40 @@ class NonFinite:
 
     @property
     def total(self) -> Tensor:
-        """Steps left out by all modules together, a scalar on the device."""
+        """Steps skipped by all modules together, a scalar on the device."""
         return self._skipped.sum()
 
     @property
     def skipped(self) -> list[int]:
-        """Steps left out by every module. Waits for the device, as the other figures do."""
+        """Steps skipped by every module. Waits for the device."""
         return [int(count) for count in self._skipped.tolist()]
 
     @property
     def in_a_row(self) -> list[int]:
-        """Of these, how many since the module's last step."""
+        """Steps skipped by every module since its last successful step."""
         return [int(count) for count in self._in_a_row.tolist()]
 
     @property
     def stepped(self) -> bool:
-        """Whether there was a step since the fit began; until then the counts are those of a checkpoint."""
+        """Whether a step was tried since the fit began; until then the counts are the checkpoint's."""
         return self._windows[-1].norms is not None
 
     @property
     def scaler_skips(self) -> int | None:
-        """Steps that the GradScaler left out by itself; None without one."""
+        """Steps that the GradScaler skipped itself; ``None`` without a GradScaler."""
         return None if self._scaler_skips is None else int(self._scaler_skips)
 
     def trouble(self, module: int, figures: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Trouble:
-        """What was not finite in the last step of a module (from 0). Waits for the device.
+        """Return the non-finite value in the last step of a module (from 0). Waits for the device.
 
         Args:
-            figures: of the step's batch, ``train/module_1/contrast`` … and ``train/module_1/loss`` of all modules. If
-                the module's own are all finite, it was its gradient.
-            optimizer: of the module.
+            figures: the batch's figures of all modules, ``train/module_1/contrast`` … and ``train/module_1/loss``. If
+                the module's own are all finite, its gradient was not.
+            optimizer: the module's optimizer.
         """
         prefix = f"train/module_{module + 1}/"
         own = {name.removeprefix(prefix): value for name, value in figures.items() if name.startswith(prefix)}
-        for term in sorted(own, key=lambda name: name == "loss"):  # the sum last: it says least
+        for term in sorted(own, key=lambda name: name == "loss"):  # the sum last: it is the least specific
             if not math.isfinite(value := float(own[term])):
                 return Trouble(module + 1, term, value)
         parameter, value = self._windows[module].parameter_not_finite(optimizer)
@@ -258,7 +257,7 @@ class NonFinite:
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, and of an accumulation window under way whether it is spoiled and the statistics before it."""
+        """Return the counters, and the current accumulation window's earlier statistics and whether it is spoiled."""
         windows = [
             {"spoiled": bool(window.trace.isnan()), "statistics": window.held}
             for window in self._windows
@@ -268,23 +267,23 @@ class NonFinite:
         return {**counts, "windows": windows if len(windows) == len(self._windows) else []}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """What ``state_dict`` gave, on the CPU until ``start``."""
+        """Load the result of ``state_dict``; it stays on the CPU until ``start``."""
         self._skipped, self._in_a_row = torch.tensor(state["skipped"]), torch.tensor(state["in_a_row"])
         scaler_skips = state["scaler_skips"]
         self._scaler_skips = None if scaler_skips is None else torch.tensor(scaler_skips)
-        for window, saved in zip(self._windows, state["windows"], strict=False):  # none between windows
+        for window, saved in zip(self._windows, state["windows"], strict=False):  # empty between windows
             window.trace = torch.tensor(math.nan if saved["spoiled"] else 0.0)
             window.held = list(saved["statistics"])
 
 
 def anomaly(error: RuntimeError) -> str | None:
-    """What torch's anomaly detection says of a backward pass: the operation; None if the error is another one."""
+    """Return the operation that torch's anomaly detection names; ``None`` for any other error."""
     found = _ANOMALY.search(str(error))
     return None if found is None else f"{found[1]} returned nan (its output {found[2]}) in the backward pass"
 
 
 def _norms(gradients: Sequence[Tensor], module: nn.Module) -> Tensor:
-    """The norm of every gradient (n,), computed as torch's clipping does."""
+    """Return the norm of every gradient (n,), computed as torch's clipping does."""
     if not gradients:
         return next(module.parameters()).new_zeros(1)
     if gradients[0].device.type == "meta":  # which has no foreach kernels

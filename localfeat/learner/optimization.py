@@ -20,16 +20,16 @@ class Optimization:
     Args:
         lr: peak learning rate.
         weight_decay: not applied to norms, biases, position tables and tokens.
-        betas: AdamW's.
-        eps: AdamW's.
+        betas: AdamW's decay rates of both moments.
+        eps: AdamW's epsilon.
         warmup: share of all batches, from 0 to 1, in which the learning rate rises linearly.
         final_lr: learning rate at the end of the cosine, as a fraction of ``lr``.
         gradient_clip: largest gradient norm of one module, ``None`` for no clipping.
         accumulate: batches per optimizer step (fewer in the last step of an epoch or run, if they do not divide).
             Gradients are averaged; contrastive losses still compare the images of one batch only, and every
             module's gradients stay allocated between batches.
-        stop_after_nonfinite: steps that one module leaves out in a row, its loss or gradient not being finite, before
-            the run ends (on a GPU at the next batch whose figures are logged); ``None`` for never.
+        stop_after_nonfinite: steps in a row that one module skips for a non-finite loss or gradient before the run ends
+            (on a GPU at the next batch whose figures are logged); ``None`` for never.
     """
 
     lr: float = 5e-4
@@ -62,7 +62,7 @@ class Optimization:
                 raise UserError(f"optimizer.{key}={getattr(self, key)}: it must be {wanted}")
 
     def build(self, module: nn.Module, never_decayed: Collection[int], *, fused: bool) -> torch.optim.Optimizer:
-        """AdamW over ``module``'s parameters; ``never_decayed`` holds ids of parameters without weight decay.
+        """Return AdamW over ``module``'s parameters; ``never_decayed`` holds ids of parameters without weight decay.
 
         The ``fused`` kernel is faster and allocates nothing, but under a GradScaler it unscales inside its own
         step, after gradients should have been clipped. Without it parameters are updated one by one: torch's default
@@ -83,18 +83,18 @@ class Optimization:
         return torch.optim.AdamW(trained, lr=self.lr, betas=self.betas, eps=self.eps, fused=fused, foreach=False)
 
     def window(self, batch: int, per_epoch: float, left: float) -> int:
-        """How many batches share the optimizer step that a batch belongs to.
+        """Return how many batches share a batch's optimizer step.
 
         Args:
-            batch: number within the epoch, from 0.
-            per_epoch: batches of the epoch; infinite where the loader has no length.
+            batch: the batch's number within the epoch, from 0.
+            per_epoch: batches per epoch; infinite if the loader has no length.
             left: batches until the run ends, this one included.
         """
         position = batch % self.accumulate
         return int(min(self.accumulate, per_epoch - (batch - position), left + position))
 
     def lr_factor(self, batch: int, total: int) -> float:
-        """Fraction of ``lr`` at a batch (from 0) of ``total``: linear warm-up, then a cosine to ``final_lr``."""
+        """Return the share of ``lr`` at a batch (from 0) of ``total``: linear warm-up, cosine to ``final_lr``."""
         warmup = round(self.warmup * total)
         if batch < warmup:
             return (batch + 1) / (warmup + 1)
@@ -103,7 +103,7 @@ class Optimization:
 
 
 def undecayed_parameters(backbone: nn.Module, local_modules: nn.Module) -> set[int]:
-    """Ids of the parameters that timm says take no weight decay (position tables, tokens), in copies of blocks too."""
+    """Return ids of the parameters that timm excludes from weight decay (position tables, tokens), copies included."""
     names = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else set()  # type: ignore[operator]
     found = {id(p) for name, p in backbone.named_parameters() if name in names}
     tables = {name.rpartition(".")[2] for name in names} - {"weight", "bias"}

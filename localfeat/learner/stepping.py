@@ -25,7 +25,7 @@ class ModulewiseSteps(lightning.LightningModule):
         local_modules: each gets an optimizer and a schedule.
         optimization: their settings.
         nonfinite: decides whether a step is taken.
-        current_module: the one whose turn it is, from 0.
+        current_module: number of the module in training, from 0.
     """
 
     local_modules: nn.ModuleList
@@ -41,7 +41,7 @@ class ModulewiseSteps(lightning.LightningModule):
         return self._backbone[0]
 
     def configure_optimizers(self) -> Sequence[OptimizerLRSchedulerConfig]:
-        """One AdamW and one schedule per local module."""
+        """Return one AdamW and one schedule per local module."""
         never_decayed = undecayed_parameters(self.backbone, self.local_modules)
         configured: list[OptimizerLRSchedulerConfig] = []
         for number, module in enumerate(self.local_modules, start=1):
@@ -56,10 +56,10 @@ class ModulewiseSteps(lightning.LightningModule):
         return configured
 
     def on_fit_start(self) -> None:
-        """One GradScaler serves K optimizers and counts their steps: let it count batches.
+        """Make the GradScaler, which counts the steps of K optimizers, count batches.
 
-        Two warnings are wrong for this loop: the schedule counts batches, also those that only accumulate, and
-        the states that checkpoints hold are those after the step, as they should be.
+        Ignore two warnings that are wrong for this loop: the schedule counts batches, also those that only accumulate,
+        and checkpoints hold the states after the step.
         """
         for message in ("Detected call of `lr_scheduler.step", ".*pre-optimization state"):
             warnings.filterwarnings("ignore", message=message)
@@ -70,7 +70,7 @@ class ModulewiseSteps(lightning.LightningModule):
             scaler.set_growth_interval(2000 * len(self.local_modules))
 
     def on_train_start(self) -> None:
-        """The length of the run and the device are known only now: what depends on them is set again."""
+        """Set everything that depends on the run's length and the device, which are known only now."""
         if not math.isfinite(self._total_batches()):
             raise UserError(
                 "the learning-rate schedule needs an end: give the Trainer max_steps, or max_epochs and loaders that "
@@ -83,7 +83,7 @@ class ModulewiseSteps(lightning.LightningModule):
         self._restore_gradients()
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Backward outside autocast, as automatic optimization does it (Lightning leaves it on in manual mode)."""
+        """Run backward outside autocast, as automatic optimization does it (Lightning leaves it on in manual mode)."""
         with torch.autocast(self.device.type, enabled=False):
             super().manual_backward(loss, *args, **kwargs)
 
@@ -117,7 +117,7 @@ class ModulewiseSteps(lightning.LightningModule):
         cast(LocalModule, self.local_modules[module]).objective.after_step()  # type: ignore[operator]
 
     def _restore_gradients(self) -> None:
-        """Put back what a checkpoint within an accumulation window has brought."""
+        """Restore the gradients of a checkpoint within an accumulation window."""
         parameters = dict(self.named_parameters())
         for name, gradient in self._gradients.items():
             if name not in parameters or parameters[name].shape != gradient.shape:
@@ -126,12 +126,12 @@ class ModulewiseSteps(lightning.LightningModule):
         self._gradients = {}
 
     def _window(self, batch_index: int) -> int:
-        """How many batches share this batch's optimizer step."""
+        """Return how many batches share this batch's optimizer step."""
         left = self.trainer.max_steps - self.trainer.global_step if self.trainer.max_steps > 0 else math.inf
         return self.optimization.window(batch_index, float(self.trainer.num_training_batches), left)
 
     def _total_batches(self) -> float:
-        """Batches of the whole run; infinite where nothing says so (or not yet: the loaders come last)."""
+        """Return the number of batches of the whole run; infinite if it is not known (yet)."""
         epochs, steps = self.trainer.max_epochs or -1, self.trainer.max_steps
         by_epochs = epochs * float(self.trainer.num_training_batches) if epochs > 0 else math.inf
         return min(by_epochs, steps if steps > 0 else math.inf)

@@ -1,4 +1,4 @@
-"""The memory of a training step, predicted on the meta device: the peak, whose it is, and what it is made of."""
+"""The memory of a training step, predicted on the meta device: the peak, its module and its shares."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def step_memory(
     soft_labels: bool = False,
     ema: bool = False,
 ) -> StepMemory:
-    """What one training step of ``learner`` would take on ``target``, without running it there.
+    """Predict the memory of one training step of ``learner`` on ``target``, without running it there.
 
     It runs the learner's own loop on a copy without data, as in the middle of a run: optimizer states exist. With
     accumulation the step is one that updates, when all modules' gradients are alive. Augmentation is not run: only
@@ -54,7 +54,7 @@ def step_memory(
             memory unless it is given a device).
 
     Raises:
-        UserError: sizes below 1; a precision or target that is not known.
+        UserError: a size below 1, or an unknown precision or target.
     """
     accumulate = learner.optimization.accumulate if accumulate is None else accumulate
     for name, value in (("batch_size", batch_size), ("image_size", image_size), ("accumulate", accumulate)):
@@ -75,7 +75,7 @@ def step_memory(
 
 
 def on_meta(learner: Learner) -> Learner:
-    """A copy in training mode with all parameters and buffers on the meta device, at no cost in memory."""
+    """Return a copy in training mode with all parameters and buffers on meta, which takes no memory."""
     memo = {id(learner._trainer): None, **bare_tensors(learner), **bare_tensors(learner.backbone)}
     memo |= dict.fromkeys(map(id, learner.figures_of_training), None)
     bare = copy.deepcopy(learner, memo).train()
@@ -85,7 +85,7 @@ def on_meta(learner: Learner) -> Learner:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Makes batches without data: sent to the device, and turned into float images there."""
+    """Make batches without data: send them to the device, and turn them into float images there."""
 
     size: int
     image_size: int
@@ -109,7 +109,7 @@ class _Batch:
 
 
 class _Step:
-    """The learner's loop with what a trainer adds to it: optimizers, accumulation, clipping, a loss scale."""
+    """The learner's loop with the trainer's additions: optimizers, accumulation, clipping, a loss scale."""
 
     def __init__(self, learner: Learner, batch: _Batch, accumulate: int, scaled: bool) -> None:
         self.learner = learner
@@ -122,7 +122,7 @@ class _Step:
         self.optimizers = [build(module, never_decayed, fused=not scaled) for module in self.modules]
 
     def run(self, updates: bool, watch: StepWatch | None = None) -> None:
-        """One batch, held to the end; ``updates`` says whether the optimizers step, or gradients pile up."""
+        """Run one batch, held to the end; if ``updates``, step the optimizers, else accumulate gradients."""
         images, labels = self.batch.send() if watch is None else watch.batch
         done = iter(range(len(self.modules)))
 
@@ -150,7 +150,7 @@ class _Step:
         self.modules[index].objective.after_step()  # type: ignore[operator, union-attr]
 
     def record(self, host_too: bool, ema: bool) -> StepMemory:
-        """The next step, which updates, under a tracker."""
+        """Run the next step, which updates, under a tracker, and return its memory."""
         weights = [*self.learner.parameters(), *self.learner.buffers(), *self.learner.nonfinite.held]
         if ema:
             counter = torch.empty((), dtype=torch.int64, device="meta")  # of updates
@@ -175,4 +175,4 @@ class _Step:
 
 
 def _keep_gradients(index: int) -> None:
-    """What a batch that only accumulates does after a module's backward pass."""
+    """Do nothing after a module's backward pass: the batch only accumulates."""

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention on the meta device by the kernel that another device would choose.
+"""Scaled dot-product attention on the meta device with the kernel that another device would choose.
 
 The meta device always computes it by matrix multiplications and keeps the attention matrix. CUDA and the CPU have
 fused kernels with meta kernels of their own, so that shapes, saved tensors and gradients come out as there. The choice
@@ -30,7 +30,7 @@ def attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """What ``F.scaled_dot_product_attention`` with these arguments does on ``target`` (``cuda`` or ``cpu``)."""
+    """Compute ``F.scaled_dot_product_attention`` as on ``target`` (``cuda`` or ``cpu``)."""
     choose = _cuda_kernel if target == "cuda" else _cpu_kernel
     kernel = "math" if enable_gqa else choose(query, key, value, attn_mask, dropout_p)
     if kernel == "math":
@@ -78,7 +78,7 @@ def _cpu_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, 
 
 
 def _mask_fits(mask: Tensor, query: Tensor, key: Tensor) -> bool:
-    """The CPU's kernel has no gradient for the mask, and takes it with two or four dimensions."""
+    """Tell whether the CPU's kernel takes the mask: without gradient, with two or four dimensions."""
     wanted = (*query.shape[:2], query.shape[2], key.shape[2])
     if mask.requires_grad or mask.dim() not in (2, 4):
         return False
@@ -86,14 +86,14 @@ def _mask_fits(mask: Tensor, query: Tensor, key: Tensor) -> bool:
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Boolean masks as zeros and minus infinity, as ``convert_boolean_attn_mask`` makes them."""
+    """Turn a boolean mask into zeros and minus infinity, as ``convert_boolean_attn_mask`` does."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.where(mask, 0.0, torch.scalar_tensor(-math.inf, dtype=dtype, device=mask.device))
 
 
 def _aligned(mask: Tensor) -> Tensor:
-    """The memory-efficient kernel reads rows that begin at multiples of 8 elements (``preprocess_mask``)."""
+    """Align rows to 8 elements, as the memory-efficient kernel needs (``preprocess_mask``)."""
     if mask.stride(-1) == 1 and all(stride % 8 == 0 for stride in mask.stride()[:-1]):
         return mask
     length = mask.shape[-1]
@@ -101,7 +101,7 @@ def _aligned(mask: Tensor) -> Tensor:
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_causal: bool, scale: float | None) -> Tensor:
-    """Heads of a width that is no multiple of 8 are padded to one."""
+    """Run the flash kernel, with heads padded to a width that is a multiple of 8."""
     width = query.shape[-1]
     scale = 1 / math.sqrt(width) if scale is None else scale
     padding = -width % 8

@@ -1,4 +1,4 @@
-"""What autocast does to each operation, by target: data from PyTorch's ``aten/src/ATen/autocast_mode.{h,cpp}`` (2.15).
+"""The autocast rule of each operation, by target: data from PyTorch's ``aten/src/ATen/autocast_mode.{h,cpp}`` (2.15).
 
 Only operations that Python code can call are listed (no ``cudnn_convolution``), overloads under one name.
 

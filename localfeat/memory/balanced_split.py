@@ -11,8 +11,8 @@ from localfeat.efficiency.settings import Efficiency
 from localfeat.memory.balance import balanced_cuts
 from localfeat.memory.bare import without_data
 from localfeat.memory.emulation import AUTOCAST_DTYPES, Emulation, Precision, Target
-from localfeat.memory.segments import SegmentCosts, Setting
-from localfeat.memory.standing import Keeping
+from localfeat.memory.module_costs import ModuleCosts, Setting
+from localfeat.memory.persistent import Keeping
 from localfeat.methods.base import Method
 from localfeat.methods.parts.decoders import DecoderFactory
 from localfeat.utils.errors import UserError
@@ -22,13 +22,13 @@ from localfeat.utils.errors import UserError
 class BalancedSplit:
     """``k`` local modules, cut where the peak memory of a training step is lowest.
 
-    The cuts are exact for what every block and objective costs on the meta device (:mod:`localfeat.memory.segments`).
+    The cuts are exact for the costs measured on the meta device (:mod:`localfeat.memory.module_costs`).
 
     Args:
         k: number of local modules.
         batch_size: images per step.
-        precision: of the training, as in Lightning.
-        device: whose memory it is; the same cuts are found on any machine.
+        precision: the training's precision, as in Lightning.
+        device: type of the device whose memory counts; any machine finds the same cuts.
     """
 
     k: int = 4
@@ -54,10 +54,10 @@ class BalancedSplit:
         image_size: int | None = None,
         efficiency: Efficiency | None = None,
     ) -> Split:
-        """The cuts for a backbone (on any device; it is not changed) and what its modules learn from.
+        """Return the cuts for a backbone (on any device, left unchanged), a method and a decoder.
 
         Raises:
-            UserError: more modules than blocks; a compiled step, whose memory is not known.
+            UserError: more modules than blocks, or a compiled step, whose memory cannot be predicted.
         """
         efficiency = efficiency or Efficiency()
         if efficiency.compile:
@@ -72,11 +72,11 @@ class BalancedSplit:
             image_size=image_size,
             keeping=Keeping(fused_optimizer=(self.device, self.precision) != ("cuda", "16-mixed")),
         )
-        costs = SegmentCosts(without_data(backbone), setting)
+        costs = ModuleCosts(without_data(backbone), setting)
         self.check_blocks(costs.blocks)
         if not method.local:
             return Split(1, by="blocks")
-        return Split(cuts=tuple(balanced_cuts(costs.segment, costs.blocks, self.k)))
+        return Split(cuts=tuple(balanced_cuts(costs.module, costs.blocks, self.k)))
 
     def check_blocks(self, blocks: int) -> None:
         """Refuse a backbone with too few blocks.

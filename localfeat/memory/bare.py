@@ -10,9 +10,9 @@ from torch import nn
 
 
 def bare_tensors(module: nn.Module) -> dict[int, Any]:
-    """A memo for ``copy.deepcopy`` by which a module's parameters and buffers are copied to the meta device.
+    """Return a memo that makes ``copy.deepcopy`` copy a module's parameters and buffers to the meta device.
 
-    What deepcopy finds in its memo it takes for copied already: nothing with data is ever duplicated.
+    deepcopy takes everything in its memo as copied already, so data is never duplicated.
     """
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
@@ -24,5 +24,5 @@ def bare_tensors(module: nn.Module) -> dict[int, Any]:
 
 
 def without_data(module: nn.Module) -> nn.Module:
-    """A copy on the meta device."""
+    """Return a copy on the meta device."""
     return copy.deepcopy(module, bare_tensors(module))

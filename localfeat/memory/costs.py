@@ -1,8 +1,8 @@
-"""What every block and every objective costs on its own, measured on the meta device.
+"""The cost of every piece (stem, block, objective) on its own, measured on the meta device.
 
-A local module is a chain of pieces (stem, blocks, objective) whose allocations do not depend on each other. So it is
-enough to run each piece once, forward and backward, to know the peak of every module that could be cut out of a
-backbone: :mod:`localfeat.memory.segments` adds the pieces up.
+A local module is a chain of pieces whose allocations do not depend on each other. Running each piece once, forward and
+backward, therefore gives the peak of every module that could be cut out of a backbone:
+:mod:`localfeat.memory.module_costs` adds the pieces up.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from localfeat.methods.objective import Objective
 
 @dataclass(frozen=True)
 class PieceCost:
-    """Bytes and work of one piece of a local module, apart from its weights. Batch-size dependent.
+    """Bytes and work of one piece of a local module at one batch size, without its weights.
 
-    Peaks are above what was alive when the piece's forward pass began; the gradient that arrives from what follows
-    counts as the piece's own.
+    Peaks are relative to the bytes alive when the piece's forward pass began; the incoming gradient counts as the
+    piece's own.
     """
 
-    kept: float  # alive after the forward pass: what it saves for backward, and its output
+    kept: float  # alive after the forward pass: tensors saved for backward, and the output
     forward_peak: float
-    backward_peak: float  # including what was kept, but the output only if it was saved
-    backward_peak_held: float  # the same if something else holds the input until the end
+    backward_peak: float  # including the kept bytes, but the output only if it was saved
+    backward_peak_held: float  # the same if the input is held elsewhere until the end
     output: float  # bytes of its output
     output_saved: bool  # whether its own backward pass needs its output
-    input_saved: bool  # whether its backward pass needs its input; otherwise the input is free after the forward pass
+    input_saved: bool  # whether its backward pass needs its input; otherwise the forward pass frees it
     gradients: float  # of its parameters
     flops: float  # of matrix products, convolutions and attention; forward, recomputation and backward
     traffic: float  # bytes read and written by all operations
 
 
 class _Entrance(torch.autograd.Function):
-    """The input of a piece, as if something before it had made it; its backward tells that the gradient is there."""
+    """The input of a piece, as if an earlier piece had made it; its backward pass reports that the gradient arrived."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, arrived: Callable[[], None]) -> Tensor:
@@ -57,12 +57,12 @@ class _Entrance(torch.autograd.Function):
 
 
 def _anchor() -> Tensor:
-    """Makes the output of ``_Entrance`` need a gradient; a leaf of the input's size would be kept by autograd."""
+    """Return a scalar that makes ``_Entrance`` need a gradient: autograd would keep a leaf of the input's size."""
     return torch.empty((), device="meta", requires_grad=True)
 
 
 class _Exit(torch.autograd.Function):
-    """A scalar whose backward brings a fresh gradient of a piece's output, as a following piece would, and of terms."""
+    """A scalar whose backward pass makes new gradients of the output, as the next piece would, and of the terms."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, started: Callable[[], None], *terms: Tensor) -> Tensor:
@@ -95,13 +95,13 @@ class _Gauge:
         self.highest = max(self.highest, self.tracker.peak_bytes - self.start)
 
     def input_freed(self) -> None:
-        """What is highest from now on is so without the input."""
+        """Start a new peak, which no longer contains the input."""
         self.end()
         self.with_input, self.highest = self.highest, 0
         self.tracker.reset_peak()
 
     def take(self, input_bytes: int) -> tuple[int, int]:
-        """The highest level since the last time: as it was, and as if the input had not been freed."""
+        """Return the peak since the last call, as measured and as if the input had not been freed."""
         held = max(self.with_input, self.highest + input_bytes) if self.with_input else self.highest
         found = max(self.with_input, self.highest), held
         self.highest = self.with_input = 0
@@ -114,7 +114,7 @@ def _counting(
 ) -> Iterator[tuple[StorageTracker, WorkCounter]]:
     with ExitStack() as stack:
         tracker = stack.enter_context(StorageTracker(existing))
-        del existing  # or nothing of it would ever be free
+        del existing  # or its tensors would never be freed
         counter = stack.enter_context(WorkCounter())
         stack.enter_context(target)
         yield tracker, counter
@@ -129,15 +129,15 @@ def measure_piece(
     first: bool,
     objective: Objective | None = None,
 ) -> PieceCost:
-    """Forward and backward of a stem or a block, on meta.
+    """Measure the forward and backward pass of a stem or a block on meta.
 
     Args:
         run: the piece.
         entry: makes its input, on meta.
         module: the stem or block, for its parameters and buffers; gradients are removed.
         target: the emulation of the device.
-        first: whether the piece is the first of its local module, so that its input needs no gradient.
-        objective: of its module, which may watch it.
+        first: whether the piece is the first of its local module: its input then needs no gradient.
+        objective: the module's objective, if it watches blocks.
     """
     parameters, x = list(module.parameters()), entry()
     entered = rounded(x.untyped_storage().nbytes())
@@ -223,7 +223,7 @@ def _take_gradients(parameters: list[nn.Parameter]) -> int:
 
 
 def signature(module: nn.Module) -> object:
-    """Equal for two modules that cost the same at the same input: what they are made of, whatever their values."""
+    """Return a key that is equal for modules of the same structure, which cost the same at the same input."""
     probabilities = re.compile(r"drop_prob=0*\.?0*[1-9][0-9.e-]*")
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return (
@@ -233,7 +233,7 @@ def signature(module: nn.Module) -> object:
 
 
 def interpolated(batch_size: int, samples: Mapping[int, PieceCost]) -> PieceCost:
-    """A piece's cost at any batch size, through measurements at two or three others (batch size -> cost).
+    """Return a piece's cost at any batch size, interpolated from two or three others (batch size -> cost).
 
     All bytes are affine in the batch size up to the allocator's rounding, for which two measurements are enough;
     contrastive losses compare all images with each other, which is quadratic and needs three.

@@ -1,4 +1,4 @@
-"""The meta device with the habits of another one: autocast, attention kernels, optimizers.
+"""The meta device behaving like another one: autocast, attention kernels, optimizers.
 
 The meta device has shapes and dtypes but no data. By itself it has no autocast, takes no fused attention kernel and
 no fused optimizer, so that the memory it predicts is that of no real device.
@@ -27,7 +27,7 @@ AUTOCAST_DTYPES = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": to
 
 
 class Emulation(TorchFunctionMode):
-    """While it is active, meta tensors are computed as ``target`` would compute real ones.
+    """Compute meta tensors, while active, as ``target`` would compute real ones.
 
     - Autocast as in Lightning's ``precision``: on from the entry, cast copies of weights made anew at each use.
       ``torch.autocast("meta", enabled=False)`` and :class:`~localfeat.efficiency.autocast.AutocastState` work.
@@ -118,7 +118,7 @@ class Emulation(TorchFunctionMode):
 
 
 def _is_eligible(value: Any) -> bool:
-    """As ``is_eligible`` in autocast_mode.h: floating point but not double, on the device in question."""
+    """Tell whether autocast casts a value, as ``is_eligible`` in autocast_mode.h: floating point, not double."""
     return (
         isinstance(value, Tensor)
         and value.device.type == "meta"
@@ -128,7 +128,7 @@ def _is_eligible(value: Any) -> bool:
 
 
 def _to(value: Any, dtype: torch.dtype) -> Any:
-    """Casts from the last argument to the first, the order in which torch's compiled wrappers do it."""
+    """Cast from the last argument to the first, the order of torch's compiled wrappers."""
     if isinstance(value, (tuple, list)):
         return type(value)([_to(item, dtype) for item in reversed(value)][::-1])
     if isinstance(value, dict):

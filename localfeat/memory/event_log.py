@@ -1,4 +1,4 @@
-"""The history of all storages of a step: what was alive when, and at which moment there was most."""
+"""The history of all storages of a step: which were alive at a moment, and when the peak was."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class StorageRecord:
 
 
 class EventLog:
-    """Allocations and releases in their order, filled by a ``StorageTracker`` that was given the log.
+    """Allocations and releases in order, written by a ``StorageTracker``.
 
     Attributes:
         moment: number of events so far. Note it where a phase begins.
@@ -31,7 +31,7 @@ class EventLog:
         self._open: dict[int, StorageRecord] = {}
 
     def allocated(self, key: int, size: int) -> None:
-        """A storage was born; or, if ``key`` is alive, changed its size."""
+        """Record that a storage was allocated or, if ``key`` is alive, changed its size."""
         if key in self._open:
             self.released(key)
         self._next(size)
@@ -39,7 +39,7 @@ class EventLog:
         self.records.append(self._open[key])
 
     def released(self, key: int) -> None:
-        """A storage died."""
+        """Record that a storage was released."""
         record = self._open.pop(key)
         self._next(-record.size)
         record.died = self.moment
@@ -49,19 +49,19 @@ class EventLog:
         self.moment += 1
 
     def record(self, key: int) -> StorageRecord | None:
-        """The record of the storage that is alive under ``key`` now."""
+        """Return the record of the storage that is alive under ``key``; ``None`` if none is."""
         return self._open.get(key)
 
     def alive(self, moment: int) -> Iterator[StorageRecord]:
-        """The storages that were alive at a moment."""
+        """Yield the storages that were alive at a moment."""
         return (r for r in self.records if r.born <= moment and (r.died is None or moment < r.died))
 
     def peaks(self, bounds: list[int]) -> list[tuple[int, int]]:
-        """``(moment, bytes)`` of most, the first of equals, in each phase between two moments, ends included."""
+        """Return the first peak ``(moment, bytes)`` of each phase between two moments, ends included."""
         live = list(accumulate(self._changes, initial=0))
         moments = (max(range(a, b + 1), key=live.__getitem__) for a, b in pairwise(bounds))
         return [(moment, live[moment]) for moment in moments]
 
     def peak(self) -> tuple[int, int]:
-        """``(moment, bytes)`` of most alive at once."""
+        """Return the first peak ``(moment, bytes)`` of the whole log."""
         return self.peaks([0, self.moment])[0]

@@ -1,4 +1,4 @@
-"""The cheapest division that fits into a budget, with only so many blocks recomputed as must be."""
+"""The cheapest division that fits into a budget, with as few blocks recomputed as possible."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from itertools import pairwise
 
 from localfeat.efficiency.settings import Efficiency
 from localfeat.memory.balance import cheapest_cuts
-from localfeat.memory.parts import Segment
+from localfeat.memory.pieces import ModuleCost
 from localfeat.memory.planner import MOST_MODULES, Option, Planner, without_recomputation
 
 
 def fitted(planner: Planner) -> Iterator[Option]:
-    """For every method the cheapest cuts of all that fit, with only so many blocks recomputed as must be."""
+    """Yield the cheapest cuts that fit for every method, with as few blocks recomputed as possible."""
     recomputing = planner.efficiencies.get("slices")
     if recomputing is None:
         return
@@ -36,22 +36,22 @@ def fitted(planner: Planner) -> Iterator[Option]:
 class Fitted:
     """The search behind :func:`fitted`.
 
-    A module recomputes its first blocks, as many as it must: in a hierarchical backbone they are the largest, in a
-    columnar one all are alike.
+    A module recomputes as few of its first blocks as possible: in a hierarchical backbone they are the largest, in a
+    columnar one all are equal.
     """
 
     planner: Planner
     method: str
     plain: Efficiency
     recomputing: Efficiency
-    _segments: dict[tuple[int, int], list[Segment]] = field(default_factory=dict)
+    _modules: dict[tuple[int, int], list[ModuleCost]] = field(default_factory=dict)
 
     def search(self, local: bool) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """Cuts and numbers of recomputed blocks of the cheapest division within the budget; ``None`` if none is."""
+        """Return cuts and recomputed blocks (from 1) of the cheapest division that fits; ``None`` if none does."""
         planner = self.planner
         most = min(MOST_MODULES, planner.blocks) if local else 1
-        limit = planner.budget - planner.standing
-        for _ in range(4):  # the auxiliary parts stand there too, and depend on the cuts
+        limit = planner.budget - planner.persistent
+        for _ in range(4):  # auxiliary parts are persistent too, and depend on the cuts
             found = cheapest_cuts(partial(self._cost, limit), planner.blocks, most, 1 + local)
             if found is None:
                 return None
@@ -59,11 +59,11 @@ class Fitted:
                 (edge, self._needed(limit, *edge) or 0, self._variants(*edge))
                 for edge in pairwise([0, *found, planner.blocks])
             ]
-            segments = [variants[count] for _, count, variants in modules]
-            if planner.peak(segments) <= planner.budget:
+            costs = [variants[count] for _, count, variants in modules]
+            if planner.peak(costs) <= planner.budget:
                 recomputed = [start + i + 1 for (start, _), count, _ in modules for i in range(count)]
                 return tuple(found), tuple(recomputed)
-            limit = planner.budget - planner.standing - sum(s.standing for s in segments)
+            limit = planner.budget - planner.persistent - sum(s.persistent for s in costs)
         return None
 
     def _cost(self, limit: float, start: int, stop: int) -> float | None:
@@ -71,18 +71,18 @@ class Fitted:
         return None if count is None else self.planner.work(self._variants(start, stop)[count])
 
     def _needed(self, limit: float, start: int, stop: int) -> int | None:
-        """How many first blocks must be recomputed."""
+        """Return how many first blocks must be recomputed; ``None`` if all are not enough."""
         return next((n for n, s in enumerate(self._variants(start, stop)) if s.peak <= limit), None)
 
-    def _variants(self, start: int, stop: int) -> list[Segment]:
-        """The module with its first 0, 1, 2 … blocks recomputed."""
-        if (start, stop) not in self._segments:
+    def _variants(self, start: int, stop: int) -> list[ModuleCost]:
+        """Return the module's costs with its first 0, 1, 2 … blocks recomputed."""
+        if (start, stop) not in self._modules:
             size = self.planner.workload.batch_size
-            kept = self.planner.costs(self.method, self.plain, size).parts(start, stop)
-            again = self.planner.costs(self.method, self.recomputing, size).parts(start, stop)
+            kept = self.planner.costs(self.method, self.plain, size).pieces_of(start, stop)
+            again = self.planner.costs(self.method, self.recomputing, size).pieces_of(start, stop)
             stem = len(kept.chain) - (stop - start)  # the first module begins with the stem, which is not recomputed
-            self._segments[start, stop] = [
+            self._modules[start, stop] = [
                 replace(kept, chain=again.chain[: stem + count] + kept.chain[stem + count :]).combined()
                 for count in range(stop - start + 1)
             ]
-        return self._segments[start, stop]
+        return self._modules[start, stop]

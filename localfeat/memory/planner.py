@@ -13,8 +13,8 @@ from localfeat.backbones.split import Split
 from localfeat.efficiency.settings import Efficiency
 from localfeat.memory.balance import balanced_cuts
 from localfeat.memory.emulation import Emulation, Precision, Target
-from localfeat.memory.segments import Parts, Segment, SegmentCosts, Setting
-from localfeat.memory.standing import Keeping
+from localfeat.memory.module_costs import ModuleCost, ModuleCosts, ModulePieces, Setting
+from localfeat.memory.persistent import Keeping
 from localfeat.methods.base import Method
 from localfeat.methods.parts.decoders import DecoderFactory
 from localfeat.utils.errors import UserError
@@ -31,25 +31,25 @@ FLOPS_PER_BYTE: Mapping[tuple[Target, Precision], float] = {
     ("cpu", "32-true"): 10.0,
     ("cpu", "bf16-mixed"): 20.0,
 }
-"""How many FLOPs a device does in the time in which it moves a byte, roughly: a data-centre GPU, a desktop CPU."""
+"""Rough number of FLOPs that a data-centre GPU or a desktop CPU does while it moves one byte."""
 
 
 def without_recomputation(efficiency: Efficiency) -> Efficiency:
-    """The same setting, with every block's activations kept."""
+    """Return the setting with the activations of every block kept."""
     return replace(efficiency, recompute="none", slices=1, blocks=None)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A training run, apart from what the planner chooses.
+    """A training run, without the settings that the planner chooses.
 
     Args:
         backbone: makes the timm model on the meta device.
-        decoder: of methods that reconstruct.
-        batch_size: images per step that are wanted.
-        target, precision: of the training.
-        image_size: where the backbone does not fix it.
-        source_bytes: of one image as it comes from the loader.
+        decoder: the decoder of methods that reconstruct.
+        batch_size: the wanted number of images per step.
+        target, precision: the device type and precision of the training.
+        image_size: side in pixels, for backbones that accept any size.
+        source_bytes: bytes of one image from the loader.
         accumulate: batches per optimizer step.
         ema: whether a moving average of the weights is kept on the device.
         soft_labels: whether labels are probabilities (mixup, cutmix).
@@ -69,15 +69,15 @@ class Workload:
 
 @dataclass(frozen=True)
 class Option:
-    """One way to train, and what it needs.
+    """One way to train, with its memory and its cost.
 
     Attributes:
-        method, efficiency: names.
-        settings: of the efficiency, with what the search has changed.
+        method, efficiency: their names.
+        settings: the efficiency settings, with the changes of the search.
         cuts: numbers of blocks after which the backbone is cut.
-        peak_bytes: predicted, at the batch size wanted.
-        fits: whether that is within the budget.
-        largest_batch: the largest batch that fits, 0 for none.
+        peak_bytes: the predicted peak at the wanted batch size.
+        fits: whether the peak is within the budget.
+        largest_batch: the largest batch that fits; 0 if none does.
         step_cost: estimated time of a step relative to plain end-to-end training, from FLOPs and memory traffic.
         balanced: whether ``split=balanced`` finds these cuts.
     """
@@ -94,17 +94,17 @@ class Option:
 
     @property
     def modules(self) -> int:
-        """K."""
+        """Number of local modules, K."""
         return len(self.cuts) + 1
 
 
 class Planner:
-    """Evaluates options for a workload within a budget.
+    """Evaluate options for a workload within a budget.
 
     Args:
-        workload: the run.
-        methods: by name.
-        efficiencies: by name.
+        workload: the training run.
+        methods: the methods to try, by name.
+        efficiencies: the efficiency settings to try, by name.
         budget: bytes that a step may take.
     """
 
@@ -112,15 +112,15 @@ class Planner:
         self, workload: Workload, methods: Mapping[str, Method], efficiencies: Mapping[str, Efficiency], budget: int
     ) -> None:
         self.workload, self.methods, self.efficiencies, self.budget = workload, methods, efficiencies, budget
-        self._costs: dict[object, SegmentCosts] = {}
+        self._costs: dict[object, ModuleCosts] = {}
         self._known: dict[object, Any] = {}
-        self._backbones: dict[tuple[bool, bool], nn.Module] = {}  # what is fused changes the backbone
+        self._backbones: dict[tuple[bool, bool], nn.Module] = {}  # fusing changes the backbone
         self.blocks = self._plain(workload.batch_size).blocks
 
     def options(self, split: Split | None = None, modules: int | None = None) -> Iterator[Option]:
-        """Every method with every efficiency setting: cut as ``split`` says, or balanced (K = 1 to 12 or ``modules``).
+        """Yield every method with every efficiency setting, cut by ``split`` or balanced (K = 1 to 12, or ``modules``).
 
-        One module is the whole network under the classifier's cross entropy: end-to-end training, whatever the method.
+        One module is the whole network under the classifier's cross entropy: end-to-end training for any method.
         """
         for name, method in self.methods.items():
             for efficiency in self.possible(name):
@@ -129,15 +129,15 @@ class Planner:
                         yield self.option(name, efficiency, cuts, balanced=balanced)
 
     def possible(self, method: str) -> list[str]:
-        """Efficiency settings that go with this backbone and method's decoder; all of them must not be refused.
+        """Return the efficiency settings that work with this backbone and the method's decoder.
 
         Raises:
-            UserError: none goes with them.
+            UserError: no setting works with them.
         """
         found, refusal = [], None
         for name, settings in self.efficiencies.items():
             try:
-                self.costs(method, settings, self.workload.batch_size).segment(0, 1)
+                self.costs(method, settings, self.workload.batch_size).module(0, 1)
                 found.append(name)
             except UserError as error:
                 refusal = error
@@ -156,7 +156,7 @@ class Planner:
             yield tuple(sum(lengths[: i + 1]) for i in range(len(lengths) - 1)), False
         else:
             for modules in [only] if only else range(2, min(MOST_MODULES, self.blocks) + 1):
-                yield tuple(balanced_cuts(costs.segment, self.blocks, modules)), True
+                yield tuple(balanced_cuts(costs.module, self.blocks, modules)), True
 
     def option(
         self,
@@ -168,7 +168,7 @@ class Planner:
         blocks: tuple[int, ...] | None = None,
         fused: bool | None = None,
     ) -> Option:
-        """One way to train, evaluated; ``blocks`` and ``fused`` change the efficiency setting."""
+        """Evaluate one way to train; ``blocks`` and ``fused`` change the efficiency setting."""
         settings = self.efficiencies[efficiency]
         if fused is not None:
             settings = replace(settings, fused_attention=fused)
@@ -180,38 +180,38 @@ class Planner:
         return Option(method, efficiency, settings, cuts, round(peak), fits, largest, cost, balanced)
 
     def evaluate(self, method: str, efficiency: Efficiency, cuts: Sequence[int]) -> tuple[float, float]:
-        """Peak in bytes and step cost at the batch size wanted."""
+        """Return the peak in bytes and the step cost at the wanted batch size."""
         costs = self.costs(method, efficiency, self.workload.batch_size)
-        segments = [costs.segment(*edges) for edges in pairwise([0, *cuts, self.blocks])]
-        return self.peak(segments), self.step_cost(segments)
+        modules = [costs.module(*edges) for edges in pairwise([0, *cuts, self.blocks])]
+        return self.peak(modules), self.step_cost(modules)
 
-    def peak(self, segments: Sequence[Segment]) -> float:
-        """Of a step of these modules, in bytes."""
-        return self.standing + sum(s.standing for s in segments) + max(s.peak for s in segments)
+    def peak(self, modules: Sequence[ModuleCost]) -> float:
+        """Return the peak of a step of these modules in bytes."""
+        return self.persistent + sum(s.persistent for s in modules) + max(s.peak for s in modules)
 
     @property
-    def standing(self) -> float:
-        """Bytes of the backbone's weights and optimizer states, and of what else stands there all the time."""
-        return self._plain(self.workload.batch_size).standing.total
+    def persistent(self) -> float:
+        """Persistent bytes of the backbone: weights, optimizer states, and gradients under accumulation."""
+        return self._plain(self.workload.batch_size).persistent.total
 
-    def step_cost(self, segments: Iterable[Segment]) -> float:
-        """Of a step relative to plain end-to-end training."""
-        whole = self._plain(self.workload.batch_size).segment(0, self.blocks)
-        return sum(map(self.work, segments)) / self.work(whole)
+    def step_cost(self, modules: Iterable[ModuleCost]) -> float:
+        """Return the cost of a step relative to plain end-to-end training."""
+        whole = self._plain(self.workload.batch_size).module(0, self.blocks)
+        return sum(map(self.work, modules)) / self.work(whole)
 
-    def work(self, part: Segment) -> float:
-        """Of a module, in bytes moved or their equivalent in FLOPs."""
-        return part.flops / FLOPS_PER_BYTE[self.workload.target, self.workload.precision] + part.traffic
+    def work(self, module: ModuleCost) -> float:
+        """Return the work of a module in bytes moved, FLOPs converted to bytes."""
+        return module.flops / FLOPS_PER_BYTE[self.workload.target, self.workload.precision] + module.traffic
 
     def _largest_batch(self, method: str, efficiency: Efficiency, cuts: tuple[int, ...]) -> int:
-        """The largest multiple of ``STEP`` within the budget, by measurements at three sizes; below it 4, 2 or 1."""
+        """Return the largest multiple of ``STEP`` that fits, from measurements at three sizes, or 4, 2, 1 or 0."""
         edges = list(pairwise([0, *cuts, self.blocks]))
         sizes = self._probes()
         samples = {size: self.costs(method, efficiency, size) for size in sizes}
-        parts = [{size: samples[size].parts(*edge, body=size != sizes[-1]) for size in sizes} for edge in edges]
+        pieces = [{size: samples[size].pieces_of(*edge, body=size != sizes[-1]) for size in sizes} for edge in edges]
 
         def fits(batch: int) -> bool:
-            return self.peak([Parts.at(batch, sample).combined() for sample in parts]) <= self.budget
+            return self.peak([ModulePieces.at(batch, sample).combined() for sample in pieces]) <= self.budget
 
         if fits(STEP):
             low, high = 1, 2
@@ -224,21 +224,21 @@ class Planner:
         return self._few(method, efficiency, edges)
 
     def _few(self, method: str, efficiency: Efficiency, edges: Sequence[tuple[int, int]]) -> int:
-        """The largest batch below ``STEP``."""
+        """Return the largest batch below ``STEP`` that fits; 0 if none does."""
         for batch in (4, 2, 1):
             costs = self.costs(method, efficiency, batch)
             needs_pairs = self.methods[method].contrasts and batch < 2
-            if not needs_pairs and self.peak([costs.segment(*edge) for edge in edges]) <= self.budget:
+            if not needs_pairs and self.peak([costs.module(*edge) for edge in edges]) <= self.budget:
                 return batch
         return 0
 
     def exactly(self, option: Option) -> Option:
-        """The same with its largest batch found by measurements at that size, not by those at others."""
+        """Return the option with its largest batch measured at that size, not interpolated from other sizes."""
         edges = list(pairwise([0, *option.cuts, self.blocks]))
 
         def fits(steps: int) -> bool:
             costs = self.costs(option.method, option.settings, steps * STEP)
-            return self.peak([costs.segment(*edge) for edge in edges]) <= self.budget
+            return self.peak([costs.module(*edge) for edge in edges]) <= self.budget
 
         if option.largest_batch < STEP:
             return option
@@ -263,11 +263,11 @@ class Planner:
         middle = max(2 * STEP, self.workload.batch_size // STEP * STEP)
         return [middle // (2 * STEP) * STEP, middle, 2 * middle]
 
-    def _plain(self, batch_size: int) -> SegmentCosts:
+    def _plain(self, batch_size: int) -> ModuleCosts:
         return self.costs(next(iter(self.methods)), Efficiency(), batch_size)
 
-    def costs(self, method: str, efficiency: Efficiency, batch_size: int) -> SegmentCosts:
-        """Measured costs, kept for the next time."""
+    def costs(self, method: str, efficiency: Efficiency, batch_size: int) -> ModuleCosts:
+        """Return the measured costs, cached."""
         key = (method, repr(efficiency), batch_size)
         if key not in self._costs:
             work = self.workload
@@ -285,5 +285,5 @@ class Planner:
             fused = efficiency.fused_attention, efficiency.fused_mlp
             if fused not in self._backbones:
                 self._backbones[fused] = work.backbone()
-            self._costs[key] = SegmentCosts(self._backbones[fused], setting, self._known)
+            self._costs[key] = ModuleCosts(self._backbones[fused], setting, self._known)
         return self._costs[key]

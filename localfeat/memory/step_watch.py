@@ -1,4 +1,4 @@
-"""The storages of one training step by what they are for, at the peak of every local module."""
+"""The storages of one training step by purpose, at the peak of every local module."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from localfeat.memory.tracker import StorageTracker
 
 @dataclass(frozen=True)
 class MemoryShares:
-    """What memory held at one moment, in bytes.
+    """Bytes of memory by purpose at one moment.
 
-    ``weights`` are parameters, buffers and their moving average. ``activations`` are what a module's forward pass
-    made and its backward pass waits for, with the batch, the images and the features handed on. ``temporaries`` are
-    all else: what a forward pass frees itself, what a backward pass makes on its way (also what it computes again),
-    the optimizer's scratch.
+    ``weights`` are parameters, buffers and their moving average. ``activations`` are tensors that a forward pass made
+    and the backward pass needs, with the batch, the images and the features for the next module. ``temporaries`` are
+    the rest: tensors that a forward pass frees itself, that a backward pass makes or recomputes, and the optimizer's
+    scratch.
     """
 
     weights: int = 0
@@ -34,7 +34,7 @@ class MemoryShares:
         return sum(asdict(self).values())
 
     def to_dict(self) -> dict[str, int]:
-        """The shares, and ``peak_bytes``."""
+        """Return the shares and ``peak_bytes``."""
         return {"peak_bytes": self.peak_bytes, **asdict(self)}
 
 
@@ -65,12 +65,12 @@ class StepMemory:
         return self.total.peak_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for JSON: the total's figures, ``hungriest``, and a list ``modules`` of the same figures."""
+        """Return plain numbers for JSON: the total's shares, ``hungriest``, and a list ``modules`` of such shares."""
         return {**self.total.to_dict(), "hungriest": self.hungriest, "modules": [m.to_dict() for m in self.modules]}
 
 
 class _Tracker(StorageTracker):
-    """Counts meta tensors, and on demand those on the host: there are some scalars in an optimizer's state."""
+    """Count meta tensors and, with ``host_too``, those on the host: an optimizer's state has some scalars there."""
 
     def __init__(self, baseline: Iterable[Tensor], log: EventLog, host_too: bool) -> None:
         super().__init__(baseline, log)
@@ -82,7 +82,7 @@ class _Tracker(StorageTracker):
 
 
 class StepWatch:
-    """Follows one step: when modules begin, when their backward passes begin, which storages are gradients."""
+    """Record when the modules and backward passes of one step begin, and which storages are gradients."""
 
     def __init__(
         self, weights: list[Tensor], states: list[Tensor], batch: tuple[Tensor, Tensor], host_too: bool
@@ -96,14 +96,14 @@ class StepWatch:
         self.tracker = _Tracker([], self.log, host_too)
 
     def begin(self, gradients: list[Tensor]) -> None:
-        """Register everything that is there before the step."""
-        standing = {
+        """Register every tensor that exists before the step."""
+        persistent = {
             "weights": self._weights,
             "optimizer_state": self._states,
             "gradients": gradients,
             "activations": self.batch,
         }
-        for kind, tensors in standing.items():
+        for kind, tensors in persistent.items():
             for tensor in tensors:
                 self.tracker.add(tensor)
                 self._note(tensor, kind)
@@ -125,7 +125,7 @@ class StepWatch:
             self._kind.setdefault(record, kind)
 
     def result(self) -> StepMemory:
-        """The shares at each module's peak."""
+        """Return the shares at each module's peak."""
         for record in self.log.records:
             if self._is_activation(record):
                 self._kind.setdefault(record, "activations")
@@ -133,7 +133,7 @@ class StepWatch:
         return StepMemory([self._shares(moment) for moment, _ in self.log.peaks(bounds)])
 
     def _is_activation(self, record: StorageRecord) -> bool:
-        """Made in the preparation of the batch or in a forward pass, and alive when a backward pass begins."""
+        """Tell whether a storage was made before a backward pass of the same module and is alive when that begins."""
         begins = [0, *self.starts[1:]]  # the first module's batch is prepared before its forward pass
         for begin, backward in zip(begins, self.backwards, strict=True):
             if begin < record.born <= backward:

@@ -18,12 +18,12 @@ BLOCK_BYTES = 512
 
 
 def rounded(size: int) -> int:
-    """``size`` in bytes, rounded up to whole allocator blocks."""
+    """Return ``size`` in bytes, rounded up to whole allocator blocks."""
     return -(-size // BLOCK_BYTES) * BLOCK_BYTES
 
 
 class StorageTracker(TorchDispatchMode):
-    """Counts the bytes of all storages that operations return while it is active, and their peak.
+    """Count the bytes of all storages that operations return while it is active, and their peak.
 
     A storage is counted once, however many views look at it, from the operation that returns it until Python and
     autograd have both dropped it. The meta device works as well as a real one. Not seen: what a kernel allocates
@@ -35,7 +35,7 @@ class StorageTracker(TorchDispatchMode):
     Args:
         baseline: tensors that exist already and belong to the figure (weights, buffers, optimizer state,
             gradients). They are registered at the next entry and not kept alive by the tracker.
-        log: takes down every allocation and release, for questions that two totals cannot answer.
+        log: records every allocation and release.
     """
 
     def __init__(self, baseline: Iterable[Tensor] = (), log: EventLog | None = None) -> None:
@@ -57,11 +57,11 @@ class StorageTracker(TorchDispatchMode):
         return self._peak
 
     def reset_peak(self) -> None:
-        """Starts a new peak at what is alive now."""
+        """Start a new peak at the bytes alive now."""
         self._peak = self._live
 
     def add(self, tensor: Tensor) -> None:
-        """Registers the storage behind ``tensor``; a storage known already is only checked for a new size."""
+        """Register the storage of ``tensor``; check a known storage for a new size only."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, rounded(storage.nbytes())
         known = self._bytes_of.get(key)
@@ -77,7 +77,7 @@ class StorageTracker(TorchDispatchMode):
                 self.log.allocated(key, size)
 
     def record(self, tensor: Tensor) -> StorageRecord | None:
-        """The log's record of the storage behind ``tensor``; ``None`` for one that was never seen."""
+        """Return the log's record of the storage of ``tensor``; ``None`` for an unknown one."""
         return None if self.log is None else self.log.record(tensor.untyped_storage()._cdata)
 
     def _forget(self, key: int) -> None:

@@ -1,4 +1,4 @@
-"""One peak per local module, whatever takes the peaks: accounting or a device's own statistics."""
+"""One peak per local module, from accounting or from the device's own statistics."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class ModuleWindows:
     ends where ``close`` is called. Hooks are on the modules until then.
 
     Args:
-        modules: called ``module_1``, ``module_2``, … in ``peaks``; there may be none.
-        take_peak: returns the most bytes that were alive since it was last called, and begins anew.
+        modules: called ``module_1``, ``module_2``, … in ``peaks``; may be empty.
+        take_peak: returns the peak in bytes since its last call, and starts a new one.
 
     Attributes:
         peaks: bytes by module, of the windows that have ended.
@@ -34,7 +34,7 @@ class ModuleWindows:
             module.register_forward_pre_hook(partial(self._enter, f"module_{number}"))
             for number, module in enumerate(modules, start=1)
         ]
-        take_peak()  # what was before this batch is nobody's
+        take_peak()  # discard the peak before this batch
 
     def _enter(self, name: str, module: nn.Module, inputs: Any) -> None:
         if self._current is not None:  # else the batch has been prepared, and this is the first module
@@ -53,6 +53,6 @@ class ModuleWindows:
         self._end_window()
 
     def remove(self) -> None:
-        """Remove the hooks and take nothing."""
+        """Remove the hooks without ending a window."""
         for hook in self._hooks:
             hook.remove()

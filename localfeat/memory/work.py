@@ -1,4 +1,4 @@
-"""How much a step has to do: FLOPs of the heavy operations and bytes moved by all of them."""
+"""The work of a step: FLOPs of the heavy operations and bytes moved by all operations."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.utils.flop_counter import flop_registry
 
 
 class WorkCounter(TorchDispatchMode):
-    """Counts the work of all operations while it is active, on any device, also on meta.
+    """Count the work of all operations while it is active, on any device, meta included.
 
     Attributes:
-        flops: of matrix products, convolutions and attention kernels (two per multiply-add), by torch's own formulas.
+        flops: FLOPs of products, convolutions and attention kernels (two per multiply-add), by torch's own formulas.
         traffic: bytes of all inputs and outputs of operations that compute or copy (not of views).
     """
 
@@ -38,5 +38,5 @@ class WorkCounter(TorchDispatchMode):
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Bytes that an operation touches: of an expanded tensor those that exist."""
+    """Return the bytes that an operation touches; an expanded tensor counts only its storage."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())

@@ -1,1 +1,1 @@
-"""What local modules are trained for: objectives, their parts, and the methods that choose them."""
+"""The objectives of local modules, their parts, and the methods that choose them."""

@@ -24,7 +24,7 @@ class AugLocal(Method):
     ``d_m = max(1, round(d (1 - τ r) + τ r))`` with ``r = m / (K - 2)`` for module m of K, from 0.
 
     Args:
-        depth: d, of the first module.
+        depth: d, the number of blocks that the first module copies.
         pyramid: τ, from 0 (the same depth everywhere) to 1 (one block at the last local module).
 
     Source: Ma et al., *Scaling Supervised Local Learning with Augmented Auxiliary Networks* (ICLR 2024).
@@ -42,7 +42,7 @@ class AugLocal(Method):
             raise UserError(f"method.pyramid={self.pyramid}: it lies in [0, 1]")
 
     def build(self, site: Site, decoder: DecoderFactory) -> Objective:
-        """The copies and a head of LayerNorm, mean over space and linear."""
+        """Return the objective: the copies, then a head of LayerNorm, mean over space and linear."""
         from torch import nn
 
         from localfeat.methods.objective import HeadObjective
@@ -56,6 +56,6 @@ class AugLocal(Method):
         return HeadObjective(nn.Sequential(*copies, head), self.label_smoothing)
 
     def depth_at(self, index: int, modules: int) -> int:
-        """How many blocks module ``index`` of ``modules`` copies."""
+        """Return how many blocks module ``index`` of ``modules`` copies."""
         ratio = index / (modules - 2) if modules > 2 else 0.0
         return max(1, round(self.depth * (1 - self.pyramid * ratio) + self.pyramid * ratio))

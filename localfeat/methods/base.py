@@ -1,4 +1,4 @@
-"""What a method is, and how it is made known. Nothing heavy is imported here."""
+"""The base class and registration of methods. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from localfeat.methods.parts.decoders import DecoderFactory
 
 AFTER_ALL = 100
-"""Place in tables and plots of a method that asks for none: after those that do, by name."""
+"""Default place of a method in tables and plots: after all others, by name."""
 
 
 def one_of(key: str, value: object, known: tuple[object, ...]) -> None:
-    """Refuse a value that is none of the known ones.
+    """Refuse an unknown value.
 
     Raises:
-        UserError: names the key, the value and what is known.
+        UserError: the value is unknown; names the key, the value and the known values.
     """
     if value not in known:
         raise UserError(f"{key}={value}: it is one of {', '.join(str(k) for k in known)}")
@@ -33,15 +33,15 @@ class Method(ABC):
     """Which objective every local module gets: subclass it, and :func:`register` the subclass.
 
     Args:
-        name: appears in results.
-        label_smoothing: of every cross entropy, the final classifier's too.
+        name: the name in results.
+        label_smoothing: label smoothing of every cross entropy, the final classifier's included.
     """
 
     name: str
     label_smoothing: float = 0.1
 
     by_shapes: ClassVar[bool] = False
-    """Whether objectives at places of equal shapes cost the same: not if they read other blocks."""
+    """Whether objectives at sites of equal shapes cost the same; false if they read other blocks."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
@@ -59,7 +59,7 @@ class Method(ABC):
 
     @property
     def decodes(self) -> bool:
-        """Whether :meth:`build` makes use of the decoder."""
+        """Whether :meth:`build` uses the decoder."""
         return False
 
     @abstractmethod
@@ -78,22 +78,22 @@ class Registered(NamedTuple):
     """A method as tables and plots know it."""
 
     method: Method
-    colour: str | None  # None: one of the palette for those without
+    colour: str | None  # None: a colour from the default palette
     order: int
 
 
 REGISTERED: dict[str, Registered] = {}
-"""By name. Filled when the files of methods are imported: :mod:`localfeat.methods.registry` does that."""
+"""Methods by name, filled when :mod:`localfeat.methods.registry` imports their files."""
 
 _M = TypeVar("_M", bound="type[Method] | Method")
 
 
 def register(*, colour: str | None = None, order: int = AFTER_ALL) -> Callable[[_M], _M]:
-    """Make a method known by its name: decorates a subclass whose fields all have defaults, or takes an instance.
+    """Register a method by its name: decorate a subclass whose fields all have defaults, or pass an instance.
 
     Args:
-        colour: in plots, ``#rrggbb``.
-        order: place in tables and plots.
+        colour: the colour in plots, ``#rrggbb``.
+        order: the place in tables and plots.
 
     Raises:
         ValueError: another method has the name.

@@ -1,4 +1,4 @@
-"""Every local module by cross entropy at the lightest head there is."""
+"""Train every local module by cross entropy at the lightest possible head."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class GreedyLinear(Method):
     by_shapes: ClassVar[bool] = True
 
     def build(self, site: Site, decoder: DecoderFactory) -> Objective:
-        """The head at the module's output features."""
+        """Return the objective: a head on the module's output features."""
         from localfeat.methods.objective import HeadObjective
         from localfeat.methods.parts.heads import NormMeanLinear
 

@@ -1,4 +1,4 @@
-"""The paper's method, its rivals and end-to-end training: a head under supervision and, if wanted, a decoder."""
+"""The paper's method, its baselines and end-to-end training: a supervised head and an optional decoder."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class HeadAndDecoder(Method):
     Args:
         local: ``False`` trains the whole network as one module (end to end).
         supervision: ``contrast`` (supervised NT-Xent) or ``cross_entropy``.
-        target: what is reconstructed: ``image``, ``features`` (the module's input) or nothing.
+        target: the reconstruction target: ``image``, ``features`` (the module's input) or nothing.
         reconstruction_loss: ``bce`` (against the sigmoid of the normalised target), ``mse``, ``smooth_l1``, ``cosine``.
         reconstruction_weight: lambda at the first and the last local module, linear between.
         supervision_weight: gamma at the first and the last local module.
-        temperature: of the contrastive loss.
+        temperature: temperature of the contrastive loss.
         width: channels of the auxiliary block.
         projection_dim: length of the embeddings under ``contrast``.
     """
@@ -68,11 +68,11 @@ class HeadAndDecoder(Method):
 
     @property
     def decodes(self) -> bool:
-        """Whether something is reconstructed."""
+        """Whether the method reconstructs a target."""
         return self.target is not None
 
     def build(self, site: Site, decoder: DecoderFactory) -> Objective:
-        """The objective of the local module at ``site``."""
+        """Return the objective of the local module at ``site``."""
         from localfeat.methods.objective import LocalObjective
         from localfeat.methods.parts.heads import AuxiliaryBlock, PooledHead
 
@@ -94,7 +94,7 @@ class HeadAndDecoder(Method):
         )
 
     def _decoded(self, site: Site) -> tuple[int, int]:
-        """Channels of the target and how many times larger than the auxiliary features it is."""
+        """Return the target's channels and its scale relative to the auxiliary features."""
         from localfeat.methods.parts.decoders import upscale_factor
 
         source = (site.outputs.height, site.outputs.width)

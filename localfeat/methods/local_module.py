@@ -12,14 +12,14 @@ from localfeat.methods.objective import Objective
 
 
 def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """A module's loss: the sum of its terms, each times its weight."""
+    """Return a module's loss: the sum of its terms, each times its weight."""
     # No product with 1: Inductor drops it, takes the loss for the detached term, and its gradient is gone.
     weighted = [value if weights[name] == 1 else weights[name] * value for name, value in terms.items()]
     return sum(weighted[1:], start=weighted[0])
 
 
 class LocalOutput(NamedTuple):
-    """What a local module hands back. Only ``loss`` holds a graph; drop it after backward and the graph is gone."""
+    """The output of a local module. Only ``loss`` holds a graph: drop it after backward to free the graph."""
 
     features: Tensor  # detached: the next module's input
     loss: Tensor  # weighted sum of the terms, scalar
@@ -28,7 +28,7 @@ class LocalOutput(NamedTuple):
 
 
 class LocalModule(nn.Module):
-    """Blocks of a backbone (the stem too, in the first module) with the objective they are trained for.
+    """Blocks of a backbone (the stem too, in the first module) with their objective.
 
     Args:
         stem: images -> input features of the first block; ``None`` in every module but the first.
@@ -52,7 +52,7 @@ class LocalModule(nn.Module):
         self.objective = objective
 
     def body(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Input features of the first block (patch embeddings in module 1) and output features of the last."""
+        """Return input features of the first block (patch embeddings in module 1) and output features of the last."""
         inputs = x if self.stem is None else self.stem(x)
         outputs = inputs
         for block, run in zip(self.blocks, self.runners, strict=True):
@@ -60,7 +60,7 @@ class LocalModule(nn.Module):
         return inputs, outputs
 
     def forward(self, x: Tensor, images: Tensor | None, labels: Tensor) -> LocalOutput:
-        """Run the body and the objective; ``x`` is the module before's detached output, or the images."""
+        """Run the body and the objective; ``x`` is the previous module's detached output, or the images."""
         objective = cast(Objective, self.objective)
         with objective.watch():
             inputs, outputs = self.body(x)

@@ -1,4 +1,4 @@
-"""What a local module is trained for: the final classifier, or supervision and reconstruction before it."""
+"""Objectives: cross entropy of the final classifier, or supervision and reconstruction at earlier modules."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from localfeat.utils.errors import UserError
 Terms = dict[str, Tensor]
 
 IMAGES_PER_SLICE = 4
-"""At least so many images are computed at once: smaller slices save little memory and cost much time."""
+"""Smallest number of images computed at once: smaller slices save little memory and cost much time."""
 
 
 class Reconstruction(NamedTuple):
@@ -45,23 +45,23 @@ class Objective(nn.Module):
     """
 
     weights: dict[str, float]
-    watched: Watched | None = None  # makes a term of what blocks put out; ``weights`` has its factor
+    watched: Watched | None = None  # makes a term from outputs of blocks; ``weights`` has its factor
     uses_images: bool = False  # whether the images must be kept until this module has run
 
     def reconstruct(self, inputs: Tensor, outputs: Tensor, images: Tensor, module: int) -> Reconstruction | None:
-        """Output and target of the decoder, for a look; ``None`` where there is no decoder."""
+        """Return output and target of the decoder for inspection; ``None`` without a decoder."""
         return None
 
     def watch(self) -> AbstractContextManager[None]:
-        """Look on while the body runs: entered around it for every batch of training."""
+        """Return a context that watches the body while it runs, in every training batch."""
         return nullcontext() if self.watched is None else self.watched.watch()
 
     def watched_terms(self) -> Terms:
-        """Return the term of what was watched, and forget it: it holds a graph."""
+        """Return the watched term, and drop it: it holds a graph."""
         return {} if self.watched is None else {self.watched.term: torch.stack(self.watched.take()).sum()}
 
     def after_step(self) -> None:
-        """Run after every optimizer step of this module, for what follows its weights."""
+        """Update state that follows the weights; called after every optimizer step of this module."""
 
 
 class HeadObjective(Objective):
@@ -85,7 +85,7 @@ class HeadObjective(Objective):
 
 
 class ClassifierObjective(Objective):
-    """Cross entropy at the backbone's own classifier: the last module's objective, and all there is to ``e2e``."""
+    """Cross entropy at the backbone's own classifier: the last module's objective, and the only one of ``e2e``."""
 
     def __init__(self, tail: nn.Module, label_smoothing: float = 0.0) -> None:
         super().__init__()
@@ -106,19 +106,19 @@ class LocalObjective(Objective):
     Args:
         auxiliary: reads the module's output features.
         head: pooled embeddings (``contrast``) or class logits (``cross_entropy``).
-        supervision: the term that the head is trained by.
+        supervision: the term that trains the head.
         decoder: auxiliary features -> the target's shape; ``None`` for methods that do not reconstruct.
-        target: what the decoder has to reconstruct.
+        target: the decoder's target.
         reconstruction_loss: ``bce``, ``mse``, ``smooth_l1`` or ``cosine``.
         weights: factors of ``contrast`` or ``cross_entropy``, and of ``reconstruction``.
-        temperature: of the contrastive loss.
-        label_smoothing: of the cross entropy.
+        temperature: temperature of the contrastive loss.
+        label_smoothing: label smoothing of the cross entropy.
         loss_slices: slices of the batch in which, in training, auxiliary features are computed and what depends on
             them, the reconstruction loss with its gradient, so that they never exist as a whole. Not under float16,
             where the gradient of a loss that no GradScaler has scaled yet would underflow.
 
     Raises:
-        UserError: slices and a decoder that depends on the whole batch.
+        UserError: slices with a decoder that depends on the whole batch.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class LocalObjective(Objective):
         return terms, None
 
     def _reconstruction(self, inputs: Tensor, images: Tensor | None) -> LossOf | None:
-        """The loss of the decoder's output for a slice of the batch, if there is a decoder."""
+        """Return the loss function of a slice of the batch; ``None`` without a decoder."""
         decoder, target = self.decoder, self.target
         if decoder is None or target is None:
             return None
@@ -203,7 +203,7 @@ class LocalObjective(Objective):
 
 
 def _in_float16(features: Tensor) -> bool:
-    """Whether convolutions of these features compute in float16."""
+    """Tell whether convolutions of these features compute in float16."""
     autocast = AutocastState.of(features.device)
     return (autocast.dtype if autocast.enabled else features.dtype) == torch.float16
 

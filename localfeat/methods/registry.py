@@ -1,4 +1,4 @@
-"""Every method by its name: found in the files of this folder, none is listed anywhere else."""
+"""All methods by name, discovered from the files of this folder."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def _discovered() -> dict[str, Method]:
 
 
 METHODS = _discovered()
-"""By name, in the order of tables and plots."""
+"""Methods by name, in the order of tables and plots."""
 
 COLOURS = {name: entry.colour for name, entry in REGISTERED.items() if entry.colour is not None}
-"""Of the methods that have one."""
+"""Colours of the methods that have one, by name."""
 
 
 def order_of(name: str) -> int:
-    """Place of a method in tables and plots; equal ones follow by name, and methods of others come last."""
+    """Return a method's place in tables and plots; unregistered methods come last."""
     return REGISTERED[name].order if name in REGISTERED else AFTER_ALL
 
 
@@ -46,7 +46,7 @@ def as_method(method: str | Method, **changes: object) -> Method:
 
 
 def settings_of(method: Method) -> dict[str, Any]:
-    """Return a method as a configuration has it: ``_target_`` and every field, tuples as lists."""
+    """Return a method as a configuration: ``_target_`` and every field, tuples as lists."""
     own = type(method)
     target = "localfeat.Method" if own.__name__ == "HeadAndDecoder" else f"{own.__module__}.{own.__qualname__}"
     values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}

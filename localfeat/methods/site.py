@@ -1,4 +1,4 @@
-"""What an objective may know of its place in the network. Nothing heavy is imported here."""
+"""The place of an objective in the network. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Site:
-    """Where in the network a local objective sits, and what it needs to know of the rest.
+    """The place of a local objective, with everything it may know of the rest of the network.
 
-    ``blocks`` and ``above`` are the backbone's own: what is built from them is to be copied or only read
-    (:mod:`localfeat.methods.parts.above`), as no gradient may cross a cut.
+    ``blocks`` and ``above`` are the backbone's own: copy them or only read them
+    (:mod:`localfeat.methods.parts.above`), because no gradient may cross a cut.
     """
 
     index: int  # of the module, from 0
@@ -39,6 +39,6 @@ class Site:
     observable: bool = True  # whether hooks on blocks see their graph: not if it is recomputed, sliced or compiled
 
     def interpolate(self, first: float, last: float) -> float:
-        """A weight that goes linearly from the first local module to the last: i / (K - 2), and K=2 is the first."""
+        """Interpolate a weight linearly between first and last local module by i / (K - 2); K = 2 gives ``first``."""
         local = self.modules - 1
         return first if local < 2 else first + (last - first) * self.index / (local - 1)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Trgl(Method):
     """``L = CE(W · mean_xy LN(h) + b, y) + 1 / (2 τ) · Σ_r mean(r²)``, r: every residual branch, after drop-path.
 
-    The last module has the sum, too, beside the network's own classifier.
+    The last module adds the sum to the loss of the network's own classifier.
 
     Args:
         tau: τ; the larger, the less the transport costs.
@@ -38,14 +38,14 @@ class Trgl(Method):
             raise UserError(f"method.tau={self.tau}: it must be above 0")
 
     def build(self, site: Site, decoder: DecoderFactory) -> Objective:
-        """The head, and the transport of the module's blocks."""
+        """Return the head's objective with the transport of the module's blocks."""
         from localfeat.methods.objective import HeadObjective
         from localfeat.methods.parts.heads import NormMeanLinear
 
         return self._moved(site, HeadObjective(NormMeanLinear(site.outputs, site.num_classes), self.label_smoothing))
 
     def build_last(self, site: Site) -> Objective:
-        """The network's classifier, and the transport of the last blocks."""
+        """Return the classifier's objective with the transport of the last blocks."""
         return self._moved(site, super().build_last(site))
 
     def _moved(self, site: Site, objective: Objective) -> Objective:

@@ -10,14 +10,14 @@ EFFICIENCY, MEMORY = "efficiency", "memory"
 MUTANTS: list[tuple[str, str, str, dict[str, str], list[str]]] = [
     (
         EFFICIENCY,
-        "slices draw random numbers of their own",
+        "slices draw their own random numbers",
         "localfeat/efficiency/slices.py",
         {"if func is not Tensor.bernoulli_:": "if True:"},
         ["tests/unit/efficiency/test_recompute.py"],
     ),
     (
         EFFICIENCY,
-        "autocast is lost when blocks are computed again in slices",
+        "autocast is lost when blocks are recomputed in slices",
         "localfeat/efficiency/slices.py",
         {"with self.autocast.restored(), rows:": "with rows:"},
         ["tests/unit/efficiency/test_recompute.py"],
@@ -49,21 +49,21 @@ MUTANTS: list[tuple[str, str, str, dict[str, str], list[str]]] = [
     ),
     (
         MEMORY,
-        "cuts are balanced without the auxiliary parts that stand all the time",
+        "cuts are balanced without the persistent memory of auxiliary parts",
         "localfeat/memory/balance.py",
-        {"candidate = (limit + standing, squares, cuts)": "candidate = (limit, squares, cuts)"},
+        {"candidate = (limit + persistent, squares, cuts)": "candidate = (limit, squares, cuts)"},
         ["tests/unit/memory/test_balance.py"],
     ),
     (
         MEMORY,
         "gradients of a module are not counted while it goes backward",
-        "localfeat/memory/parts.py",
+        "localfeat/memory/pieces.py",
         {"        gradients += piece.gradients": "        pass"},
-        ["tests/unit/memory/test_segments.py"],
+        ["tests/unit/memory/test_module_costs.py"],
     ),
     (
         MEMORY,
-        "predictions know no autocast",
+        "predictions ignore autocast",
         "localfeat/memory/emulation.py",
         {"return value.to(dtype) if _is_eligible(value) else value": "return value"},
         ["tests/unit/memory/test_emulation.py"],

@@ -78,7 +78,7 @@ RUNS: list[tuple[str, str, str, dict[str, str], list[str]]] = [
         {"    if descriptor is None:\n        raise": "    if False:\n        raise"},
         IN_USE,
     ),
-    ("6", "other configurations go on", RESUMING, {"if difference(saved, asked) is None:": "if True:"}, AUTO),
+    ("6", "other configurations resume", RESUMING, {"if difference(saved, asked) is None:": "if True:"}, AUTO),
     ("6", "due checkpoints are forgotten", CHECKPOINTS, {"self._due = self._due or (": "self._due = ("}, WRITTEN),
     ("6", "the run's end is not kept", CHECKPOINTS, {" or is_last_epoch(trainer)": ""}, OPTIONS),
     (
@@ -141,7 +141,7 @@ RUNS: list[tuple[str, str, str, dict[str, str], list[str]]] = [
     ("7", "images counted twice", THROUGHPUT, {"* trainer.world_size": "* 2"}, FIGURES),
     (
         "7",
-        "time that stands still at the end",
+        "a clock that stops at the end",
         THROUGHPUT,
         {"self._earlier, self._started = self.seconds, None": "self._started = None"},
         FIGURES,

@@ -30,7 +30,7 @@ def exact_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("localfeat.memory.tracker.BLOCK_BYTES", 1)
 
 
-def standing_tensors(model: Learner, optimizers: list[Any]) -> Iterator[Tensor]:
+def persistent_tensors(model: Learner, optimizers: list[Any]) -> Iterator[Tensor]:
     """Weights, buffers and optimizer state: what is alive whatever the step does."""
     yield from model.parameters()
     yield from model.buffers()
@@ -51,20 +51,20 @@ class Watch(Callback):
         if batch_idx != 1:
             return
         assert all(p.grad is None for p in pl_module.parameters())
-        self.tracker = StorageTracker([*standing_tensors(pl_module, trainer.optimizers), *batch])
+        self.tracker = StorageTracker([*persistent_tensors(pl_module, trainer.optimizers), *batch])
         self.hooks = [module.register_forward_pre_hook(self._look) for module in pl_module.local_modules]
         self.tracker.__enter__()
-        self.standing = self.tracker.live_bytes
+        self.persistent = self.tracker.live_bytes
 
     def _look(self, module: Any, inputs: tuple[Tensor, ...]) -> None:
-        self.before.append(self.tracker.live_bytes - self.standing)
+        self.before.append(self.tracker.live_bytes - self.persistent)
         self.features.append(inputs[0].untyped_storage().nbytes())
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 1:
             self.tracker.__exit__(None, None, None)
-            self.peak = self.tracker.peak_bytes - self.standing
-            self.after = self.tracker.live_bytes - self.standing
+            self.peak = self.tracker.peak_bytes - self.persistent
+            self.after = self.tracker.live_bytes - self.persistent
             for hook in self.hooks:
                 hook.remove()
 
@@ -113,7 +113,7 @@ def test_law_2_images_are_kept_only_for_modules_that_need_them(method: str, kept
 
 
 def alone(model: Learner) -> list[int]:
-    """The peak of each module's forward, backward and step, run on its own, beyond what is standing."""
+    """The peak of each module's forward, backward and step, run on its own, beyond what is persistent."""
     images, labels = next(iter(loader(1, SIZE)))
     features, peaks = images, []
     for module in model.local_modules:
@@ -121,13 +121,13 @@ def alone(model: Learner) -> list[int]:
         module(features, images, labels).loss.backward()  # makes the optimizer state
         optimizer.step()
         optimizer.zero_grad()
-        with StorageTracker([*standing_tensors(model, [optimizer]), images, labels, features]) as tracker:
-            standing = tracker.live_bytes
+        with StorageTracker([*persistent_tensors(model, [optimizer]), images, labels, features]) as tracker:
+            persistent = tracker.live_bytes
             output = module(features, images, labels)
             output.loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        peaks.append(tracker.peak_bytes - standing + (features.untyped_storage().nbytes() if peaks else 0))
+        peaks.append(tracker.peak_bytes - persistent + (features.untyped_storage().nbytes() if peaks else 0))
         features = output.features
     return peaks
 
@@ -146,14 +146,14 @@ def test_law_2_the_peak_of_a_step_is_that_of_the_hungriest_module(method: str, s
 def summed_peak(model: Learner) -> int:
     """The mistake of published code: all losses summed, one backward."""
     images, labels = next(iter(loader(1, SIZE)))
-    with StorageTracker([*standing_tensors(model, []), images, labels]) as tracker:
-        standing = tracker.live_bytes
+    with StorageTracker([*persistent_tensors(model, []), images, labels]) as tracker:
+        persistent = tracker.live_bytes
         features, losses = images, []
         for module in model.local_modules:
             features, loss, _, _ = module(features, images, labels)
             losses.append(loss)
         torch.stack(losses).sum().backward()
-    return tracker.peak_bytes - standing
+    return tracker.peak_bytes - persistent
 
 
 @pytest.mark.parametrize("family", ["swin", "vit"])
@@ -176,13 +176,13 @@ def test_law_2_in_every_later_step_and_with_validation_between() -> None:
             self.peaks: list[int] = []
 
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            self.tracker = StorageTracker([*standing_tensors(pl_module, trainer.optimizers), *batch])
+            self.tracker = StorageTracker([*persistent_tensors(pl_module, trainer.optimizers), *batch])
             self.tracker.__enter__()
-            self.standing = self.tracker.live_bytes
+            self.persistent = self.tracker.live_bytes
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             self.tracker.__exit__(None, None, None)
-            self.peaks.append(self.tracker.peak_bytes - self.standing)
+            self.peaks.append(self.tracker.peak_bytes - self.persistent)
 
     watch = EveryStep()
     trainer(watch, max_epochs=3).fit(learner("image_recon", 4), loader(3), loader(1))

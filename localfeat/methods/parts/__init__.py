@@ -1,1 +1,1 @@
-"""What objectives are made of: heads, decoders, losses, targets."""
+"""Parts of objectives: heads, decoders, losses, targets."""

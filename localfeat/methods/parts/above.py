@@ -14,14 +14,14 @@ from localfeat.methods.site import Site
 
 
 def picked(blocks: int, last: int, depth: int) -> list[int]:
-    """Numbers of ``depth`` of ``blocks`` blocks, evenly after block ``last``, the very last always among them."""
+    """Return ``depth`` block numbers, evenly spaced after block ``last``, the very last block included."""
     above = blocks - last - 1
     depth = min(depth, above)
     return [round(last + above / depth * i) for i in range(1, depth + 1)]
 
 
 def path(site: Site, chosen: Collection[int]) -> Iterator[nn.Module]:
-    """Yield the backbone's blocks of these numbers, and of those between what changes the shape.
+    """Yield the backbone's blocks of these numbers, and the layers between them that change the shape.
 
     Args:
         chosen: numbers in the whole backbone, from 0, all above the site.
@@ -36,7 +36,7 @@ def path(site: Site, chosen: Collection[int]) -> Iterator[nn.Module]:
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """Return a trainable copy of a block or of the classifier, which begins at the weights of the original.
+    """Return a trainable copy of a block or of the classifier, initialised with the original weights.
 
     A :class:`Part` runs a method of its backbone: its copy holds a backbone of the part's own children only.
     """
@@ -58,7 +58,7 @@ class ReadOnly(nn.Module):
         self._original = (module,)
 
     def forward(self, features: Tensor) -> Tensor:
-        """What the original makes of the features; the gradient reaches the features only."""
+        """Return the original's output; the gradient reaches the features only."""
         original = self._original[0]
         state = {name: parameter.detach() for name, parameter in original.named_parameters()}
         state |= {name: buffer.clone() for name, buffer in original.named_buffers()}

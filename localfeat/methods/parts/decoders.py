@@ -75,7 +75,7 @@ DECODERS: dict[str, DecoderFactory] = {"interp": InterpDecoder, "one_layer": One
 
 
 def as_decoder(decoder: str | DecoderFactory) -> DecoderFactory:
-    """A decoder's factory from its name; anything callable is taken as it is."""
+    """Return a decoder's factory by name; return a callable as it is."""
     if not isinstance(decoder, str):
         return decoder
     if decoder not in DECODERS:
@@ -84,7 +84,7 @@ def as_decoder(decoder: str | DecoderFactory) -> DecoderFactory:
 
 
 def upscale_factor(source: tuple[int, int], target: tuple[int, int]) -> int:
-    """H / h for feature maps (h, w) and a target (H, W): a whole number, the same both ways."""
+    """Return H / h for feature maps (h, w) and a target (H, W): a whole number, equal to W / w."""
     factor = max(target[0] // source[0], 1)
     if (source[0] * factor, source[1] * factor) != target:
         raise UserError(f"a decoder enlarges by a whole number: {source} features cannot become a {target} target")
@@ -92,7 +92,7 @@ def upscale_factor(source: tuple[int, int], target: tuple[int, int]) -> int:
 
 
 def _factors(upscale: int) -> list[int]:
-    """``upscale`` as 4s, then at most one 2, then what is left (7 for patches of 14 pixels)."""
+    """Factor ``upscale`` into 4s, at most one 2, and the rest (7 for patches of 14 pixels)."""
     factors = []
     for factor in (4, 4, 4, 2):
         if upscale % factor == 0:

@@ -15,7 +15,7 @@ class AuxiliaryBlock(nn.Module):
 
     Args:
         shape: the features that the block reads.
-        width: channels of its output; the paper does not say (128 here).
+        width: channels of its output; not given in the paper (128 here).
     """
 
     def __init__(self, shape: FeatureShape, width: int) -> None:
@@ -29,7 +29,7 @@ class AuxiliaryBlock(nn.Module):
         return F.gelu(self.convolve(features))
 
     def convolve(self, features: Tensor) -> Tensor:
-        """What GELU reads in :meth:`forward`."""
+        """Return the input of GELU in :meth:`forward`."""
         maps = self.norm(self.shape.to_nhwc(features))
         return cast(Tensor, self.conv(maps.permute(0, 3, 1, 2)))
 

@@ -1,4 +1,4 @@
-"""Losses as pure functions. Every one returns a scalar: the mean over what it compares."""
+"""Losses as pure functions. Each returns a scalar mean."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def supervised_nt_xent(embeddings: Tensor, labels: Tensor, temperature: float) -
 
 
 def bce(prediction: Tensor, target: Tensor) -> Tensor:
-    """Binary cross entropy of logits against a target in [0, 1]."""
+    """Return the binary cross entropy of logits against a target in [0, 1]."""
     if prediction.dim() == 4 and prediction.is_contiguous(memory_format=torch.channels_last):
         # The same numbers in the order in which they lie in memory: torch would copy them, at twice the time.
         prediction, target = prediction.permute(0, 2, 3, 1), target.permute(0, 2, 3, 1)
@@ -53,12 +53,12 @@ def smooth_l1(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def _compact(loss: Tensor) -> Tensor:
-    """Return the same scalar in memory of its own: torch's stands in that of all the errors that it averages."""
+    """Return the same scalar in memory of its own: torch's shares the memory of all the errors that it averages."""
     return loss.clone()
 
 
 def cosine(prediction: Tensor, target: Tensor) -> Tensor:
-    """One minus the cosine of prediction and target over the channels, (B, C, H, W) each."""
+    """Return one minus the mean cosine of prediction and target over the channels, (B, C, H, W) each."""
     return 1 - F.cosine_similarity(prediction, target, dim=1).mean()
 
 

@@ -1,4 +1,4 @@
-"""What a decoder has to reconstruct, in the range that its loss needs."""
+"""The targets of decoders, in the range that the loss needs."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class FeatureTarget(nn.Module):
 
     @torch.no_grad()
     def forward(self, features: Tensor, images: Tensor | None) -> Tensor:
-        """(B, C, H, W) from the module's input in the backbone's layout; the images are not used."""
+        """Return (B, C, H, W) from the module's input in the backbone's layout; the images are not used."""
         maps = self.shape.to_nhwc(features).float()
         target = F.layer_norm(maps, maps.shape[-1:]).permute(0, 3, 1, 2)
         return target.sigmoid() if self.bounded else target
 
     def activate(self, prediction: Tensor) -> Tensor:
-        """The decoder's output in the target's range."""
+        """Return the decoder's output in the target's range."""
         return prediction.sigmoid() if self.bounded else prediction
 
 
@@ -53,16 +53,16 @@ class ImageTarget(nn.Module):
 
     @torch.no_grad()
     def forward(self, features: Tensor, images: Tensor | None) -> Tensor:
-        """(B, 3, H, W) from the normalised images; the features are not used."""
+        """Return (B, 3, H, W) from the normalised images; the features are not used."""
         assert images is not None
         return self._pixels(images).clamp(0, 1) if self.bounded else images.float()
 
     def activate(self, prediction: Tensor) -> Tensor:
-        """The decoder's output in the target's range."""
+        """Return the decoder's output in the target's range."""
         return prediction.sigmoid() if self.bounded else prediction
 
     def as_pixels(self, images: Tensor) -> Tensor:
-        """Target or activated prediction as pixels in [0, 1], to be looked at."""
+        """Return a target or an activated prediction as pixels in [0, 1], for display."""
         return images if self.bounded else self._pixels(images).clamp(0, 1)
 
     def _pixels(self, normalised: Tensor) -> Tensor:

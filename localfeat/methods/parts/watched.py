@@ -1,4 +1,4 @@
-"""Figures of what modules within a body put out, seen by hooks while it runs."""
+"""Figures of module outputs within a body, taken by hooks while it runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Watched:
     """Collects ``figure(output)`` of each module at every call, until :meth:`take`.
 
     Args:
-        term: whose value is the sum of the figures.
+        term: name of the term, the sum of the figures.
         modules: of the body (they stay the backbone's: nothing is registered).
         figure: of an output; a scalar with its graph.
     """
@@ -29,7 +29,7 @@ class Watched:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Look on while the body runs."""
+        """Watch the modules while the body runs."""
         self._seen = []
         hooks = [module.register_forward_hook(self._look) for module in self.modules]
         try:
@@ -70,7 +70,7 @@ def branch_ends(site: Site, method: str) -> list[nn.Module]:
     timm names them ``drop_path…``; a ResNet's block without drop-path ends its branch in its last BatchNorm.
 
     Raises:
-        UserError: blocks that are computed again, in slices or compiled: hooks see no graph there.
+        UserError: blocks that are recomputed, sliced or compiled: hooks see no graph there.
     """
     if not site.observable:
         raise UserError(

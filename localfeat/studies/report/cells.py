@@ -17,7 +17,7 @@ Tone = Literal["", "better", "worse"]
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure as it is printed.
+    """A figure as printed.
 
     Attributes:
         text: a minus is U+2212; ``–`` stands for a figure that there is none of.
@@ -45,7 +45,7 @@ class Column:
 
 
 def columns(table: Table) -> list[Column]:
-    """The columns that say something about this table: without end-to-end rows nothing is compared with them."""
+    """Return the columns that apply to this table: without end-to-end rows, no comparison with them."""
     compared, found = bool(table.end_to_end) and len(table.rows) > len(table.end_to_end), list(FIRST)
     found += [VERSUS] if compared else []
     found += [MEMORY, *([SAVED] if compared else []), *LAST]
@@ -76,7 +76,7 @@ def _points(value: float | None, *, clear: bool = False) -> Cell:
 
 
 def _clear(row: Row, other: Row | None) -> bool:
-    """Whether two means lie more than two standard errors of their difference apart; never with a single seed."""
+    """Tell whether two means differ by more than two standard errors; never with a single seed."""
     if other is None or row.std is None or other.std is None:
         return False
     error = math.sqrt(row.std**2 / len(row.accuracy_of_seed) + other.std**2 / len(other.accuracy_of_seed))

@@ -1,4 +1,4 @@
-"""What a report needs of a run's files. Versions of localfeat differ in what they write, and files get damaged."""
+"""Checks of a run's files: versions of localfeat write different ones, and files get damaged."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ OPTIONAL: Kinds = {
     "commit": Mapping,
     "overrides": list,
 }
-"""Of summary.json; they may be left out or null."""
+"""Keys of summary.json that may be missing or null."""
 
 
 def complaint(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str | None:
-    """What is missing or of another kind in config.yaml and summary.json, in words; None where all is well."""
+    """Describe missing or wrong values in config.yaml and summary.json; return ``None`` if there are none."""
     found = [("summary.json", key, _at(summary, key), kind) for key, kind in SUMMARY.items()]
     found += [("config.yaml", key, _at(config, key), kind) for key, kind in CONFIG.items()]
     if lost := [key for _, key, value, _ in found if value is None]:
@@ -63,14 +63,14 @@ def _fits(value: Any, kind: type | tuple[type, ...], key: str) -> bool:
 
 
 def _at(found: Any, key: str) -> Any:
-    """What stands at a dotted key; None if nothing does."""
+    """Return the value at a dotted key; ``None`` if missing."""
     for name in key.split("."):
         found = found.get(name) if isinstance(found, Mapping) else None
     return found
 
 
 def is_inspection(found: Mapping[str, Any]) -> bool:
-    """Whether this is what ``localfeat probe`` writes, as far as reports read it."""
+    """Tell whether this is a valid result of ``localfeat probe``."""
     blocks = found.get("blocks")
     return isinstance(blocks, Sequence) and bool(blocks) and all(map(_is_block, blocks))
 

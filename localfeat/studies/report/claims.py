@@ -1,4 +1,4 @@
-"""What a source claims of one method over another, beside what our rows say of the same pair."""
+"""Published claims of one method over another, beside our results for the same pair."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ UNITS = {"accuracy": "points of accuracy", "memory_saved": "% of peak memory sav
 
 
 def claims(table: Table) -> list[str]:
-    """A sentence for each claim that two rows of ``table`` bear on."""
+    """Return a sentence for each claim that two rows of ``table`` can test."""
     found = [(claim, sorted(_ours(claim, table))) for claim in published()["claims"]]
     return [_sentence(claim, ours) for claim, ours in found if ours]
 
 
 def _ours(claim: dict[str, Any], table: Table) -> list[float]:
-    """The claimed quantity for every pair of rows that differ in the method alone."""
+    """Return the claimed quantity for every pair of rows that differ only in the method."""
     if claim["quantity"] == "accuracy" and table.split != "test":
         return []
     keys = match_keys(claim["match"])

@@ -47,7 +47,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], Path]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     arguments = sys.argv[1:]
     if "--help" in arguments or "-h" in arguments:
         print(USAGE.strip())

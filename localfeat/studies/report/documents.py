@@ -27,7 +27,7 @@ Pictures = Mapping[int, Sequence[Picture]]
 
 
 def markdown(material: Material, tables: Sequence[Table], pictures: Pictures) -> str:
-    """The whole report as Markdown (GitHub's), plots by reference."""
+    """Return the whole report as GitHub Markdown, with links to the plots."""
     parts = [f"# {_escaped(title(material))}", *map(_escaped, questions(material)), f"{progress(material)}."]
     for table in tables:
         parts += _section(table, notes(table), pictures.get(table.number, ()))
@@ -48,7 +48,7 @@ def _section(table: Table, found: Notes, pictures: Sequence[Picture]) -> list[st
 
 
 def _row(row: Row) -> str:
-    """An item of a numbered list."""
+    """Return an item of a numbered list."""
     return f"{row.number}. {_escaped(row.label)}: {seeds(row)}\n\n   ```bash\n   {command(row.runs[0])}\n   ```"
 
 
@@ -69,7 +69,7 @@ def _escaped(text: str) -> str:
 
 
 def latex(tables: Sequence[Table]) -> str:
-    """Every table for LaTeX; needs the packages booktabs and graphicx (to fit the text's width)."""
+    """Return every table as LaTeX; needs the packages booktabs and graphicx (to fit the text width)."""
     head = "% \\usepackage{booktabs,graphicx}\n"
     return head + "\n".join(_latex_table(table, notes(table)) for table in tables)
 
@@ -119,5 +119,5 @@ _TEX = {
 
 
 def tex(text: str) -> str:
-    """``text`` with every character that LaTeX reads as a command written out."""
+    """Escape every character that LaTeX reads as a command."""
     return "".join(_TEX.get(character, character) for character in text)

@@ -1,4 +1,4 @@
-"""report.html: one file with everything in it, which asks no network for anything and runs no script."""
+"""report.html: one self-contained file, without network requests or scripts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Drawn(NamedTuple):
 
 
 def html(material: Material, tables: Sequence[Table], drawn: Mapping[int, Sequence[Drawn]]) -> str:
-    """The page."""
+    """Return the page."""
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(

@@ -62,7 +62,7 @@ Draw = Callable[[Theme], "Figure"]
 
 
 def plots(table: Table) -> Iterator[tuple[Picture, Draw]]:
-    """Every plot that there are figures for."""
+    """Return every plot that has data."""
     name = f"{table.number}_"
     points = memory_points(table)
     if len(points) > 1:
@@ -85,7 +85,7 @@ def _picture(prefix: str, kind: str, caption: str, table: Table) -> Picture:
 
 
 def rendered(figure: Figure, kind: str) -> bytes:
-    """The figure as ``png`` or ``svg``; the same figure gives the same bytes."""
+    """Return the figure as ``png`` or ``svg``; the same figure gives the same bytes."""
     import matplotlib
 
     file = BytesIO()
@@ -96,7 +96,7 @@ def rendered(figure: Figure, kind: str) -> bytes:
 
 
 def colour(row: Row, table: Table, theme: Theme) -> str:
-    """The method's colour, lighter from row to row of the method; lifted for a dark page."""
+    """Return the method's colour, lighter from row to row of the method; lifted for a dark page."""
     from matplotlib.colors import to_hex, to_rgb
 
     methods = list(dict.fromkeys(other.method for other in table.rows if other.method not in COLOURS))

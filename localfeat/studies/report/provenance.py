@@ -1,4 +1,4 @@
-"""What the runs of a table ran on and with, and which rows are not like the others."""
+"""Hardware and versions of a table's runs, and the rows that differ from the others."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def commit(found: Mapping[str, Any] | None) -> str:
 
 
 def hardware(found: Mapping[str, Any]) -> str:
-    """The GPU; without one the CPU and how many threads computed."""
+    """Return the GPU; without one, the CPU and its number of threads."""
     if found.get("gpu"):
         count = found.get("gpus", 1)
         return f"{count} × {found['gpu']}" if count != 1 else str(found["gpu"])
@@ -78,7 +78,7 @@ def _sign(index: int) -> str:
 
 
 def majority(table: Table) -> dict[str, str]:
-    """What most runs of the table have, by field; of equally many the first."""
+    """Return the most common value of every field; ties go to the first."""
     counts: dict[str, Counter[str]] = {}
     for run in table.runs:
         for name, value in provenance(run).items():
@@ -87,7 +87,7 @@ def majority(table: Table) -> dict[str, str]:
 
 
 def _unlike(row: Row, usual: Mapping[str, str]) -> list[str]:
-    """One sentence for each field in which a run of the row is not like most of the table."""
+    """Return one sentence for each field in which a run of the row differs from most of the table."""
     found = []
     own = [provenance(run) for run in row.runs]
     for name, most in usual.items():

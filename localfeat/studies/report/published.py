@@ -1,4 +1,4 @@
-"""Figures of the literature, each given to those rows alone whose setting it was measured in."""
+"""Published figures, each assigned only to rows with the same setting."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def published_for(found: Settings) -> Published:
 
 
 def agrees(keys: Mapping[str, Any], found: Settings) -> bool:
-    """Whether ``found`` has every one of ``keys`` with its value; a missing key disagrees."""
+    """Tell whether ``found`` has every one of ``keys`` with its value; a missing key disagrees."""
     return all(
         found.get(key, UNSET) is not UNSET and frozen({key: found[key]}) == frozen({key: value})
         for key, value in keys.items()
@@ -68,14 +68,14 @@ def match_keys(names: list[str]) -> Settings:
 
 
 def source(name: str) -> str:
-    """One line: where a figure stands, and what to bear in mind."""
+    """Return one line: the source of a figure, and its caveats."""
     entry = published()["sources"][name]
     return f"{entry['where']}: {entry['remark']}"
 
 
 @functools.cache
 def published() -> dict[str, Any]:
-    """The file as it is."""
+    """Return the file's content."""
     found: Any = OmegaConf.to_container(OmegaConf.load(FILE))
     return cast(dict[str, Any], found)
 

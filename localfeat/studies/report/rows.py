@@ -1,4 +1,4 @@
-"""Tables: runs that differ in nothing but the seed are a row, rows of one dataset and budget are a table."""
+"""Tables: runs that differ only in the seed form a row, rows of one dataset and budget form a table."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "stl10": "STL-10", "svh
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Runs that differ in nothing but the seed.
+    """Runs that differ only in the seed.
 
     Attributes:
         number: within the table, from 1; plots name rows by it.
@@ -74,7 +74,7 @@ class Row:
 
     @property
     def peak_memory_bytes(self) -> int | None:
-        """The most that any of the runs needed; None if one of them was not measured."""
+        """Highest peak of all runs; ``None`` if one of them was not measured."""
         found = [run.summary.get("peak_memory_bytes") for run in self.runs]
         return None if None in found else max(int(value) for value in found if value is not None)
 
@@ -133,23 +133,23 @@ class Table:
         return min(self.end_to_end, key=lambda other: len(_unshared(row, other)))
 
     def published(self, row: Row) -> Published:
-        """What the literature says of this row's setting."""
+        """Return the published figures for this row's setting."""
         return published_for(row.settings)
 
     def to_baseline(self, row: Row) -> float | None:
-        """Accuracy less that of :meth:`baseline`, in points."""
+        """Return the accuracy minus that of :meth:`baseline`, in points."""
         other = self.baseline(row)
         return None if other is None else 100 * (row.mean - other.mean)
 
     def memory_saved(self, row: Row) -> float | None:
-        """Share (0 to 1) of the baseline's peak memory that ``row`` does without."""
+        """Return the share (0 to 1) of the baseline's peak memory that ``row`` saves."""
         other = self.baseline(row)
         if other is None or row.peak_memory_bytes is None or not other.peak_memory_bytes:
             return None
         return 1 - row.peak_memory_bytes / other.peak_memory_bytes
 
     def to_published(self, row: Row) -> float | None:
-        """Accuracy less the published one, in points."""
+        """Return the accuracy minus the published one, in points."""
         figure = self.published(row).accuracy
         return None if figure is None else 100 * row.mean - figure
 

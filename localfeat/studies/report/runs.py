@@ -1,4 +1,4 @@
-"""Finished runs and studies, read back from the folders that they left."""
+"""Finished runs and studies, read from their folders."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """What ``localfeat sweep`` wrote down before its first job."""
+    """The plan that ``localfeat sweep`` wrote before its first job."""
 
     folder: Path
     name: str
@@ -108,7 +108,7 @@ class Material:
         return own.relative_to(tops[0].parent).as_posix() if tops else folder.name
 
     def study_of(self, run: Run) -> Study | None:
-        """The study that the run is a job of."""
+        """Return the study that the run belongs to."""
         own = run.folder.resolve()
         return next((s for s in self.studies if any((s.folder / job).resolve() == own for job in s.jobs)), None)
 
@@ -229,7 +229,7 @@ def _values(rows: Sequence[dict[str, str]], column: str) -> list[float]:
 
 
 def _state(folder: Path) -> str:
-    """How far the run of a job came; empty when it has ended."""
+    """Describe the progress of a job's run; empty if it has finished."""
     if (folder / "summary.json").is_file():
         return ""
     if RunFolder(folder).resumable():

@@ -1,4 +1,4 @@
-"""What the plots of a table show, as numbers."""
+"""The data of a table's plots."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Weights:
 
 
 def memory_points(table: Table) -> list[Point]:
-    """Rows whose memory was measured."""
+    """Return the rows whose memory was measured."""
     return [
         Point(row, row.peak_memory_bytes / GIB, 100 * row.mean, None if row.std is None else 100 * row.std)
         for row in table.rows

@@ -28,7 +28,7 @@ OF_TABLE = (
     "image_size", "epochs", "trainer.max_steps", "trainer.limit_train_batches", "trainer.limit_val_batches",
     "trainer.limit_test_batches",
 )  # fmt: skip
-"""Runs that differ in one of these stand in different tables."""
+"""Runs that differ in one of these belong to different tables."""
 
 BLOCKS = "blocks"
 UNSET = object()
@@ -51,7 +51,7 @@ def _hashable(value: Any) -> Any:
 
 
 def below(key: str, keys: Sequence[str]) -> bool:
-    """Whether ``key`` is one of ``keys`` or lies in one of these groups."""
+    """Tell whether ``key`` is one of ``keys`` or lies in one of these groups."""
     return any(key == other or key.startswith(f"{other}.") for other in keys)
 
 
@@ -169,7 +169,7 @@ def _setting(key: str, value: Any, rows: Sequence[Settings]) -> str:
 
 
 def shown_value(value: Any) -> str:
-    """A value as one types it; whole numbers without a decimal point."""
+    """Return a value as typed on the command line; whole numbers without a decimal point."""
     if isinstance(value, tuple):
         return f"[{','.join(map(shown_value, value))}]"
     return str(int(value)) if isinstance(value, float) and value.is_integer() and value < 1e15 else as_typed(value)
@@ -183,7 +183,7 @@ def decoder_name(target: str) -> str:
 
 @functools.cache
 def method_defaults(name: str) -> Settings:
-    """The fields of a registered method; nothing for one that is not."""
+    """Return the fields of a registered method; empty for any other."""
     if name not in METHODS:
         return {}
     found = flat({"method": settings_of(METHODS[name])})

@@ -66,7 +66,7 @@ def _limits(common: Settings) -> list[str]:
 
 
 def seeds(row: Row) -> str:
-    """Every run's seed and accuracy in per cent."""
+    """Return every run's seed and accuracy in per cent."""
     return ", ".join(f"seed {run.seed}: {100 * run.accuracy:.2f} %" for run in row.runs)
 
 
@@ -79,7 +79,7 @@ def command(run: Run) -> str:
 
 
 def missing(material: Material) -> list[str]:
-    """One line for every job, run or folder that the report could not use."""
+    """Return one line for every job, run or folder that the report could not use."""
     found = [f"{study.name}: {job}" for study in material.studies for job in study.missing()]
     jobs = {(study.folder / job).resolve() for study in material.studies for job in study.jobs}
     found += [
@@ -89,7 +89,7 @@ def missing(material: Material) -> list[str]:
 
 
 def progress(material: Material) -> str:
-    """How many jobs of the studies have ended."""
+    """Return how many jobs of the studies have finished."""
     jobs = sum(len(study.jobs) for study in material.studies)
     lost = sum(len(study.missing()) for study in material.studies)
     done = f", {jobs - lost} of {counted(jobs, 'job')} finished" if jobs else ""

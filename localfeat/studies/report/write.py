@@ -1,4 +1,4 @@
-"""All files of a report."""
+"""Write all files of a report."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _draw(table: Table, folder: Path) -> list[Drawn]:
 
 
 def _remove_others(folder: Path, stems: set[str]) -> None:
-    """Plots of an earlier report that this one does not have."""
+    """Plots of an earlier report that are not in this one."""
     for file in folder.iterdir():
         if PLOT.fullmatch(file.name) and file.stem not in stems:
             file.unlink()

@@ -63,7 +63,7 @@ class Costs:
         """Return an image's cost in plain end-to-end training, in the planner's unit, to compare backbones."""
         planner = self._planner(configuration)
         costs = planner.costs(next(iter(planner.methods)), Efficiency(), configuration.batch_size)
-        return planner.work(costs.segment(0, planner.blocks)) / configuration.batch_size
+        return planner.work(costs.module(0, planner.blocks)) / configuration.batch_size
 
     def _planner(self, configuration: RunConfiguration) -> Planner:
         classes, shape, _ = data_facts(_data(configuration), lambda: build_datamodule(configuration))
@@ -86,7 +86,7 @@ def _cuts(configuration: RunConfiguration, planner: Planner) -> list[int]:
         return []
     costs = planner.costs(method.name, configuration.efficiency, configuration.batch_size)
     if isinstance(split, BalancedSplit):
-        return list(balanced_cuts(costs.segment, planner.blocks, split.k))
+        return list(balanced_cuts(costs.module, planner.blocks, split.k))
     return list(accumulate(split.blocks_per_module(costs.pieces.stage_depths)))[:-1]
 
 

@@ -30,9 +30,9 @@ def temporaries(module: nn.Module, optimizer: torch.optim.Optimizer, work: Any) 
     state = [leaf for state in optimizer.state.values() for leaf in state.values()]
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     with StorageTracker([*module.parameters(), *gradients, *state]) as tracker:
-        standing = tracker.live_bytes
+        persistent = tracker.live_bytes
         work()
-    return tracker.peak_bytes - standing
+    return tracker.peak_bytes - persistent
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localfeat.memory.balance import balanced_cuts, cheapest_cuts
-from localfeat.memory.segments import Segment
+from localfeat.memory.module_costs import ModuleCost
 from localfeat.utils.errors import UserError
 
-Table = dict[tuple[int, int], Segment]
+Table = dict[tuple[int, int], ModuleCost]
 repeatable = settings(derandomize=True, database=None, deadline=None)
 
 
@@ -21,12 +21,12 @@ repeatable = settings(derandomize=True, database=None, deadline=None)
 def tables(draw: st.DrawFn, most: int = 7) -> tuple[int, Table]:
     """Costs of every module of a network without any order in them; few values, so that there are ties."""
     blocks = draw(st.integers(1, most))
-    peaks, standings = draw(st.sampled_from([(6, 3), (1000, 30), (1000, 3000), (50, 0)]))
+    peaks, auxiliaries = draw(st.sampled_from([(6, 3), (1000, 30), (1000, 3000), (50, 0)]))
     table = {}
     for start in range(blocks):
         for stop in range(start + 1, blocks + 1):
-            standing = 0 if stop == blocks else draw(st.integers(0, standings))
-            table[start, stop] = Segment(start, stop, draw(st.integers(1, peaks)), standing, 0.0, 0.0)
+            persistent = 0 if stop == blocks else draw(st.integers(0, auxiliaries))
+            table[start, stop] = ModuleCost(start, stop, draw(st.integers(1, peaks)), persistent, 0.0, 0.0)
     return blocks, table
 
 
@@ -37,7 +37,7 @@ def divisions(blocks: int, modules: int) -> Iterator[list[tuple[int, int]]]:
 
 def step_peak(table: Table, edges: list[tuple[int, int]]) -> float:
     parts = [table[edge] for edge in edges]
-    return max(part.peak for part in parts) + sum(part.standing for part in parts)
+    return max(part.peak for part in parts) + sum(part.persistent for part in parts)
 
 
 def squares(table: Table, edges: list[tuple[int, int]]) -> float:
@@ -83,24 +83,24 @@ def test_only_modules_that_some_division_has_are_asked_for(drawn: tuple[int, Tab
         possible = {edge for edges in divisions(blocks, modules) for edge in edges}
         asked = set()
 
-        def segment(start: int, stop: int, asked: set[tuple[int, int]] = asked) -> Segment:
+        def module(start: int, stop: int, asked: set[tuple[int, int]] = asked) -> ModuleCost:
             asked.add((start, stop))
             return table[start, stop]
 
-        balanced_cuts(segment, blocks, modules)
+        balanced_cuts(module, blocks, modules)
         assert asked == possible
 
 
 def test_more_modules_than_blocks() -> None:
     with pytest.raises(UserError, match=r"^4 local modules need 4 blocks: this backbone has 3$"):
-        balanced_cuts(lambda start, stop: Segment(start, stop, 1, 0, 0, 0), 3, 4)
+        balanced_cuts(lambda start, stop: ModuleCost(start, stop, 1, 0, 0, 0), 3, 4)
 
 
 def test_auxiliary_parts_are_worth_a_larger_module() -> None:
     """The lowest maximum is not the lowest peak: [1] has modules of 10 and 11, but 5 stand there; [2] none."""
     peaks = {(0, 1): 10, (1, 3): 11, (0, 2): 12, (2, 3): 4}
-    standing = {(0, 1): 5}
-    assert balanced_cuts(lambda a, b: Segment(a, b, peaks[a, b], standing.get((a, b), 0), 0, 0), 3, 2) == [2]
+    persistent = {(0, 1): 5}
+    assert balanced_cuts(lambda a, b: ModuleCost(a, b, peaks[a, b], persistent.get((a, b), 0), 0, 0), 3, 2) == [2]
 
 
 # --- the cheapest division ---

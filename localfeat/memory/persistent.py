@@ -1,4 +1,4 @@
-"""What is in memory all the time, whatever a step does: weights, optimizer states, what is kept between steps."""
+"""Persistent memory, alive during the whole step: weights, optimizer states, and gradients under accumulation."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from localfeat.memory.tracker import rounded
 STATES = 2
 """Tensors of a parameter's size that AdamW keeps."""
 SCRATCH = 3
-"""Tensors of a parameter's size that AdamW makes for its update, one parameter at a time, where it is not fused."""
+"""Tensors of a parameter's size that AdamW allocates to update one parameter when it is not fused."""
 
 
 @dataclass(frozen=True)
 class Keeping:
-    """How a run keeps its parameters.
+    """Which tensors a run keeps between steps.
 
     Args:
-        fused_optimizer: the optimizer is fused: it has its step counters on the device, one scalar per parameter, and
-            needs no scratch. It is not under a loss scale.
-        accumulates: gradients of several batches pile up, so that those of all modules stay.
-        ema: there is a moving average of weights and buffers on the device.
+        fused_optimizer: whether the optimizer is fused: its step counters are on the device, one scalar per parameter,
+            and it needs no scratch. Never under a loss scale.
+        accumulates: whether gradients add up over several batches, so that those of all modules are persistent.
+        ema: whether a moving average of weights and buffers is on the device.
     """
 
     fused_optimizer: bool = True
@@ -33,15 +33,15 @@ class Keeping:
     ema: bool = False
 
     def scratch(self, modules: Iterable[nn.Module]) -> int:
-        """The most bytes that an optimizer step over these modules makes and frees."""
+        """Return the most bytes that an optimizer step over these modules allocates temporarily."""
         if self.fused_optimizer:
             return 0
         sizes = (p.untyped_storage().nbytes() for m in modules for p in m.parameters() if p.requires_grad)
         return SCRATCH * rounded(max(sizes, default=0))
 
 
-class Standing(NamedTuple):
-    """Bytes that are there all the time."""
+class Persistent(NamedTuple):
+    """Bytes that are alive during the whole step."""
 
     weights: int
     optimizer_state: int
@@ -52,8 +52,8 @@ class Standing(NamedTuple):
         return sum(self)
 
     @classmethod
-    def of(cls, module: nn.Module, keeping: Keeping | None = None) -> Standing:
-        """Of a module's parameters and buffers, and of the copies of BatchNorm's statistics that go with training."""
+    def of(cls, module: nn.Module, keeping: Keeping | None = None) -> Persistent:
+        """Return the persistent bytes of a module, training's copies of its BatchNorm statistics included."""
         keeping = keeping or Keeping()
         tensors = {id(t): t for t in [*module.parameters(), *module.buffers()]}
         weights = sum(rounded(t.untyped_storage().nbytes()) for t in tensors.values())

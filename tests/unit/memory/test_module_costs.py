@@ -17,8 +17,8 @@ from localfeat.learner.module import Learner
 from localfeat.memory.accounting import step_memory
 from localfeat.memory.bare import without_data
 from localfeat.memory.emulation import Emulation
-from localfeat.memory.segments import SegmentCosts, Setting
-from localfeat.memory.standing import Keeping, Standing
+from localfeat.memory.module_costs import ModuleCosts, Setting
+from localfeat.memory.persistent import Keeping, Persistent
 from localfeat.methods.base import Method
 from localfeat.methods.parts.decoders import as_decoder
 from localfeat.methods.registry import METHODS, as_method
@@ -65,8 +65,8 @@ def exact_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("localfeat.memory.tracker.BLOCK_BYTES", 1)
 
 
-def costs(family: str, setting: Setting, known: dict[object, Any] | None = None) -> SegmentCosts:
-    return SegmentCosts(without_data(backbone(family, drop_path_rate=0.1)), setting, known)
+def costs(family: str, setting: Setting, known: dict[object, Any] | None = None) -> ModuleCosts:
+    return ModuleCosts(without_data(backbone(family, drop_path_rate=0.1)), setting, known)
 
 
 def setting(method: str | Method, efficiency: Efficiency, target: Any = "cuda", precision: Any = "32-true") -> Setting:
@@ -77,11 +77,11 @@ def setting(method: str | Method, efficiency: Efficiency, target: Any = "cuda", 
     return Setting(how, as_decoder("one_layer"), SIZE, device, efficiency, IMAGE_SIZE, pixels, keeping=keeping)
 
 
-def composed(costs: SegmentCosts, cuts: list[int]) -> list[float]:
+def composed(costs: ModuleCosts, cuts: list[int]) -> list[float]:
     """The peak in every module."""
-    segments = [costs.segment(*edges) for edges in pairwise([0, *cuts, costs.blocks])]
-    standing = costs.standing.total + sum(segment.standing for segment in segments)
-    return [standing + segment.peak for segment in segments]
+    modules = [costs.module(*edges) for edges in pairwise([0, *cuts, costs.blocks])]
+    persistent = costs.persistent.total + sum(module.persistent for module in modules)
+    return [persistent + module.peak for module in modules]
 
 
 def true(family: str, cuts: list[int], chosen: Setting, target: Any, precision: Any, **more: Any) -> Any:
@@ -106,31 +106,31 @@ def compare(found: list[float], step: Any, above: float = 0.0, below: float = 0.
 )
 def test_every_module_of_a_true_step(family: str, name: str, method: str, target: Any, precision: Any) -> None:
     chosen = setting(method, EFFICIENCIES[name], target, precision)
-    parts = costs(family, chosen)
-    for cuts in [[1, 2, 3], [parts.blocks // 2]] if chosen.method.local else [[]]:
+    measured = costs(family, chosen)
+    for cuts in [[1, 2, 3], [measured.blocks // 2]] if chosen.method.local else [[]]:
         # what the optimizer makes under a loss scale is an upper bound
         above = 0.03 if (target, precision) == ("cuda", "16-mixed") else 0.0
         below = 0.015 if family == "swinv2" else 0.0  # a cast copy under autocast that the pieces do not show
-        compare(composed(parts, cuts), true(family, cuts, chosen, target, precision), above, below)
+        compare(composed(measured, cuts), true(family, cuts, chosen, target, precision), above, below)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_stands_is_the_steps_weights_and_optimizer_states(family: str) -> None:
     chosen = setting("feature_recon", Efficiency())
-    parts = costs(family, chosen)
-    edges = list(pairwise([0, 1, 3, parts.blocks]))
-    found = parts.standing.total + sum(parts.segment(*edge).standing for edge in edges)
+    measured = costs(family, chosen)
+    edges = list(pairwise([0, 1, 3, measured.blocks]))
+    found = measured.persistent.total + sum(measured.module(*edge).persistent for edge in edges)
     shares = true(family, [1, 3], chosen, "cuda", "32-true").total
     assert found == shares.weights + shares.optimizer_state
 
 
 def test_frozen_parameters_have_no_optimizer_state() -> None:
     network = backbone()
-    everything = Standing.of(network)
+    everything = Persistent.of(network)
     for parameter in network.layers.parameters():
         parameter.requires_grad_(False)
     frozen = sum(8 * p.numel() + 4 for p in network.layers.parameters())
-    assert Standing.of(network) == (everything.weights, everything.optimizer_state - frozen, 0)
+    assert Persistent.of(network) == (everything.weights, everything.optimizer_state - frozen, 0)
 
 
 @pytest.mark.parametrize("family", ["swin", "vit"])
@@ -138,8 +138,8 @@ def test_frozen_parameters_have_no_optimizer_state() -> None:
 def test_accumulation_and_average(method: str, cuts: list[int], family: str) -> None:
     """The gradients of all modules stand there. A piece's count once more as new ones: much of so small a network."""
     chosen = replace(setting(method, Efficiency()), keeping=Keeping(accumulates=True, ema=True))
-    parts = costs(family, chosen)
-    found, step = composed(parts, cuts), true(family, cuts, chosen, "cuda", "32-true", accumulate=2, ema=True)
+    measured = costs(family, chosen)
+    found, step = composed(measured, cuts), true(family, cuts, chosen, "cuda", "32-true", accumulate=2, ema=True)
     compare(found, step, above=0.2)
     assert max(composed(costs(family, replace(chosen, keeping=Keeping())), cuts)) < 0.95 * step.peak_bytes
 
@@ -167,26 +167,26 @@ def test_shared_measurements_are_those_of_instances_of_their_own(family: str) ->
                 chosen = replace(setting(method, efficiency, precision="bf16-mixed"), batch_size=size)
                 fused = efficiency.fused_attention, efficiency.fused_mlp
                 network = networks.setdefault(fused, without_data(backbone(family, drop_path_rate=0.1)))
-                shared = SegmentCosts(network, chosen, known)
+                shared = ModuleCosts(network, chosen, known)
                 if size == 8 and method != "feature_recon":  # measured for the others to find
-                    shared.segment(0, 2)
+                    shared.module(0, 2)
                     continue
                 own = costs(family, chosen)
                 for edge in [(0, 2), (1, 3), (2, own.blocks)]:
-                    assert shared.segment(*edge) == own.segment(*edge)
+                    assert shared.module(*edge) == own.module(*edge)
 
 
 def test_work_of_a_known_network() -> None:
     """Two FLOPs per multiply-add; a linear layer's backward pass has two products more."""
     chosen = setting("greedy_ce", Efficiency())
-    parts = costs("vit", chosen)
+    measured = costs("vit", chosen)
     tokens, width = (IMAGE_SIZE // 8) ** 2 + 1, 32
     linear = 12 * width * width  # weights of a block: qkv, projection, MLP of four times the width
     attention = 2 * 2 * tokens**2 * width  # scores and their products with the values
     forward = SIZE * (2 * tokens * linear + attention)
-    block = parts.segment(1, 3).flops - parts.segment(2, 3).flops
+    block = measured.module(1, 3).flops - measured.module(2, 3).flops
     assert 3 * forward <= block <= 3.3 * forward  # a fused attention's backward pass makes its scores again
     again = costs("vit", setting("greedy_ce", Efficiency(recompute="checkpoint")))
-    recomputed = again.segment(1, 3).flops - again.segment(2, 3).flops
+    recomputed = again.module(1, 3).flops - again.module(2, 3).flops
     assert recomputed - block == pytest.approx(forward, rel=0.02)
     assert block > CLASSES * SIZE

@@ -1,4 +1,4 @@
-"""The peak of every module that could be cut out of a backbone, from the costs of its pieces."""
+"""The cost of every local module that could be cut out of a backbone, from the costs of its pieces."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from localfeat.backbones.timm_models import image_size_of
 from localfeat.efficiency.settings import Efficiency
 from localfeat.learner.assembly import build_objective, prepare_blocks, site_of
 from localfeat.memory.costs import PieceCost, measure_objective, measure_piece, signature
-from localfeat.memory.parts import Parts, Segment
-from localfeat.memory.standing import Keeping, Standing
+from localfeat.memory.persistent import Keeping, Persistent
+from localfeat.memory.pieces import ModuleCost, ModulePieces
 from localfeat.memory.tracker import rounded
 from localfeat.methods.base import Method
 from localfeat.methods.local_module import weighted_sum
@@ -25,23 +25,23 @@ from localfeat.methods.objective import Objective
 from localfeat.methods.parts.decoders import DecoderFactory
 
 Device = Callable[[], AbstractContextManager[Any]]
-"""Makes the context in which meta tensors behave as a device's do (autocast, attention kernels)."""
+"""Makes a context in which meta tensors behave like those of a device (autocast, attention kernels)."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the costs depend on, apart from the backbone and the cuts.
+    """Everything that costs depend on, apart from the backbone and the cuts.
 
     Args:
-        method, decoder: what modules learn from.
+        method, decoder: the method and its decoder.
         batch_size: images per step.
         device: see :data:`Device`.
         efficiency: how blocks and losses are computed.
-        image_size: where the backbone does not fix it.
-        source_bytes: bytes of one image as it arrives from the loader and stays all step; 0 if the images arrive as
-            the network takes them.
+        image_size: side in pixels, for backbones that accept any size.
+        source_bytes: bytes of one image from the loader, alive for the whole step; 0 if the loader yields the images
+            that the network reads.
         soft_labels: whether labels are probabilities (mixup, cutmix).
-        keeping: what stands between steps.
+        keeping: which tensors are persistent.
     """
 
     method: Method
@@ -57,21 +57,21 @@ class Setting:
 
 class _Objective(NamedTuple):
     cost: PieceCost
-    standing: int  # of what is not the backbone's
+    persistent: int  # bytes, without those of the backbone
     scratch: int
     uses_images: bool
-    watches: bool  # the blocks
+    watches: bool  # whether it watches the blocks
 
 
-class SegmentCosts:
-    """Measures the pieces of a backbone and adds them up to modules.
+class ModuleCosts:
+    """Measure the pieces of a backbone and add them up to local modules.
 
-    It assumes that what an objective costs depends on the blocks of its module and those above, not on the number of
-    modules: it is measured as the first module's. What watches blocks is measured with each of them.
+    The cost of an objective is assumed to depend on the blocks of its module and those above, not on the number of
+    modules: it is measured as the first module's. An objective that watches blocks is measured with each of them.
 
     Args:
-        backbone: a timm model on the meta device; it is changed if attention or MLPs are to be fused.
-        setting: the rest.
+        backbone: a timm model on the meta device; changed in place if attention or MLPs are fused.
+        setting: everything else that costs depend on.
         known: measurements of other instances with the same backbone, image size and device, to share.
     """
 
@@ -82,7 +82,7 @@ class SegmentCosts:
         self._shared = {} if known is None else known
         self.pieces: Decomposition = self._once(("pieces", id(backbone)), lambda: decompose(backbone, self.size))
         self.runners = prepare_blocks(backbone, self.pieces, setting.efficiency)
-        self._segments: dict[tuple[int, int], Segment] = {}
+        self._modules: dict[tuple[int, int], ModuleCost] = {}
 
     @property
     def blocks(self) -> int:
@@ -90,13 +90,13 @@ class SegmentCosts:
         return len(self.pieces.blocks)
 
     @cached_property
-    def standing(self) -> Standing:
-        """Of the backbone."""
-        return Standing.of(self.backbone, self.setting.keeping)
+    def persistent(self) -> Persistent:
+        """Persistent bytes of the backbone."""
+        return Persistent.of(self.backbone, self.setting.keeping)
 
     @cached_property
     def features(self) -> list[Tensor]:
-        """``features[i]``: input of block i; the last one: of the classifier. On meta."""
+        """Meta tensors: ``features[i]`` is the input of block i, the last one that of the classifier."""
         return cast("list[Tensor]", self._once(("features", self.setting.batch_size), self._features))
 
     def _features(self) -> list[Tensor]:
@@ -108,14 +108,14 @@ class SegmentCosts:
                 found.append(x)
         return [torch.empty(x.shape, dtype=x.dtype, device="meta") for x in found]
 
-    def segment(self, start: int, stop: int) -> Segment:
-        """The module of blocks ``start`` to ``stop`` (exclusive)."""
-        if (start, stop) not in self._segments:
-            self._segments[start, stop] = self.parts(start, stop).combined()
-        return self._segments[start, stop]
+    def module(self, start: int, stop: int) -> ModuleCost:
+        """Return the cost of the module of blocks ``start`` to ``stop`` (exclusive)."""
+        if (start, stop) not in self._modules:
+            self._modules[start, stop] = self.pieces_of(start, stop).combined()
+        return self._modules[start, stop]
 
-    def parts(self, start: int, stop: int, *, body: bool = True) -> Parts:
-        """What the module of blocks ``start`` to ``stop`` (exclusive) is made of; without its body if so wanted."""
+    def pieces_of(self, start: int, stop: int, *, body: bool = True) -> ModulePieces:
+        """Return the pieces of the module of blocks ``start`` to ``stop`` (exclusive), its chain only if ``body``."""
         objective, last = self._objective(start, stop), stop == self.blocks
         watched = last if objective.watches else None
         blocks = range(start, stop) if body else ()
@@ -125,12 +125,12 @@ class SegmentCosts:
         images, inputs = rounded(self._images().nbytes), rounded(self.features[start].nbytes)
         held = images if start == 0 else inputs + images * objective.uses_images
         outputs = rounded(self.features[stop].nbytes)
-        return Parts(
+        return ModulePieces(
             start,
             stop,
             chain,
             objective.cost,
-            objective.standing,
+            objective.persistent,
             self._batch_bytes + held,
             outputs,
             self._batch_bytes + images * objective.uses_images,
@@ -144,7 +144,7 @@ class SegmentCosts:
 
     @property
     def _batch_bytes(self) -> int:
-        """Source images and labels, which the Trainer holds all step."""
+        """Bytes of source images and labels, which the Trainer holds for the whole step."""
         size = self.setting.batch_size
         return rounded(self.setting.source_bytes * size) + rounded(self._labels().nbytes)
 
@@ -165,7 +165,7 @@ class SegmentCosts:
         return cast(PieceCost, self._once(("stem", setting.batch_size), measure))
 
     def _block(self, index: int, *, first: bool, watched: bool | None) -> PieceCost:
-        """Of a block; watched by an objective, the last module's (True) or one before it (False), or not (None)."""
+        """Measure a block, watched by the last module's objective (True), an earlier one's (False) or none (None)."""
         block, run, x = self.pieces.blocks[index], self.runners[index], self.features[index]
         efficiency = self.setting.efficiency
         recomputed = efficiency.recompute if efficiency.recomputes(index) else "none"
@@ -186,7 +186,7 @@ class SegmentCosts:
         return cast(PieceCost, self._once(key, measure))
 
     def _built(self, start: int, stop: int, *, last: bool) -> Objective:
-        """The objective of a module of these blocks, on meta."""
+        """Build the objective of the module of these blocks on meta."""
         site = site_of(
             self.pieces,
             (start, stop),
@@ -196,7 +196,7 @@ class SegmentCosts:
             num_classes=cast(int, self.backbone.num_classes),
             efficiency=self.setting.efficiency,
         )
-        with torch.random.fork_rng(devices=[]):  # initial weights that nothing is trained from
+        with torch.random.fork_rng(devices=[]):  # the initial weights are never used
             objective = build_objective(self.setting.method, site, self.setting.decoder)
         return objective.to("meta").train()
 
@@ -222,9 +222,9 @@ class SegmentCosts:
         outputs = torch.empty_like(self.features[stop])
         cost = measure_objective(loss, outputs, objective, [inputs, images, labels], self.setting.device())
         keeping = self.setting.keeping
-        standing = 0 if last else Standing.of(objective, keeping).total  # the classifier is the backbone's
+        persistent = 0 if last else Persistent.of(objective, keeping).total  # the classifier is the backbone's
         return _Objective(
-            cost, standing, keeping.scratch([objective]), objective.uses_images, objective.watched is not None
+            cost, persistent, keeping.scratch([objective]), objective.uses_images, objective.watched is not None
         )
 
     def _once(self, key: object, make: Callable[[], Any]) -> Any:
@@ -234,5 +234,5 @@ class SegmentCosts:
 
 
 def _hashable(values: list[object]) -> tuple[object, ...]:
-    """Methods and decoders may hold lists; their text tells equal ones."""
+    """Return a hashable key: methods and decoders may hold lists, so they are compared by their text."""
     return tuple(repr(value) for value in values)
