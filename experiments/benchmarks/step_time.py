@@ -45,7 +45,7 @@ class Steps:
 
     def __init__(self, learner: Learner, *, bf16: bool, accumulate: int = 1) -> None:
         self.learner = learner.train()
-        kept = undecayed_parameters(learner.backbone)
+        kept = undecayed_parameters(learner.backbone, learner.local_modules)
         self.optimizers = [learner.optimization.build(module, kept, fused=True) for module in learner.local_modules]
         self.device = learner.device.type
         self.bf16 = bf16

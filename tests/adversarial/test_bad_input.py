@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from localfeat.methods.registry import METHODS
-from localfeat.run import train as training
+from localfeat.run import process
 from localfeat.run.composition import plain
 from localfeat.run.conf_dir import conf_dir
 from localfeat.utils.errors import UserError
@@ -182,7 +182,7 @@ def here(stumbling_blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(training.gc, "collect", lambda: 0)  # it takes 0.1 s of every refusal
+    monkeypatch.setattr(process.gc, "collect", lambda: 0)  # it takes 0.1 s of every refusal
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path.parent / "hub"))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     for name in [name for name in os.environ if name.lower().endswith("_proxy") or name.startswith("WANDB_")]:
@@ -344,7 +344,7 @@ def test_a_fault_of_ours_is_not_explained_away(
     def fault(*args: Any, **kwargs: Any) -> None:
         raise kind("a fault of ours")
 
-    monkeypatch.setattr(training, "build_learner", fault)
+    monkeypatch.setattr("localfeat.run.train.build_learner", fault)
     with pytest.raises(kind, match="a fault of ours"):
         call(monkeypatch, "run", *SHORT)
     assert "error: " not in capsys.readouterr().err

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from localfeat.data import ImageDataModule
-from localfeat.run import train as training
+from localfeat.run import process
 from localfeat.run.composition import unknown_key
 from tests.helpers.command_line import call
 from tests.helpers.generated import KEYS, OTHERS, SHORT, Mistake, anything, invalid, keys_of, mistyped, valid
@@ -47,7 +47,7 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
     setup = ImageDataModule.setup
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(training.gc, "collect", lambda: 0)
+    monkeypatch.setattr(process.gc, "collect", lambda: 0)
     monkeypatch.setattr(ImageDataModule, "setup", lambda self, stage: reads.append(stage) or setup(self, stage))
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
