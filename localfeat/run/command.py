@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.conf import HydraConf
@@ -27,6 +27,9 @@ from localfeat.run.hydra_guard import check_foreign
 from localfeat.run.signals import name, requeue
 from localfeat.utils.errors import Diverged, RunFailed, Stopped, UserError
 from localfeat.utils.text import quoted
+
+if TYPE_CHECKING:
+    from localfeat.run.configuration import RunConfiguration
 
 
 def run(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
@@ -47,14 +50,20 @@ def run(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
 
 def _run(cfg: DictConfig, folder: RunFolder, notes: dict[str, str]) -> dict[str, Any]:
     if cfg.resume is None:
-        return _train(plain(cfg), folder, resume=False, notes=notes)
+        return _train(_configured(plain(cfg)), folder, resume=False, notes=notes)
     if cfg.resume == AUTO:
         return _resume_or_begin({**plain(cfg), "resume": None}, folder, notes)
     resumed = str(cfg.resume)
     if not resumed:
         raise UserError("resume= is empty: give the folder of a run that was cut short, or auto")
     found = RunFolder(resumed)
-    return _train(found.read_config(), found, resume=True)
+    return _train(_configured(found.read_config()), found, resume=True)
+
+
+def _configured(values: dict[str, Any]) -> RunConfiguration:
+    from localfeat.run.configuration import RunConfiguration
+
+    return RunConfiguration.from_values(values)
 
 
 def _notes(cfg: DictConfig, hydra_cfg: HydraConf) -> dict[str, str]:
@@ -63,15 +72,15 @@ def _notes(cfg: DictConfig, hydra_cfg: HydraConf) -> dict[str, str]:
     return {f".hydra/{name}.yaml": OmegaConf.to_yaml(part) for name, part in parts.items()}
 
 
-def _resume_or_begin(config: dict[str, Any], folder: RunFolder, notes: dict[str, str]) -> dict[str, Any]:
-    from localfeat.run.configuration import RunConfiguration
+def _resume_or_begin(values: dict[str, Any], folder: RunFolder, notes: dict[str, str]) -> dict[str, Any]:
     from localfeat.run.resume import earlier_run
     from localfeat.utils.locks import check_free
 
     check_free(folder.path)
-    found = earlier_run(RunConfiguration.from_values(config).values, folder)
+    configuration = _configured(values)
+    found = earlier_run(configuration.values, folder)
     if found is None:
-        return _train(config, folder, resume=False, notes=notes)
+        return _train(configuration, folder, resume=False, notes=notes)
     if found.path != folder.path:
         _discard(folder.path)
         check_free(found.path)
@@ -79,18 +88,17 @@ def _resume_or_begin(config: dict[str, Any], folder: RunFolder, notes: dict[str,
         print(f"{found}: this run has ended, nothing is left to do (without resume=auto a new run begins)")
         return found.read_summary()
     print(f"{found}: resuming")
-    return _train(found.read_config(), found, resume=True)
+    return _train(_configured(found.read_config()), found, resume=True)
 
 
 def _train(
-    config: dict[str, Any], folder: RunFolder, *, resume: bool, notes: dict[str, str] | None = None
+    configuration: RunConfiguration, folder: RunFolder, *, resume: bool, notes: dict[str, str] | None = None
 ) -> dict[str, Any]:
     """Train; if the run fails or is stopped, say how to resume it."""
-    from localfeat.run.configuration import RunConfiguration
     from localfeat.run.train import train
 
     try:
-        return train(RunConfiguration.from_values(config), folder, resume=resume, notes=notes or {})
+        return train(configuration, folder, resume=resume, notes=notes or {})
     except Diverged:  # a resumed run would diverge again
         raise
     except (RunFailed, Stopped) as end:
