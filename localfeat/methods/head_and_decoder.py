@@ -22,8 +22,6 @@ LOSSES = ("bce", "mse", "smooth_l1", "cosine")
 class HeadAndDecoder(Method):
     """An auxiliary block with a supervised head, and a decoder that reconstructs a target (SPEC: L_i).
 
-    Configurations call it ``localfeat.Method``.
-
     Args:
         local: ``False`` trains the whole network as one module (end to end).
         supervision: ``contrast`` (supervised NT-Xent) or ``cross_entropy``.

@@ -48,6 +48,7 @@ def as_method(method: str | Method, **changes: object) -> Method:
 def settings_of(method: Method) -> dict[str, Any]:
     """Return a method as a configuration: ``_target_`` and every field, tuples as lists."""
     own = type(method)
-    target = "localfeat.Method" if own.__name__ == "HeadAndDecoder" else f"{own.__module__}.{own.__qualname__}"
+    public = getattr(localfeat, own.__name__, None) is own
+    target = f"localfeat.{own.__name__}" if public else f"{own.__module__}.{own.__qualname__}"
     values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
     return {"_target_": target, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}

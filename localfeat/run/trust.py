@@ -34,18 +34,16 @@ _FITTING = {
 
 _MOVED = {
     "localfeat.artifacts.wandb_logger.wandb_logger": "localfeat.run.loggers.wandb_logger.wandb_logger",
+    "localfeat.Method": "localfeat.HeadAndDecoder",
     "localfeat.data.ImageDataModule": "localfeat.ImageDataModule",
     "localfeat.network.Split": "localfeat.Split",
     "localfeat.objectives.DeconvDecoder": "localfeat.DeconvDecoder",
     "localfeat.objectives.InterpDecoder": "localfeat.InterpDecoder",
-    "localfeat.objectives.Method": "localfeat.Method",
+    "localfeat.objectives.Method": "localfeat.HeadAndDecoder",
     "localfeat.objectives.OneLayerDecoder": "localfeat.OneLayerDecoder",
     "localfeat.optimization.Optimization": "localfeat.Optimization",
 }
 """Target in configurations of version 0.1 -> its current name."""
-
-_STANDS_FOR = {"localfeat.Method": "localfeat.HeadAndDecoder"}
-"""``localfeat.Method`` is what methods are derived from; as a target it names the family of the first ones."""
 
 _PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
@@ -73,7 +71,7 @@ def find(path: object, group: str) -> Callable[..., Any]:
             f"{key}: only localfeat's own targets are allowed, as a configuration could run any code; if you trust "
             f"this one, set the environment variable {VARIABLE}={path.partition('.')[0]}"
         )
-    target = _imported(_STANDS_FOR.get(path, path), key)
+    target = _imported(path, key)
     if package == _OWN and not any(_is_kind_of(target, fitting) for fitting in _fitting(group)):
         raise UserError(f"{key}: it must be one of (or derived from) {', '.join(_FITTING[group])}")
     home = str(getattr(target, "__module__", None))

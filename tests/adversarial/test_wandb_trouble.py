@@ -124,6 +124,7 @@ Path(sys.argv[1], "service").write_text(str(pid))
 """
 
 
+@pytest.mark.slow
 def test_a_process_ends_although_its_service_hangs(tmp_path: Path) -> None:
     environment = {**os.environ, "WANDB_FINISH_TIMEOUT": "0.2", "PYTHONPATH": str(Path(__file__).parents[2])}
     with open(tmp_path / "out", "wb") as out:  # a file, because the service would hold a pipe open

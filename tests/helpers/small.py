@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning
@@ -33,6 +33,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet": ("resnet18", {**_CONV, "channels": (8, 16, 24, 32)}),
 }
 SPLIT_BACKBONES = ["swin", "vit", "convnext"]
+
+
+def settings(methods: Iterable[str]) -> list[tuple[str, Any, str]]:
+    """Return (method, split, family): every method in four modules of every family, and other cuts where they matter.
+
+    Other cuts change what an objective is made of for methods that read the blocks above, count the modules or decode.
+    """
+    others = [(method, split) for method in ("image_recon", "trgl", "auglocal") for split in (2, [1], [1, 3])]
+    return [(m, 4, family) for m in methods for family in SPLIT_BACKBONES] + [(*other, "swin") for other in others]
 
 
 def backbone(family: str = "swin", *, seed: int = 0, drop_path_rate: float = 0.0, **changes: Any) -> nn.Module:

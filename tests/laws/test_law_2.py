@@ -18,11 +18,11 @@ from torch import Tensor
 from localfeat.learner.module import Learner
 from localfeat.memory.tracker import StorageTracker
 from localfeat.methods.registry import METHODS, as_method
-from tests.helpers.small import IMAGE_SIZE, LOCAL_METHODS, SPLIT_BACKBONES, learner, loader, trainer
+from tests.helpers.small import IMAGE_SIZE, LOCAL_METHODS, learner, loader, settings, trainer
 
 SCALARS = 2048  # bytes: losses, counters, and the norm of every gradient of the last step
 SIZE = 16  # images per batch
-each_network = pytest.mark.parametrize("family", SPLIT_BACKBONES)
+each_setting = pytest.mark.parametrize(("method", "split", "family"), settings(LOCAL_METHODS))
 
 
 @pytest.fixture(autouse=True)
@@ -79,9 +79,7 @@ def watched(model: Learner, datamodule: Any = None) -> Watch:
     return watch
 
 
-@each_network
-@pytest.mark.parametrize("split", [2, 4, [1], [1, 3]], ids=str)
-@pytest.mark.parametrize("method", LOCAL_METHODS)
+@each_setting
 def test_law_2_before_a_module_begins_only_its_input_is_alive(method: str, split: Any, family: str) -> None:
     """Beyond weights, optimizer state and the batch, which the Trainer holds: the features, and nothing else."""
     watch = watched(learner(method, split, family))
@@ -132,9 +130,7 @@ def alone(model: Learner) -> list[int]:
     return peaks
 
 
-@each_network
-@pytest.mark.parametrize("split", [2, 4, [1, 3]], ids=str)
-@pytest.mark.parametrize("method", LOCAL_METHODS)
+@each_setting
 def test_law_2_the_peak_of_a_step_is_that_of_the_hungriest_module(method: str, split: Any, family: str) -> None:
     peaks = alone(learner(method, split, family))
     watch = watched(learner(method, split, family))

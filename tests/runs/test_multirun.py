@@ -77,6 +77,7 @@ def check_jobs(jobs: list[Path], groups: dict[str, list[str]]) -> None:
         assert {"backbone.safetensors", "reconstructions.png", "metrics.csv"} <= files_below(job)
 
 
+@pytest.mark.slow
 def test_three_groups_in_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     groups = {
         "dataset": ["cifar10", "cifar100"],

@@ -130,7 +130,7 @@ def test_nothing_fits(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
 def test_a_folder_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_conf" / "method").mkdir(parents=True)
-    text = "_target_: localfeat.Method\nname: mine\nsupervision: cross_entropy\n"
+    text = "_target_: localfeat.HeadAndDecoder\nname: mine\nsupervision: cross_entropy\n"
     (tmp_path / "my_conf" / "method" / "mine.yaml").write_text(text)
     typed = ["--config-dir", "my_conf", "method=mine", "budget=1GiB", "efficiency=none"]
     found = planned(monkeypatch, capsys, *typed)

@@ -75,8 +75,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def marked(command: str) -> object:
-    """Mark commands of half a minute as slow; test_multirun.py and test_plan.py test smaller ones."""
-    long = " -m dataset=" in command or "localfeat plan dataset=cifar10" in command
+    """Mark commands of many seconds as slow; tests of the grid, of sweeps and of the planner are smaller ones."""
+    long = "dataset=cifar10" in command or command.startswith(
+        ("localfeat sweep", "localfeat report", "localfeat probe")
+    )
     return pytest.param(command, marks=[pytest.mark.slow] if long else [])
 
 
@@ -89,8 +91,7 @@ def test_command(
     if "cifar" in command:
         formats.accept_cifar(monkeypatch, place / "data")
         formats.accept_cifar(monkeypatch, place / "data", hundred=True)
-    if " -m " in command.replace("python -m", "", 1):
-        draw_nothing(monkeypatch)  # 24 times
+    draw_nothing(monkeypatch)
     if "logger=wandb" in command:
         without_login(place / "home", monkeypatch)
     if "resume=outputs" in command:
@@ -114,6 +115,7 @@ def cut_short(run: Path) -> None:
     (run / "config.yaml").write_text(yaml.safe_dump({**config, "epochs": 2}))
 
 
+@pytest.mark.slow
 def test_library_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     example, _ = blocks("python")
     assert len([line for line in example.splitlines() if line.strip()]) <= 15

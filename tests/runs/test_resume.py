@@ -101,7 +101,9 @@ DAMAGE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(
+    "damage", [pytest.param(d, marks=[] if d in ("one bit", "not there") else pytest.mark.slow) for d in DAMAGE]
+)
 def test_the_newest_sound_checkpoint_is_used(
     damage: str, killed: Path, whole: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

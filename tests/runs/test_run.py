@@ -76,9 +76,7 @@ KILLS: dict[str, dict[str, Any]] = {
 }
 QUICK = [
     ("feature_recon bf16 averaged and accumulated", "before validation"),
-    ("feature_recon bf16 averaged and accumulated", "before the test"),
     ("e2e bf16 augmented", "in an epoch"),
-    ("greedy_contrast by epochs", "in an epoch"),
     ("greedy_contrast by epochs", "at an epoch's end"),
 ]
 """Where the default tests kill the run; the tests of stops have other moments."""

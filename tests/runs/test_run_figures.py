@@ -162,7 +162,9 @@ def plain_accuracy(folder: Path, split: str, weights: dict[str, Tensor]) -> tupl
     return logits.argmax(1).eq(truth).double().mean().item(), loss.item()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=[] if m in ("e2e", "image_recon", "trgl") else pytest.mark.slow) for m in METHODS]
+)
 def test_law_7_no_unknown_figure_is_logged(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw_nothing(monkeypatch)
     modules = 1 if method == "e2e" else 4

@@ -140,7 +140,7 @@ def test_the_last_state_is_kept_however_rarely_checkpoints_are_written(every: in
     assert checkpoint(tmp_path)["global_step"] == 3 * BATCHES
 
 
-@pytest.mark.parametrize("steps", [1, 4, 6])
+@pytest.mark.parametrize("steps", [4, 6])
 def test_max_steps_ends_after_so_many_batches(steps: int, tmp_path: Path) -> None:
     summary = small_run(tmp_path, f"trainer.max_steps={steps}", "trainer.log_every_n_steps=10")
     rows = metrics(tmp_path)
@@ -150,7 +150,7 @@ def test_max_steps_ends_after_so_many_batches(steps: int, tmp_path: Path) -> Non
     assert summary["module_losses"]
 
 
-@pytest.mark.parametrize(("limit", "batches"), [("3", 3), ("0.1", 8), ("null", 80)])
+@pytest.mark.parametrize(("limit", "batches"), [("3", 3), ("0.1", 8), pytest.param("null", 80, marks=pytest.mark.slow)])
 def test_limits_of_batches(limit: str, batches: int, tmp_path: Path) -> None:
     """Validation leaves 1,294 of the 1,438 training images: 80 batches of 16."""
     small_run(tmp_path, "epochs=1", f"trainer.limit_train_batches={limit}", "method=e2e")
@@ -173,8 +173,7 @@ def initial_file(file: Path, classes: int) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
-@pytest.mark.parametrize("classes", [1000, 10])
+@pytest.mark.parametrize(("name", "classes"), [("weights.safetensors", 1000), ("weights.pth", 10)])
 def test_initial_weights_arrive_but_for_the_classifier(
     name: str, classes: int, tmp_path: Path, weights: Weights
 ) -> None:

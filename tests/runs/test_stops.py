@@ -68,7 +68,7 @@ MOMENTS: dict[str, tuple[str, int, int, int]] = {
 }
 
 
-QUICK = ("after a batch", "before an epoch's last batch", "in validation", "after training")
+QUICK = ("after a batch", "in validation", "after training")
 
 
 @pytest.mark.parametrize(

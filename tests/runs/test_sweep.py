@@ -112,7 +112,7 @@ def test_a_killed_sweep(place: Place, capfd: pytest.CaptureFixture[str]) -> None
     assert place.attempts() == [["anew"], ["anew"], ["anew"]] and finished.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), pytest.param("SIGTERM", 143, marks=pytest.mark.slow)])
 def test_a_sweep_that_is_told_to_stop(name: str, code: int, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     place.behave(k2=[1, "wait"])
     sweep = place.start()
@@ -129,6 +129,7 @@ def test_a_sweep_that_is_told_to_stop(name: str, code: int, place: Place, capfd:
     assert [path.name for path in (place.folder / "out" / "logs").glob(".*")] == []
 
 
+@pytest.mark.slow
 def test_side_by_side(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     """With joblib, two jobs can wait for each other."""
     place.behave(e2e=[0, "meet"], k4=[0, "meet"])
@@ -193,7 +194,7 @@ def test_a_folder_that_cannot_be_written_to(place: Place, capfd: pytest.CaptureF
     assert (place.folder / "out").read_text() == "a file"
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", [pytest.param("SIGINT", marks=pytest.mark.slow), "SIGTERM"])
 def test_told_to_stop_while_a_job_starts(name: str, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     """A process that has not been reported yet is ended with the others."""
     place.behave(e2e=[1, "wait"])

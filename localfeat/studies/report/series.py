@@ -124,7 +124,7 @@ def _weights(run: Run) -> tuple[tuple[float, ...] | None, tuple[float, ...]] | N
 
     config: Mapping[str, Any] = run.config["method"]
     modules = len(run.blocks)
-    if modules < 2 or str(config.get("_target_")).rsplit(".", 1)[-1] != "Method":
+    if modules < 2 or str(config.get("_target_")).rsplit(".", 1)[-1] != "HeadAndDecoder":
         return None
     try:
         method = construct(dict(config), "method")

@@ -75,7 +75,7 @@ def _class(path: object) -> str:
 def unused(found: Settings) -> list[str]:
     """Keys without effect under the method that ``found`` has. Of a user's own class of methods nothing is known."""
     groups: list[str] = ["decoder._partial_"]  # says how a decoder is built, not which
-    if found.get("method._target_") != "Method":
+    if found.get("method._target_") != "HeadAndDecoder":
         return [key for key in found if below(key, groups)]
     local = found.get("method.local", found.get("method.name") != "e2e")
     if not local:

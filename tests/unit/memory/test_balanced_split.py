@@ -21,6 +21,8 @@ SCALARS = 512  # bytes, of losses and means that are logged: more modules that a
 SIZE = 16
 CASES = [(f, m) for f in ("swin", "vit", "convnext", "resnet") for m in ("feature_recon", "image_recon", "greedy_ce")]
 
+QUICK = [("swin", "feature_recon", 2), ("vit", "image_recon", 3), ("convnext", "greedy_ce", 2)]
+
 
 def cut(family: str, method: str, split: Any) -> Learner:
     return Learner(backbone(family), method, split, image_size=IMAGE_SIZE)
@@ -51,7 +53,7 @@ def check(family: str, method: str, modules: int) -> None:
 @pytest.mark.parametrize(
     ("family", "method", "modules"),
     [
-        pytest.param(*case, k, marks=[pytest.mark.slow] if case[0] == "resnet" or k == 3 else [])
+        pytest.param(*case, k, marks=[] if (*case, k) in QUICK else pytest.mark.slow)
         for case in CASES
         for k in (2, 3, 4)
         if case[0] != "resnet" or k == 2

@@ -102,7 +102,7 @@ def compare(found: list[float], step: Any, above: float = 0.0, below: float = 0.
 
 @pytest.mark.parametrize(
     ("family", "name", "method", "target", "precision"),
-    [case if number % 4 == 1 else pytest.param(*case, marks=pytest.mark.slow) for number, case in enumerate(CASES)],
+    [case if number % 9 == 1 else pytest.param(*case, marks=pytest.mark.slow) for number, case in enumerate(CASES)],
 )
 def test_every_module_of_a_true_step(family: str, name: str, method: str, target: Any, precision: Any) -> None:
     chosen = setting(method, EFFICIENCIES[name], target, precision)

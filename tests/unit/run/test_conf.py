@@ -159,6 +159,7 @@ def test_one_batch(tmp_path: Path) -> None:
     assert [row["step"] for row in metrics(tmp_path) if row.get("train/loss")] == ["0"] and summary["epochs"] == 1
 
 
+@pytest.mark.slow
 def test_overfitting_sees_one_batch_and_learns_it(tmp_path: Path) -> None:
     less = [*TINY_SWIN, "batch_size=16", "optimizer.lr=0.005", "callbacks.progress_bar=false", "method=e2e"]
     run(composed(*first_command("debug/overfit"), *less), tmp_path)
