@@ -237,7 +237,9 @@ def refused(arguments: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, c
     return printed.err.removeprefix("error: ").rstrip("\n")
 
 
-@pytest.mark.parametrize("typed", LINES)
+@pytest.mark.parametrize(
+    "typed", [pytest.param(line, marks=pytest.mark.slow if number % 2 else []) for number, line in enumerate(LINES)]
+)
 def test_is_refused_in_one_line(
     typed: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -313,6 +315,7 @@ def test_bad_images_are_named_and_left_out_when_asked_for(
     assert "broken/train/cat/0.png" in lines[0] and len(list((here / "out").rglob("summary.json"))) == 1
 
 
+@pytest.mark.slow
 def test_a_bad_job_of_a_sweep_does_not_stop_the_others(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -108,6 +108,7 @@ def examples(count: int) -> Callable[[Any], Any]:
 
 @given(overrides=valid())
 @examples(3)
+@pytest.mark.slow
 def test_what_is_right_trains(command: Callable[[list[str]], Ended], overrides: list[str]) -> None:
     check_trained(command(overrides))
 

@@ -78,7 +78,7 @@ def warned(capfd: pytest.CaptureFixture[str]) -> list[str]:
     return [line.partition(" (")[0] for line in capfd.readouterr().err.splitlines()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_service_that_dies_or_hangs_does_not_keep_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: int
 ) -> None:
@@ -91,6 +91,7 @@ def test_a_service_that_dies_or_hangs_does_not_keep_the_process(
     assert end_once_they_can()
 
 
+@pytest.mark.slow
 def test_a_service_that_hangs_during_training_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ from tests.experiments.test_memory_study import PLAN
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_the_gpu_script_measures_every_setting_and_writes_a_table() -> None:
     plan = replace(PLAN, precisions=("32-true", "bf16-mixed"), main=replace(PLAN.main, batch_size=8))
     rows = gpu.measure(plan, rounds=1, device="cpu")

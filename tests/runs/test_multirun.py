@@ -138,6 +138,7 @@ def read_offline(job: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_every_job_is_a_wandb_run_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,6 +180,7 @@ def flattened(values: dict[str, Any], name: str) -> dict[str, Any]:
     return found | ({} if value is None else {name: value})
 
 
+@pytest.mark.slow
 def test_one_run_alone_has_no_group_and_logs_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_source(monkeypatch, "cifar10", tmp_path / "data")
     options = ["dataset=cifar10", "logger=wandb", "logger.name=mine", "logger.tags=[a]", f"hydra.run.dir={tmp_path}/r"]

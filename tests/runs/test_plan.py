@@ -127,6 +127,7 @@ def test_nothing_fits(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     assert printed.err.startswith("error: budget=100KiB: nothing fits into 95.0 KiB") and printed.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_folder_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_conf" / "method").mkdir(parents=True)

@@ -191,6 +191,7 @@ def test_test_images_are_read_only_when_asked_for(runs: Path, tmp_path: Path, mo
     assert found["classifier_accuracy"] == pytest.approx(evaluate(runs / "e2e", "test")["accuracy"])
 
 
+@pytest.mark.slow
 def test_another_backbone_in_bf16_beside_it(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The matrix has a row per own block and a column per other block; each network gets images of its own size."""
     draw_nothing(monkeypatch)

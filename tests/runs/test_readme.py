@@ -76,9 +76,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def marked(command: str) -> object:
     """Mark commands of many seconds as slow; tests of the grid, of sweeps and of the planner are smaller ones."""
-    long = "dataset=cifar10" in command or command.startswith(
-        ("localfeat sweep", "localfeat report", "localfeat probe")
-    )
+    words = ("dataset=cifar10", "localfeat sweep", "localfeat report", "localfeat probe", "split=", "mixup", "wandb")
+    long = any(word in command for word in words) and command != COMMANDS[1]
     return pytest.param(command, marks=[pytest.mark.slow] if long else [])
 
 

@@ -256,7 +256,8 @@ ENDS: dict[str, tuple[list[str], tuple[str, int]]] = {
 }
 
 
-@pytest.mark.parametrize("end", [pytest.param(e, marks=pytest.mark.slow if "at one's end" in e else []) for e in ENDS])
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.slow
 def test_a_run_that_ends_early_resumed_ends_there(end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides, (hook, epoch) = ENDS[end]
     overrides = [*QUICK, "epochs=3", "callbacks.checkpoint_every_n_batches=null", *overrides]

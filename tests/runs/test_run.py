@@ -75,7 +75,6 @@ KILLS: dict[str, dict[str, Any]] = {
     "before the test": {"hook": "on_test_start", "epoch": 3},
 }
 QUICK = [
-    ("feature_recon bf16 averaged and accumulated", "before validation"),
     ("e2e bf16 augmented", "in an epoch"),
     ("greedy_contrast by epochs", "at an epoch's end"),
 ]
@@ -133,6 +132,7 @@ def test_law_6_a_killed_run_resumed_ends_the_same(variant: str, moment: str, who
 
 
 @quickly
+@pytest.mark.slow
 def test_law_6_killed_again_and_again_and_moved(whole: Any, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     killed_run(first, *VARIANTS["feature_recon"], hook="on_train_batch_start", epoch=1, batch=2)

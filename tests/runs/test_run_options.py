@@ -199,6 +199,7 @@ def test_initial_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run_and_the_same_one_the_same(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         small_run(tmp_path / name, f"seed={seed}", "epochs=1", "dataset.augmentation=swin")

@@ -68,7 +68,7 @@ MOMENTS: dict[str, tuple[str, int, int, int]] = {
 }
 
 
-QUICK = ("after a batch", "in validation", "after training")
+QUICK = ("in validation",)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_requeue_names_the_job(scontrol: Path) -> None:
     assert len(scontrol.read_text().splitlines()) == 3
 
 
-@pytest.mark.parametrize("resume", [["resume=auto"], []])
+@pytest.mark.parametrize("resume", [["resume=auto"], pytest.param([], marks=pytest.mark.slow)])
 def test_usr1_requeues_a_job_that_resumes(
     resume: list[str],
     scontrol: Path,

@@ -92,6 +92,7 @@ def test_the_others_survive_a_failure(place: Place, capfd: pytest.CaptureFixture
     assert place.summaries() == interrupted
 
 
+@pytest.mark.slow
 def test_a_killed_sweep(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     """Its job keeps running and keeps its lock; the same command again runs the other jobs."""
     place.behave(k2=[1, "wait"])
@@ -112,7 +113,8 @@ def test_a_killed_sweep(place: Place, capfd: pytest.CaptureFixture[str]) -> None
     assert place.attempts() == [["anew"], ["anew"], ["anew"]] and finished.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), pytest.param("SIGTERM", 143, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.slow
 def test_a_sweep_that_is_told_to_stop(name: str, code: int, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     place.behave(k2=[1, "wait"])
     sweep = place.start()

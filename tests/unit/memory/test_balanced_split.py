@@ -115,6 +115,7 @@ def test_refusals(values: dict[str, Any], line: str) -> None:
     assert str(error.value).startswith(line)
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_cuts_down_and_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw_nothing(monkeypatch)
     for name in ("first", "second"):

@@ -52,8 +52,10 @@ def forward_and_backward(family: str, device: str, context: AbstractContextManag
     return [after_forward, tracker.peak_bytes, tracker.live_bytes]
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["plain", "checkpoint"])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    ("precision", "recompute"),
+    [("bf16-mixed", False), ("32-true", True), pytest.param("bf16-mixed", True, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bytes_are_those_of_a_real_cpu(family: str, precision: Any, recompute: bool) -> None:
     autocast = torch.autocast("cpu", BF16, precision == "bf16-mixed", cache_enabled=False)
@@ -103,8 +105,9 @@ def forward(network: nn.Module, images: Tensor) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype"), [(family, (BF16, FP16)[number % 2]) for number, family in enumerate(FAMILIES)]
+)
 def test_bytes_of_a_forward_pass_are_those_of_cuda_autocast(family: str, dtype: torch.dtype) -> None:
     network = backbone(family).train()
     for module in network.modules():

@@ -123,6 +123,7 @@ def test_every_part_of_a_learner_builds(file: str) -> None:
         assert learner.blocks_per_module == [1, 1, 1, 1, 2, 2]
 
 
+@pytest.mark.slow
 def test_settings_of_a_run_run(tmp_path: Path) -> None:
     chosen = ["callbacks/ema", "efficiency/none", "logger/csv", "trainer/auto"]  # others: SMALL, test_sweep
     commands = [override for file in chosen for override in first_command(file)]
@@ -141,6 +142,7 @@ def test_a_gpu_that_is_not_there_is_said(tmp_path: Path) -> None:
         small_run(tmp_path, "trainer=gpu")
 
 
+@pytest.mark.slow
 def test_experiments_run(tmp_path: Path) -> None:
     summary = run(
         composed(*first_command("experiment/smoke"), *TINY_SWIN, "callbacks.progress_bar=false"), tmp_path / "a"
@@ -167,6 +169,7 @@ def test_overfitting_sees_one_batch_and_learns_it(tmp_path: Path) -> None:
     assert len(losses) == 100 and losses[-1] < 0.1 * losses[0]
 
 
+@pytest.mark.slow
 def test_the_profile_is_in_the_runs_folder(tmp_path: Path) -> None:
     less = [*TINY_SWIN, "trainer.limit_train_batches=2", "callbacks.progress_bar=false"]
     run(composed(*first_command("debug/profiler"), *less), tmp_path)

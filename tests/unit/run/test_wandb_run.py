@@ -244,6 +244,7 @@ def power_cut() -> None:
     raise PowerCutError
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_id(folder: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw_little(monkeypatch)
     with monkeypatch.context() as cut:

@@ -113,6 +113,7 @@ def test_numbers_at_the_ends_of_many_curves_stay_within_the_axis() -> None:
     assert min(b - a for a, b in pairwise(sorted(placed))) == pytest.approx(10 / 29)
 
 
+@pytest.mark.slow
 def test_no_name_in_a_legend_is_cut_off(tmp_path: Path) -> None:
     """However long a label is, it stands within the figure, whole."""
     settings = [f"method.width={64 + i}" for i in range(10)] + ["method.supervision_weight=[0.125,0.25]"]

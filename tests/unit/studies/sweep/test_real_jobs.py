@@ -67,9 +67,8 @@ STUDIES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(s, marks=[] if s == "paper_scratch" else pytest.mark.slow) for s in STUDIES]
-)
+@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.slow
 def test_two_jobs_of_each_study_of_the_paper(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in the file, but small: every job ends, and was what its name says."""
     monkeypatch.chdir(tmp_path)
