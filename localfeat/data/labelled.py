@@ -161,17 +161,20 @@ class BatchLoader(DataLoader[Batch]):
 
 
 def _next_batch(batches: Iterator[Any]) -> Any:
-    """Return the DataLoader's next batch, None at the end; raise ``RunFailed`` if a worker process has died."""
+    """Return the DataLoader's next batch, None at the end, a ``RunFailed`` if a worker process has died.
+
+    It is returned, not raised: its traceback would keep this frame, and so the dead worker's loader, alive.
+    """
     try:
         return next(batches, None)
     except RuntimeError as error:
         text = " ".join(str(error).split())
         if not text.startswith("DataLoader worker"):
             raise
-        raise RunFailed(
+        return RunFailed(
             f"a process that reads images has died, often for lack of memory: a lower dataset.num_workers needs less "
             f"({text})"
-        ) from error
+        )
 
 
 def _leave_signals_to_parent(worker: int) -> None:

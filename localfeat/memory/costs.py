@@ -33,13 +33,21 @@ class PieceCost:
     kept: float  # alive after the forward pass: tensors saved for backward, and the output
     forward_peak: float
     backward_peak: float  # including the kept bytes, but the output only if it was saved
-    backward_peak_held: float  # the same if the input is held elsewhere until the end
+    backward_peak_input: float  # the same if the input is held elsewhere until the end
+    backward_peak_output: float  # the same without the output's bytes if the output is held elsewhere until the end
+    backward_peak_both: float  # if both are
     output: float  # bytes of its output
     output_saved: bool  # whether its own backward pass needs its output
     input_saved: bool  # whether its backward pass needs its input; otherwise the forward pass frees it
     gradients: float  # of its parameters
     flops: float  # of matrix products, convolutions and attention; forward, recomputation and backward
     traffic: float  # bytes read and written by all operations
+
+    def backward_peak_with(self, *, input_held: bool, output_held: bool) -> float:
+        """Return the peak of the backward pass, with input and output held elsewhere or not."""
+        if output_held:
+            return self.backward_peak_both if input_held else self.backward_peak_output
+        return self.backward_peak_input if input_held else self.backward_peak
 
 
 class _Entrance(torch.autograd.Function):
@@ -77,11 +85,12 @@ class _Exit(torch.autograd.Function):
 
 
 class _Gauge:
-    """Levels and peaks of a tracker relative to a starting point."""
+    """Levels and peaks of a tracker relative to a starting point; a new peak starts when a watched tensor is freed."""
 
     def __init__(self, tracker: StorageTracker) -> None:
         self.tracker, self.start = tracker, tracker.live_bytes
-        self.highest = self.with_input = 0
+        self._peaks: list[tuple[int, frozenset[str]]] = []  # and what had been freed since the last ``take``
+        self._freed: frozenset[str] = frozenset()
         tracker.reset_peak()
 
     @property
@@ -92,19 +101,22 @@ class _Gauge:
         self.tracker.reset_peak()
 
     def end(self) -> None:
-        self.highest = max(self.highest, self.tracker.peak_bytes - self.start)
+        self._peaks.append((self.tracker.peak_bytes - self.start, self._freed))
 
-    def input_freed(self) -> None:
-        """Start a new peak, which no longer contains the input."""
+    def freed(self, name: str) -> None:
+        """Start a new peak, which no longer contains the tensor of this name."""
         self.end()
-        self.with_input, self.highest = self.highest, 0
+        self._freed |= {name}
         self.tracker.reset_peak()
 
-    def take(self, input_bytes: int) -> tuple[int, int]:
-        """Return the peak since the last call, as measured and as if the input had not been freed."""
-        held = max(self.with_input, self.highest + input_bytes) if self.with_input else self.highest
-        found = max(self.with_input, self.highest), held
-        self.highest = self.with_input = 0
+    def highest(self, **held: int) -> int:
+        """Return the peak since the last ``take``, as if these tensors (name -> bytes) had not been freed."""
+        return max(peak + sum(size for name, size in held.items() if name in freed) for peak, freed in self._peaks)
+
+    def take(self) -> int:
+        """Return the peak so far, and begin anew."""
+        found = self.highest()
+        self._peaks, self._freed = [], frozenset()
         return found
 
 
@@ -142,7 +154,7 @@ def measure_piece(
     parameters, x = list(module.parameters()), entry()
     entered = rounded(x.untyped_storage().nbytes())
     gauges: list[_Gauge] = []
-    begun = weakref.ref(x.untyped_storage(), lambda _: gauges[0].input_freed())  # after the tracker has noticed
+    begun = weakref.ref(x.untyped_storage(), lambda _: gauges[0].freed("input"))  # after the tracker has noticed
     with _counting(target, [x, *parameters, *module.buffers()]) as (tracker, counter):
         gauge = _Gauge(tracker)
         gauges.append(gauge)
@@ -152,24 +164,29 @@ def measure_piece(
         terms = [] if objective is None else [*objective.watched_terms().values()]
         gauge.end()
         kept, size = gauge.level, rounded(output.untyped_storage().nbytes())
-        alive = weakref.ref(output.untyped_storage())
+        alive = weakref.ref(output.untyped_storage(), lambda _: gauges[0].freed("output"))
         root = _Exit.apply(output, gauge.begin, *terms)
         scalar = rounded(root.untyped_storage().nbytes())
         del output, terms, x
         output_saved, input_saved = alive() is not None, begun() is not None
-        forward_peak, _ = gauge.take(entered)
+        forward_peak = gauge.take()
         if not first or any(p.requires_grad for p in parameters):
             with torch.autocast("meta", enabled=False):
                 root.backward()
-            gauge.end()
-        peaks = gauge.take(entered)
-        backward_peak, held = (peak - scalar + (0 if input_saved else entered) for peak in peaks)
+        gauge.end()
+        base = scalar - (0 if input_saved else entered)
+        alone, again = (gauge.highest(**held) - base for held in ({}, {"input": entered}))
+        beside, both = (
+            gauge.highest(output=size, **held) - base - size * output_saved for held in ({}, {"input": entered})
+        )
         gradients = _take_gradients(parameters)
     return PieceCost(
         kept,
         forward_peak,
-        backward_peak,
-        held,
+        alone,
+        again,
+        beside,
+        both,
         size,
         output_saved,
         input_saved,
@@ -201,16 +218,14 @@ def measure_objective(
         value = loss(_Entrance.apply(outputs, _anchor(), gauge.end))
         kept = gauge.level
         gauge.end()
-        forward_peak = gauge.highest
+        forward_peak = gauge.highest()
         with torch.autocast("meta", enabled=False):
             value.backward()
         gauge.end()
         del value
         gradients = _take_gradients(parameters)
-    backward_peak = gauge.highest
-    return PieceCost(
-        kept, forward_peak, backward_peak, backward_peak, 0, False, False, gradients, counter.flops, counter.traffic
-    )
+        backward = [gauge.highest()] * 4  # as the caller holds input and output
+    return PieceCost(kept, forward_peak, *backward, 0, False, False, gradients, counter.flops, counter.traffic)
 
 
 def _take_gradients(parameters: list[nn.Parameter]) -> int:

@@ -45,9 +45,9 @@ class ModulePieces:
         pieces = [*self.chain, self.objective]
         if self.accumulates:  # a piece's new gradients are added to the persistent ones before the next piece has any
             alone = [replace(piece, gradients=0.0) for piece in pieces]
-            peak, gradients = chain_peak(alone[:-1], alone[-1], self.outputs), 0.0
+            peak, gradients = chain_peak(alone[:-1], alone[-1], self.outputs, stem=self.start == 0), 0.0
         else:
-            peak = chain_peak(self.chain, self.objective, self.outputs)
+            peak = chain_peak(self.chain, self.objective, self.outputs, stem=self.start == 0)
             gradients = sum(piece.gradients for piece in pieces)
         return ModuleCost(
             self.start,
@@ -81,28 +81,31 @@ class ModulePieces:
         return replace(some, chain=chain, objective=objective, **sizes)
 
 
-def chain_peak(chain: list[PieceCost], objective: PieceCost, outputs: float) -> float:
+def chain_peak(chain: list[PieceCost], objective: PieceCost, outputs: float, *, stem: bool) -> float:
     """Return a module's peak above its input in bytes: pieces forward, objective forward and backward, pieces backward.
 
     Args:
         chain: the pieces in order.
         objective: its cost, backward pass included.
         outputs: bytes of the module's output features, which the loop keeps for the next module.
+        stem: whether the first piece is the stem; its output is alive until the objective has gone forward.
     """
     level, peak = 0.0, 0.0
     levels = []
+    freed = not (chain[0].output_saved or chain[1].input_saved) if stem and len(chain) > 1 else False
+    embedded = chain[0].output if freed else 0.0  # taken off the level after the first block
     for number, piece in enumerate(chain):
-        peak = max(peak, level + piece.forward_peak)
+        peak = max(peak, level + piece.forward_peak + (embedded if number > 1 else 0.0))
         if number and not (piece.input_saved or chain[number - 1].output_saved):
             level -= chain[number - 1].output  # freed after the piece has run
         levels.append(level)
         level += piece.kept
-    peak = max(peak, level + objective.forward_peak, level + objective.backward_peak)
+    peak = max(peak, level + embedded + objective.forward_peak, level + objective.backward_peak)
     gradients = objective.gradients
     for number, (piece, before) in reversed(list(enumerate(zip(chain, levels, strict=True)))):
-        twice = piece.output if number == len(chain) - 1 and piece.output_saved else 0.0
-        held = number == 0 or chain[number - 1].output_saved  # by the loop, or by the previous piece
-        backward_peak = piece.backward_peak_held if held else piece.backward_peak
-        peak = max(peak, before + outputs + gradients + backward_peak - twice)
+        input_held = number == 0 or chain[number - 1].output_saved  # by the loop, or by the previous piece
+        output_held = number == len(chain) - 1  # by the loop
+        backward_peak = piece.backward_peak_with(input_held=input_held, output_held=output_held)
+        peak = max(peak, before + outputs + gradients + backward_peak)
         gradients += piece.gradients
     return peak

@@ -231,7 +231,7 @@ def test_a_part_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(sys, "argv", ["study.py", "papers"])
     with pytest.raises(SystemExit):
         study.main()
-    assert "there is no part papers: it is one of paper, bf16, ours" in capsys.readouterr().err
+    assert "there is no part papers: choose from paper, bf16, ours" in capsys.readouterr().err
     with pytest.raises(ValueError, match="nonsense"):
         chosen(PLAN.timed, ["nonsense"])
     assert len(chosen(PLAN.timed, ["feature"])) == 2

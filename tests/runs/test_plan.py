@@ -45,10 +45,10 @@ def check_command(found: dict[str, Any]) -> Any:
     ]
     peak = step_memory(
         learner,
-        batch_size=config["batch_size"],
-        image_size=config["image_size"],
+        batch_size=config.batch_size,
+        image_size=config.image_size,
         target=found["device"],
-        precision=config["trainer"]["precision"],
+        precision=config.trainer.precision,
         source_shape=datamodule.source.image_shape,
     ).peak_bytes
     assert peak == found["confirmed_bytes"] <= found["budget"] + 16 * 1024  # scalars
@@ -117,8 +117,8 @@ def test_a_budget_for_smaller_batches(monkeypatch: pytest.MonkeyPatch, capsys: A
     least = min(option["peak_bytes"] for option in planned(monkeypatch, capsys, "budget=1GiB", *typed)["options"])
     found = planned(monkeypatch, capsys, f"budget={least * 0.9 / 2**20:.3f}MiB", "margin=0", *typed)
     config = check_command(found)
-    assert config["batch_size"] == found["recommended"]["largest_batch"] < 16
-    assert config["batch_size"] * config["optimizer"]["accumulate"] >= 16
+    assert config.batch_size == found["recommended"]["largest_batch"] < 16
+    assert config.batch_size * config.optimizer.accumulate >= 16
 
 
 def test_nothing_fits(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

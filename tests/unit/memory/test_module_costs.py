@@ -93,11 +93,11 @@ def true(family: str, cuts: list[int], chosen: Setting, target: Any, precision: 
     return step_memory(learner, image_size=IMAGE_SIZE, target=target, precision=precision, **values)
 
 
-def compare(found: list[float], step: Any, above: float = 0.0, below: float = 0.0) -> None:
-    """Equal up to scalars, or too large or small by a share of the step."""
+def compare(found: list[float], step: Any, above: float = 0.0) -> None:
+    """Equal up to scalars, or too large by a share of the step."""
     for ours, module in zip(found, step.modules, strict=True):
         excess = ours - module.peak_bytes
-        assert -SCALARS - below * module.peak_bytes <= excess <= SCALARS + above * module.peak_bytes
+        assert -SCALARS <= excess <= SCALARS + above * module.peak_bytes
 
 
 @pytest.mark.parametrize(
@@ -110,8 +110,7 @@ def test_every_module_of_a_true_step(family: str, name: str, method: str, target
     for cuts in [[1, 2, 3], [measured.blocks // 2]] if chosen.method.local else [[]]:
         # what the optimizer makes under a loss scale is an upper bound
         above = 0.03 if (target, precision) == ("cuda", "16-mixed") else 0.0
-        below = 0.015 if family == "swinv2" else 0.0  # a cast copy under autocast that the pieces do not show
-        compare(composed(measured, cuts), true(family, cuts, chosen, target, precision), above, below)
+        compare(composed(measured, cuts), true(family, cuts, chosen, target, precision), above)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
