@@ -103,11 +103,11 @@ class _Gauge:
     def end(self) -> None:
         self._peaks.append((self.tracker.peak_bytes - self.start, self._freed))
 
-    def freed(self, name: str) -> None:
-        """Start a new peak, which no longer contains the tensor of this name."""
+    def freed(self, name: str, unnoticed: int = 0) -> None:
+        """Start a new peak without the tensor of this name, whose bytes the tracker may not have noticed yet."""
         self.end()
         self._freed |= {name}
-        self.tracker.reset_peak()
+        self.tracker.reset_peak(unnoticed)
 
     def highest(self, **held: int) -> int:
         """Return the peak since the last ``take``, as if these tensors (name -> bytes) had not been freed."""
@@ -164,7 +164,7 @@ def measure_piece(
         terms = [] if objective is None else [*objective.watched_terms().values()]
         gauge.end()
         kept, size = gauge.level, rounded(output.untyped_storage().nbytes())
-        alive = weakref.ref(output.untyped_storage(), lambda _: gauges[0].freed("output"))
+        alive = weakref.ref(output.untyped_storage(), lambda _: gauges[0].freed("output", size))  # before the tracker
         root = _Exit.apply(output, gauge.begin, *terms)
         scalar = rounded(root.untyped_storage().nbytes())
         del output, terms, x
@@ -224,8 +224,10 @@ def measure_objective(
         gauge.end()
         del value
         gradients = _take_gradients(parameters)
-        backward = [gauge.highest()] * 4  # as the caller holds input and output
-    return PieceCost(kept, forward_peak, *backward, 0, False, False, gradients, counter.flops, counter.traffic)
+        peak = gauge.highest()  # its caller holds its input and has no use for an output
+    return PieceCost(
+        kept, forward_peak, peak, peak, peak, peak, 0, False, False, gradients, counter.flops, counter.traffic
+    )
 
 
 def _take_gradients(parameters: list[nn.Parameter]) -> int:

@@ -56,9 +56,9 @@ class StorageTracker(TorchDispatchMode):
         """The most bytes alive at once since the start or the last ``reset_peak``."""
         return self._peak
 
-    def reset_peak(self) -> None:
-        """Start a new peak at the bytes alive now."""
-        self._peak = self._live
+    def reset_peak(self, freeing: int = 0) -> None:
+        """Start a new peak at the bytes alive now, less ``freeing``, of a storage that goes at this moment."""
+        self._peak = self._live - freeing
 
     def add(self, tensor: Tensor) -> None:
         """Register the storage of ``tensor``; check a known storage for a new size only."""
