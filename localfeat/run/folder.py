@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from localfeat.run import trust
 from localfeat.run.literal import read_yaml
 from localfeat.utils.errors import UserError
+from localfeat.utils.files import read_object
 from localfeat.utils.text import shown
 
 _GROUPS = ("dataset", "backbone", "split", "method")
@@ -90,13 +90,7 @@ class RunFolder:
         """
         if not self.has_ended():
             raise UserError(f"{self} has no summary.json: the run has not ended (resume={self} resumes it)")
-        try:
-            found = json.loads(self.summary.read_text())
-        except ValueError as error:  # not JSON, or not text
-            raise UserError(f"{self.summary} is damaged, or not a run's summary ({error})") from error
-        if not isinstance(found, dict):
-            raise UserError(f"{self.summary} is damaged, or not a run's summary")
-        return found
+        return read_object(self.summary)
 
     def read_overrides(self) -> list[str]:
         """Return the overrides that the run was started with, as Hydra recorded them; in a sweep, those of this job.

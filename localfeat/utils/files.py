@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from localfeat.utils.errors import RunFailed, contexts
+from localfeat.utils.errors import RunFailed, UserError, contexts
 
 PART = ".part"
 """Suffix of unfinished files; a killed process leaves them behind."""
@@ -50,6 +51,21 @@ def write_whole(path: str | Path, content: bytes) -> None:
     """Write ``content`` to ``path`` as a :func:`whole_file`."""
     with whole_file(path) as file:
         file.write(content)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Return the JSON object that a file holds.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:  # ValueError: not JSON, or not text
+        raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} cannot be read (it holds no JSON object)")
+    return content
 
 
 def sync_folder(folder: Path) -> None:

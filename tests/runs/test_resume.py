@@ -194,7 +194,7 @@ def test_figures_that_are_gone_are_told(killed: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize("content", [b"", b'{"seed": 0', b"[]", b"\xff\xfe"])
 def test_a_damaged_summary_is_one_line(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"summary\.json is damaged, or not a run's summary"):
+    with pytest.raises(UserError, match=r"summary\.json cannot be read"):
         RunFolder(tmp_path).read_summary()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from localfeat.run.folder import RunFolder
 from localfeat.run.loggers.metrics_csv import FILE_NAME, read_rows
 from localfeat.studies.report.checks import complaint, is_inspection
 from localfeat.utils.errors import UserError
+from localfeat.utils.files import read_object
 
 NOT_RUNS = {"wandb", "checkpoints", "inspection", "logs"}
 TOLERANCE = 1e-6  # between summary.json and metrics.csv: one keeps float32 as text, the other as JSON
@@ -165,18 +165,8 @@ def _take(found: Material, folder: Path, files: set[str]) -> None:
         found.left_out.append(str(error))
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} cannot be read (it holds no JSON object)")
-    return content
-
-
 def _study(folder: Path) -> Study:
-    content = _json(folder / "study.json")
+    content = read_object(folder / "study.json")
     try:
         jobs = tuple(str(job["name"]) for job in content["jobs"])
         return Study(folder, str(content["name"]), str(content["question"]), jobs)
@@ -190,7 +180,7 @@ def _run(folder: Path) -> Run:
     Raises:
         UserError: files that are missing, damaged or not of one run.
     """
-    summary = _json(folder / "summary.json")
+    summary = RunFolder(folder).read_summary()
     config = RunFolder(folder).read_config()
     if wrong := complaint(config, summary):
         raise UserError(f"{folder} is left out: {wrong}")
@@ -205,7 +195,7 @@ def _inspection(folder: Path) -> dict[str, Any] | None:
     file = folder / "inspection" / "inspection.json"
     if not file.is_file():
         return None
-    found = _json(file)
+    found = read_object(file)
     if not is_inspection(found):
         raise UserError(f"{file} is left out: it is not what localfeat probe writes")
     return found

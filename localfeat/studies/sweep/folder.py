@@ -86,14 +86,10 @@ class StudyFolder:
         Raises:
             UserError: the file is damaged.
         """
-        file = self.run(name) / "summary.json"
         try:
-            found = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read ({error}); remove it to run the job again") from error
-        if not isinstance(found, dict):
-            raise UserError(f"{file} does not hold a summary; remove it to run the job again")
-        return found
+            return RunFolder(self.run(name)).read_summary()
+        except UserError as error:
+            raise UserError(f"{error}; remove it to run the job again") from error
 
     def write_study(self, study: Study, jobs: Sequence[Job]) -> None:
         """Write ``study.json``; jobs of earlier sweeps are kept if they have a run.
