@@ -147,7 +147,7 @@ def test_what_was_found_once(command: Callable[[list[str]], Ended], override: st
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @given(overrides=valid())
-@examples(170)
+@examples(60)
 def test_much_that_is_right_trains(command: Callable[[list[str]], Ended], overrides: list[str]) -> None:
     check_trained(command(overrides))
 
@@ -155,7 +155,7 @@ def test_much_that_is_right_trains(command: Callable[[list[str]], Ended], overri
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @given(mistake=invalid())
-@examples(220)
+@examples(80)
 def test_much_that_is_wrong_is_one_line(command: Callable[[list[str]], Ended], mistake: Mistake) -> None:
     check_mistake(command(mistake.overrides), mistake)
 
@@ -163,7 +163,7 @@ def test_much_that_is_wrong_is_one_line(command: Callable[[list[str]], Ended], m
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @given(overrides=anything())
-@examples(110)
+@examples(40)
 def test_much_of_anything_trains_or_is_one_line(command: Callable[[list[str]], Ended], overrides: list[str]) -> None:
     check_either(command(overrides))
 

@@ -93,20 +93,6 @@ def test_three_groups_in_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyP
     check_jobs(jobs, groups)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_papers_table_in_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the README's sweep of 24 jobs."""
-    groups = {
-        "dataset": ["cifar10", "cifar100"],
-        "method": ["image_recon", "feature_recon"],
-        "split": ["k2", "k4"],
-        "decoder": ["interp", "one_layer", "deconv"],
-    }
-    choices = [f"{group}={','.join(names)}" for group, names in groups.items() if group != "dataset"]
-    check_jobs(sweep(monkeypatch, tmp_path, groups["dataset"], *choices), groups)
-
-
 def test_a_job_of_a_sweep_is_the_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its figures equal those of a single run: earlier jobs leave nothing behind."""
     jobs = sweep(monkeypatch, tmp_path, ["cifar10"], "method=feature_recon,e2e", "trainer.precision=bf16-mixed")

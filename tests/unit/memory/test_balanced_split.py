@@ -66,8 +66,9 @@ def test_no_division_has_a_lower_peak(family: str, method: str, modules: int, mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("modules", [3, 4])
-@pytest.mark.parametrize("method", ["feature_recon", "image_recon", "greedy_ce"])
+@pytest.mark.parametrize(
+    ("method", "modules"), [("feature_recon", 3), ("image_recon", 3), ("greedy_ce", 3), ("image_recon", 4)]
+)
 def test_no_division_of_eight_blocks_has_a_lower_peak(
     method: str, modules: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
