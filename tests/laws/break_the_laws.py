@@ -309,15 +309,14 @@ def main(laws: list[str]) -> int:
     mutants = [m for m in MUTANTS if not laws or m.law in laws]
     if not mutants:
         raise SystemExit(f"no mutant of {laws}: there are {sorted({m.law for m in MUTANTS})}")
-    start = time.monotonic()
+    start, survivors = time.monotonic(), 0
+    width = max(len(m.broken) for m in mutants)
     with ThreadPoolExecutor(WORKERS) as pool:
         unbroken = pool.submit(check_unbroken, mutants)
-        results = list(pool.map(killed_by, mutants))
+        for mutant, result in zip(mutants, pool.map(killed_by, mutants), strict=True):
+            print(f"{mutant.law:<10} {mutant.broken:<{width}}  {result or 'SURVIVED'}", flush=True)
+            survivors += result is None
         unbroken.result()
-    width = max(len(m.broken) for m in mutants)
-    for mutant, result in zip(mutants, results, strict=True):
-        print(f"{mutant.law:<10} {mutant.broken:<{width}}  {result or 'SURVIVED'}")
-    survivors = results.count(None)
     print(f"{len(mutants)} mutants, {survivors} survived, {time.monotonic() - start:.0f} s")
     return 1 if survivors else 0
 
