@@ -12,13 +12,14 @@ MEMORY = "localfeat/run/callbacks/peak_memory.py"
 METRICS = "localfeat/run/loggers/metrics_csv.py"
 DATA = "localfeat/data/datamodule.py"
 
-RESUME = ["tests/runs/test_run.py", "-k", "killed_run or killed_again"]
+SLOW_TOO = ["-m", "not gpu"]
+RESUME = ["tests/runs/test_run.py", "-k", "killed_run or killed_again", *SLOW_TOO]
 FILES = "localfeat/run/checkpoints/files.py"
 WRITING = "localfeat/utils/files.py"
 LOCKS = "localfeat/utils/locks.py"
 RESUMING = "localfeat/run/resume.py"
 
-STOPS = ["tests/runs/test_stops.py", "-k", "stopped_and_resumed"]
+STOPS = ["tests/runs/test_stops.py", "-k", "stopped_and_resumed", *SLOW_TOO]
 DAMAGED = ["tests/runs/test_resume.py", "-k", "newest_sound or every_damage"]
 IN_USE = ["tests/runs/test_resume.py", "-k", "in_use"]
 AUTO = ["tests/runs/test_resume.py", "-k", "no_other"]
@@ -79,7 +80,7 @@ RUNS: list[tuple[str, str, str, dict[str, str], list[str]]] = [
         IN_USE,
     ),
     ("6", "other configurations resume", RESUMING, {"if difference(saved, asked) is None:": "if True:"}, AUTO),
-    ("6", "due checkpoints are forgotten", CHECKPOINTS, {"self._due = self._due or (": "self._due = ("}, WRITTEN),
+    ("6", "due checkpoints are forgotten", CHECKPOINTS, {"due = self._due or (trainer": "due = (trainer"}, WRITTEN),
     ("6", "the run's end is not kept", CHECKPOINTS, {" or is_last_epoch(trainer)": ""}, OPTIONS),
     (
         "6",

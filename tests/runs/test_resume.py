@@ -352,10 +352,10 @@ def test_auto_resumes_no_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert command(patch) == 143
     with monkeypatch.context() as patch:
         stopping(patch)
-        assert command(patch, "seed=1") == 143
+        assert command(patch, "optimizer.weight_decay=0.01") == 143
     assert command(monkeypatch, "callbacks.checkpoint_every_n_epochs=2", "dataset.num_workers=1") == 0
     (ended,) = [file.parent for file in tmp_path.rglob("summary.json")]
-    assert OmegaConf.load(ended / "config.yaml").seed == 0
+    assert OmegaConf.load(ended / "config.yaml").optimizer.weight_decay != 0.01
 
 
 def test_auto_in_a_folder_of_another_run_is_refused(
@@ -454,6 +454,8 @@ def test_a_folder_in_use_is_refused(killed: Path, tmp_path: Path) -> None:
             resumed(killed)
         with pytest.raises(UserError, match="is in use"):
             small_run(tmp_path / "fresh", *QUICK)
+        with pytest.raises(UserError, match="is in use"), sole_run(killed):  # as two that begin at once
+            pass
     assert {name: (killed / name).read_bytes() for name in files_below(killed)} == before
 
 

@@ -95,7 +95,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._due = self._due or (self.batches is not None and trainer.global_step % self.batches == 0)
+        self._due = self.batches is not None and trainer.global_step % self.batches == 0
         if not trainer.is_last_batch and not _reaches_max_steps(trainer):
             self._save_or_stop(trainer, self._due)
 
