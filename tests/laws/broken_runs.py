@@ -33,7 +33,7 @@ RUNS: list[tuple[str, str, str, dict[str, str], list[str]]] = [
         "batches draw from one stream of random numbers",
         SEEDING,
         {"        torch.manual_seed(batch_seed(self.seed": "        _ = (batch_seed(self.seed"},
-        RESUME,
+        ["tests/unit/run/test_callbacks.py"],
     ),
     (
         "6",

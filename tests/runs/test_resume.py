@@ -356,6 +356,7 @@ def test_auto_resumes_no_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert command(monkeypatch, "callbacks.checkpoint_every_n_epochs=2", "dataset.num_workers=1") == 0
     (ended,) = [file.parent for file in tmp_path.rglob("summary.json")]
     assert OmegaConf.load(ended / "config.yaml").optimizer.weight_decay != 0.01
+    assert len(list(tmp_path.rglob("last.ckpt"))) == 2
 
 
 def test_auto_in_a_folder_of_another_run_is_refused(
