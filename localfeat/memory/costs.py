@@ -175,18 +175,18 @@ def measure_piece(
                 root.backward()
         gauge.end()
         base = scalar - (0 if input_saved else entered)
-        alone, again = (gauge.highest(**held) - base for held in ({}, {"input": entered}))
-        beside, both = (
-            gauge.highest(output=size, **held) - base - size * output_saved for held in ({}, {"input": entered})
+        beside = base + size * output_saved
+        peaks = (
+            gauge.highest() - base,
+            gauge.highest(input=entered) - base,
+            gauge.highest(output=size) - beside,
+            gauge.highest(input=entered, output=size) - beside,
         )
         gradients = _take_gradients(parameters)
     return PieceCost(
         kept,
         forward_peak,
-        alone,
-        again,
-        beside,
-        both,
+        *peaks,
         size,
         output_saved,
         input_saved,

@@ -92,7 +92,7 @@ def chain_peak(chain: list[PieceCost], objective: PieceCost, outputs: float, *, 
     """
     level, peak = 0.0, 0.0
     levels = []
-    freed = not (chain[0].output_saved or chain[1].input_saved) if stem and len(chain) > 1 else False
+    freed = stem and len(chain) > 1 and not (chain[0].output_saved or chain[1].input_saved)
     embedded = chain[0].output if freed else 0.0  # taken off the level after the first block
     for number, piece in enumerate(chain):
         peak = max(peak, level + piece.forward_peak + (embedded if number > 1 else 0.0))
