@@ -39,7 +39,7 @@ test: $(STAMP) ## fast tests; narrow with ARGS='-k name' or ARGS=tests/folder
 
 .PHONY: test-slow
 test-slow: $(STAMP) ## tests marked slow
-	@$(PYTEST) -m 'slow and not gpu' --timeout 1800 $(ARGS)
+	@$(PYTEST) -m 'slow and not gpu' --timeout 1800 --no-loadscope-reorder $(or $(ARGS),tests/experiments tests)
 
 .PHONY: smoke
 smoke: $(STAMP) ## a minute: the laws, and a run of one batch
