@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-
 import pytest
 import torch
 
-from localfeat.run.signals import SIGNALS
+from localfeat.run.signals import heed_signals
 
 torch.set_num_threads(1)
-
-for number in SIGNALS:  # whoever has started the tests may ignore some, which child processes would inherit
-    if signal.getsignal(number) is signal.SIG_IGN:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+heed_signals()
 
 
 @pytest.fixture(autouse=True)

@@ -45,6 +45,7 @@ from experiments.reliability.injections.trial import (
 )
 from localfeat.run.command import main as run_main
 from localfeat.run.command_line import parse_arguments
+from localfeat.run.signals import heed_signals
 from localfeat.run.summary import environment
 from localfeat.utils.files import write_whole
 
@@ -59,6 +60,7 @@ def main() -> None:
     given = [f"folder={a}" if "=" not in a and not a.startswith("-") else a for a in sys.argv[1:]]
     values = parse_arguments(__doc__ or "", {"folder": ..., "only": "", "processes": "2"}, given)
     chosen = [fault for fault in FAULTS if values["only"] in fault[0]]
+    heed_signals()
     rows = inject(chosen, Path(values["folder"]).absolute(), int(values["processes"]))
     if not values["only"]:
         write_results(rows)

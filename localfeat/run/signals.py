@@ -19,6 +19,13 @@ REQUEUE_SIGNAL = signal.SIGUSR1
 """The signal that Slurm sends before the time limit, with ``#SBATCH --signal=USR1@90``."""
 
 
+def heed_signals() -> None:
+    """Heed the signals that whoever started this process ignores, as a shell does for a command in the background."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
 class StopRequest:
     """A request to stop, set by signals.
 
