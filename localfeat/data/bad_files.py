@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from torch.utils.data import get_worker_info
-
 from localfeat.utils.errors import UserError
 
 
@@ -27,8 +25,15 @@ class BadFiles:
         self._said: set[str] = set()
         self._unsaid: list[str] = []
 
+    @property
+    def count(self) -> int:
+        """The number of files reported so far."""
+        return len(self._said)
+
     def leave_out(self, error: BadImage) -> None:
         """Report the file, or keep the message for the main process if this is a worker."""
+        from torch.utils.data import get_worker_info  # here: the module is imported before torch is needed
+
         if get_worker_info() is None:
             self.say([str(error)])
         else:

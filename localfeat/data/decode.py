@@ -16,8 +16,10 @@ import torch
 # Image.open would import the plugins on first use, in several threads at once.
 from PIL import (  # noqa: F401
     BmpImagePlugin,
+    ExifTags,
     GifImagePlugin,
     Image,
+    ImageOps,
     JpegImagePlugin,
     PngImagePlugin,
     PpmImagePlugin,
@@ -31,10 +33,30 @@ from localfeat.data.bad_files import BadFiles, BadImage
 from localfeat.utils.errors import RunFailed
 from localfeat.utils.text import shown
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
+IMAGE_SUFFIXES = frozenset(
+    [
+        ".png",
+        ".jpg",
+        ".jpeg",
+        ".jfif",
+        ".jpe",
+        ".bmp",
+        ".dib",
+        ".webp",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".gif",
+    ],
+)
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
 """Formats that a file with one of these suffixes may have. PIL goes by content: it would hand an EPS called .png to
 ghostscript."""
+BEHIND_TRANSPARENCY = (255, 255, 255, 255)
+"""The colour, white, that transparent pixels are composed onto."""
 MAX_PIXELS = 100_000_000
 """Limit for one image: 300 MB as RGB, and eight are decoded at a time. A small file can claim any size."""
 
@@ -47,25 +69,27 @@ _Result = TypeVar("_Result")
 
 
 def read_image(path: Path, size: int | None = None) -> np.ndarray:
-    """Decode ``path`` to a writable uint8 RGB array (H, W, 3).
+    """Decode ``path`` to a writable uint8 RGB array (H, W, 3), the picture that an image viewer shows.
 
-    With ``size`` the shorter side is resized to it (bicubic, antialiased) and the centre square is kept, so the
-    result is (size, size, 3). Grey, palette, RGBA (alpha dropped), CMYK and 16-bit files become RGB; animations give
-    their first frame.
+    With ``size`` the centre square is kept and resized (bicubic, antialiased) to (size, size, 3). The picture is turned
+    as its EXIF orientation says, transparency is composed onto white (``BEHIND_TRANSPARENCY``), of 12- and 16-bit
+    pixels the upper 8 bits are kept. Animations give their first frame; colour profiles are not applied.
 
     Raises:
-        BadImage: none of the ``FORMATS``, damaged, truncated, more than ``MAX_PIXELS``, or not a regular file.
+        BadImage: none of the ``FORMATS``, damaged, truncated, more than ``MAX_PIXELS``, pixels without a known range
+            (floating-point, signed and 32-bit TIFF), or not a regular file.
         RunFailed: the system cannot read the file: missing, forbidden, a failing disk.
     """
     with _opened(path) as file:
-        image = _to_rgb(file)
+        turned = _orientation(file) > 1
+        image = _to_rgb(ImageOps.exif_transpose(file) if turned else file)
         return np.array(image if size is None else _centre_square(image, size))
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Return (height, width) from the file's header; raise as `read_image` does."""
+    """Return (height, width) of what `read_image` gives, from the file's header; raise as it does."""
     with _opened(path) as file:
-        return file.height, file.width
+        return (file.width, file.height) if _orientation(file) > 4 else (file.height, file.width)
 
 
 def common_size(paths: Sequence[Path], skip_bad: bool = False) -> tuple[int, int] | None:
@@ -130,22 +154,49 @@ def _in_threads(function: Callable[[Path], _Result], paths: Sequence[Path]) -> I
         pool.shutdown(cancel_futures=True)
 
 
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 (upright) to 8, that is still to be applied, without decoding pixels.
+
+    PIL turns TIFF files itself. A PNG may hold EXIF data behind its pixels: that is not looked for.
+    """
+    if image.format == "TIFF" or (image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys()):
+        return 1
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF data say nothing, as in viewers
+        return 1
+    return found if found in range(1, 9) else 1
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey; `convert` would clip it to white
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("it holds floating-point pixels, whose range is unknown")
+    if image.mode == "I" and image.format == "TIFF":
+        raise ValueError("it holds signed or 32-bit pixels, whose range is unknown")
+    if image.mode.startswith("I"):  # `convert` would clip it to white
+        image = _upper_bits(image)
+    if image.has_transparency_data:
+        below = Image.new("RGBA", image.size, BEHIND_TRANSPARENCY)
+        image = Image.alpha_composite(below, image.convert("RGBA"))
     return image.convert("RGB")
 
 
+def _upper_bits(image: Image.Image) -> Image.Image:
+    """Return the upper 8 bits of grey pixels of 12 or 16 bits, whose mode is "I" or begins with "I;16"."""
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    bits = tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
+    grey = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # 0 is white; PIL inverts 8-bit pixels only
+        grey = 255 - grey
+    return Image.fromarray(grey)
+
+
 def _centre_square(image: Image.Image, size: int) -> Image.Image:
-    width, height = image.size
-    scale = size / min(width, height)
-    width, height = max(size, round(width * scale)), max(size, round(height * scale))
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    """Keep the centre square and resize it; a picture of one line never becomes larger than its square."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return square if side == size else square.resize((size, size), Image.Resampling.BICUBIC)
 
 
 @contextmanager

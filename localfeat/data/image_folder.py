@@ -1,15 +1,18 @@
 """A dataset of image files: ``train/<class>/...``, ``test/<class>/...`` and optionally ``val/<class>/...``."""
 
 import os
-from collections.abc import Iterator
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from localfeat.data.bad_files import BadFiles
-from localfeat.data.decode import common_size, read_images
-from localfeat.data.files import image_paths
+from localfeat.data.decode import IMAGE_SUFFIXES, common_size, read_images
+from localfeat.data.files import holds, image_paths, made_by_a_system, tell_others
 from localfeat.data.labelled import FileImages, LabelledImages, TensorImages, no_sound_image
 from localfeat.utils.errors import UserError
 from localfeat.utils.text import prints, shown
@@ -22,9 +25,11 @@ class ImageFolder:
     """Labelled images in folders; the class names are the folder names, sorted.
 
     Images are decoded once into one tensor if that fits into ``MEMORY_LIMIT`` and half of the machine's memory, else
-    by the loader's workers for each batch. Images in memory that all share one size keep it. Otherwise the shorter side
-    of each is resized (bicubic, antialiased) to the *store size*, 8/7 of ``image_size`` (256 for 224), and the centre
-    square is kept.
+    by the loader's workers for each batch. Images in memory that all share one size keep it. Otherwise the centre
+    square of each is resized (bicubic, antialiased) to the *store size*, 8/7 of ``image_size`` (256 for 224).
+
+    `image_paths` says which files are images. How many others there are, and how many images lie in no class folder,
+    is told on stderr. Class names are compared and shown in Unicode's composed form (NFC).
 
     With ``skip_bad``, files that cannot be decoded are left out, each reported once on stderr: from the tensor, or
     from the batches they belong to, see `FileImages`. Both depend only on the files.
@@ -36,8 +41,8 @@ class ImageFolder:
         skip_bad: whether to leave bad files out instead of ending with an error.
 
     Raises:
-        UserError: missing train or test folders, an empty class folder, splits with different classes, a class whose
-            name does not print; in `load`, a class whose files are all bad.
+        UserError: missing train or test folders, an empty class folder, a single class, splits with different
+            classes, a class whose name does not print; in `load`, a class whose files are all bad.
     """
 
     def __init__(self, root: Path, image_size: int, in_memory: bool | None = None, skip_bad: bool = False) -> None:
@@ -46,11 +51,14 @@ class ImageFolder:
         self._wanted_in_memory = in_memory
         present = [split for split in ("train", "val", "test") if os.path.isdir(root / split)]
         self._bad = {split: BadFiles() if skip_bad else None for split in present}
-        self._files = {split: _scan(root / split, self._bad[split]) for split in present}
+        others = Counter[str]()
+        self._files = {split: _scan(root / split, self._bad[split], others) for split in present}
         if absent := [split for split in ("train", "test") if split not in present]:
             missing = " and no ".join(absent)
             raise UserError(f"image_folder: {shown(root.absolute())} has no {missing} folder; expected {LAYOUT}")
-        _check_same_classes(root, self._files)
+        tell_others(root, others)
+        _tell_loose_images(root, present)
+        _check_classes(root, self._files)
         self._names = list(self._files["train"])
         self.num_classes = len(self._names)
         self._native: tuple[int, int] | None = None
@@ -108,22 +116,38 @@ class ImageFolder:
         self._decided = True
 
 
-def _scan(split: Path, bad: BadFiles | None) -> dict[str, list[Path]]:
-    """Map each class name of one split, in sorted order, to its sorted image files."""
+def _scan(split: Path, bad: BadFiles | None, others: Counter[str]) -> dict[str, list[Path]]:
+    """Map each class name of one split, in sorted order, to its sorted image files; count all others."""
     with _readable(split):
-        folders = sorted(path for path in split.iterdir() if path.is_dir() and not path.name.startswith("."))
+        folders = sorted(path for path in split.iterdir() if path.is_dir() and not made_by_a_system(path.name))
     if not folders:
         raise UserError(f"image_folder: {shown(split.absolute())} has no class folders; expected {LAYOUT}")
+    files: dict[str, list[Path]] = {}
     for folder in folders:
-        if not prints(folder.name):  # the name will appear in tables, files and terminals
-            where = shown(folder.absolute())
+        name, where = unicodedata.normalize("NFC", folder.name), shown(folder.absolute())
+        if not prints(name):  # the name will appear in tables, files and terminals
             raise UserError(f"image_folder: the class {where} has a name that does not print; rename it")
-    files = {folder.name: image_paths(folder, bad) for folder in folders}
-    for name, paths in files.items():
-        if not paths:
-            where = shown(split.absolute() / name)
-            raise UserError(f"image_folder: the class folder {where} has no image; fill or delete it")
-    return files
+        if name in files:
+            raise UserError(f"image_folder: two class folders are called {where}, in two Unicode forms; merge them")
+        beside = Counter[str]()
+        files[name] = image_paths(folder, bad, beside)
+        if not files[name]:
+            raise UserError(f"image_folder: the class folder {where} has no image{holds(beside)}; fill or delete it")
+        others += beside
+    return dict(sorted(files.items()))
+
+
+def _tell_loose_images(root: Path, splits: Sequence[str]) -> None:
+    """Tell on stderr of images that lie beside the class folders."""
+    found: list[Path] = []
+    for split in splits:
+        with _readable(root / split):
+            beside = (path for path in (root / split).iterdir() if not path.name.startswith("."))
+            found += sorted(path for path in beside if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    if found:
+        count, example = len(found), shown(found[0])
+        what = "image lies in no class folder and is" if count == 1 else "images lie in no class folder and are"
+        print(f"warning: {count} {what} left out, such as {example}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -135,14 +159,17 @@ def _readable(folder: Path) -> Iterator[None]:
         raise UserError(f"image_folder: {where} cannot be read ({error.strerror})") from error
 
 
-def _check_same_classes(root: Path, files: dict[str, dict[str, list[Path]]]) -> None:
-    train = set(files["train"])
+def _check_classes(root: Path, files: dict[str, dict[str, list[Path]]]) -> None:
+    train, where = set(files["train"]), shown(root.absolute())
     for split in files:
-        if different := sorted(train.symmetric_difference(files[split])):
-            names = ", ".join(different[:5]) + (", ..." if len(different) > 5 else "")
-            raise UserError(
-                f"image_folder: train and {split} in {shown(root.absolute())} differ in their classes: {names}"
-            )
+        other = set(files[split])
+        if train == other:
+            continue
+        apart = {"train": sorted(train - other), split: sorted(other - train)}
+        only = (f"only in {s}: {', '.join(n[:5])}{', …' if len(n) > 5 else ''}" for s, n in apart.items() if n)
+        raise UserError(f"image_folder: train and {split} in {where} differ in their classes ({'; '.join(only)})")
+    if len(train) < 2:
+        raise UserError(f"image_folder: {where} has one class, {next(iter(train))}; a classifier needs two or more")
 
 
 def _fits(count: int, height: int, width: int) -> bool:

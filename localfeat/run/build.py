@@ -15,7 +15,7 @@ from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, Simpl
 from torch import nn
 
 from localfeat.backbones.timm_models import build_backbone
-from localfeat.data import ImageDataModule
+from localfeat.data.datamodule import ImageDataModule
 from localfeat.learner.module import Learner
 from localfeat.run.callbacks.logging_interval import LogShortRuns
 from localfeat.run.callbacks.nonfinite import StopOnNonFinite

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 
 from localfeat.backbones.split import Split
-from localfeat.data import ImageDataModule
+from localfeat.data.datamodule import ImageDataModule
 from localfeat.learner.module import Learner
 from localfeat.run import wandb_results
 from localfeat.run.build import build_callbacks, build_datamodule, build_learner, build_loggers, build_trainer

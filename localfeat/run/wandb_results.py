@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from localfeat.data import ImageDataModule
+from localfeat.data.datamodule import ImageDataModule
 from localfeat.learner.module import Learner
 from localfeat.run.callbacks.peak_memory import GIB
 from localfeat.run.configuration import RunConfiguration

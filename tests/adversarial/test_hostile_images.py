@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from localfeat.data import ImageDataModule
 from localfeat.data.bad_files import BadImage
+from localfeat.data.datamodule import ImageDataModule
 from localfeat.data.decode import FORMATS, MAX_PIXELS, image_size, read_image
 from localfeat.data.files import list_images
 from localfeat.data.image_folder import ImageFolder

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from localfeat.data import ImageDataModule
+from localfeat.data.datamodule import ImageDataModule
 from localfeat.run.evaluate import evaluate
 from localfeat.run.export import build_backbone
 from tests.helpers.command_line import call

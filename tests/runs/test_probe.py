@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from localfeat.data import ImageDataModule
+from localfeat.data.datamodule import ImageDataModule
 from localfeat.data.sources import Digits
 from localfeat.run.command import run
 from localfeat.run.evaluate import evaluate

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from localfeat.data import ImageDataModule
+from localfeat.data.datamodule import ImageDataModule
 from localfeat.data.labelled import TensorImages
 from localfeat.data.sources import Digits
 from localfeat.learner.module import Learner

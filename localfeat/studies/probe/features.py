@@ -12,7 +12,7 @@ from torch import Tensor
 
 from localfeat.backbones.decompose import Decomposition, decompose
 from localfeat.backbones.timm_models import image_size_of
-from localfeat.data import ImageDataModule
+from localfeat.data.datamodule import ImageDataModule
 from localfeat.data.labelled import BatchLoader, LabelledImages, batch_loader
 from localfeat.learner.module import Learner
 from localfeat.run.build import build_datamodule

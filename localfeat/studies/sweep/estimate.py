@@ -10,7 +10,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-from localfeat.data import ImageDataModule
+from localfeat.data.datamodule import ImageDataModule
 from localfeat.efficiency.settings import Efficiency
 from localfeat.memory.balance import balanced_cuts
 from localfeat.memory.balanced_split import BalancedSplit

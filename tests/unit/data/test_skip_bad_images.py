@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from localfeat.data import ImageDataModule
+from localfeat.data.datamodule import ImageDataModule
 from localfeat.utils.errors import UserError
 from tests.helpers.formats import write_image_folder
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from localfeat.data import ImageDataModule
+from localfeat.data.datamodule import ImageDataModule
 from localfeat.data.registry import make_source
 from localfeat.utils.errors import UserError
 from tests.helpers import formats

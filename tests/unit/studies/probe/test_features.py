@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from localfeat.backbones.decompose import decompose
-from localfeat.data import ImageDataModule
+from localfeat.data.datamodule import ImageDataModule
 from localfeat.studies.probe.features import Network, Place, sample
 from localfeat.utils.errors import UserError
 from tests.helpers import small
