@@ -26,13 +26,14 @@ from localfeat.run.callbacks.throughput import Throughput
 from localfeat.run.checkpoints.callbacks import AveragedWeights, BestCheckpoint, LastCheckpoint
 from localfeat.run.configuration import RunConfiguration
 from localfeat.run.console import RunProgress
-from localfeat.run.export import load_backbone_weights
 from localfeat.run.folder import RunFolder
 from localfeat.run.loggers.metrics_csv import MetricsCsv
 from localfeat.run.settings import CallbackSettings, TrainerSettings
 from localfeat.run.signals import StopRequest
 from localfeat.run.trust import check_fits
+from localfeat.run.weights import load_backbone_weights
 from localfeat.utils.errors import UserError
+from localfeat.utils.text import shown
 
 
 def build_datamodule(configuration: RunConfiguration) -> ImageDataModule:
@@ -47,11 +48,12 @@ def build_datamodule(configuration: RunConfiguration) -> ImageDataModule:
 
 
 def build_model(configuration: RunConfiguration, num_classes: int) -> nn.Module:
-    """Return the backbone with the initial weights that the configuration names."""
+    """Return the backbone with the initial weights that the configuration names; tell how a file of them was read."""
     settings = {name: value for name, value in vars(configuration.backbone).items() if name != "weights"}
     model = build_backbone(num_classes=num_classes, image_size=configuration.image_size, **settings)
     if configuration.backbone.weights:
-        load_backbone_weights(model, configuration.backbone.weights, reset_classifier=True)
+        notes = load_backbone_weights(model, configuration.backbone.weights, reset_classifier=True)
+        print(f"initial weights: {shown(configuration.backbone.weights)}{', '.join(['', *notes])}")
     return model
 
 

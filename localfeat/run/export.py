@@ -1,10 +1,8 @@
-"""Export the trained backbone as a safetensors file with timm's keys, and load weights into a timm model."""
+"""Export the trained backbone as a safetensors file with timm's keys, and build a timm model from one."""
 
 from __future__ import annotations
 
 import json
-import pickle
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,15 +11,12 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from localfeat.run.weights import check_exists, check_keys, load_backbone_weights, read_state
 from localfeat.utils.errors import UserError
 from localfeat.utils.files import write_whole
-from localfeat.utils.text import shown
-
-NESTED_UNDER = ("state_dict", "model")
-SHOWN_KEYS = 3
 
 
 @dataclass(frozen=True)
@@ -134,7 +129,7 @@ def build_backbone(path: str | Path) -> nn.Module:
     check_blocks(path, file.arguments)
     with torch.device("meta"):  # shapes without memory
         planned = _plain_model(path, file)
-    check_keys(path, read_state(path), planned.state_dict(), [])
+    check_keys(path, read_state(path)[0], planned.state_dict(), set())
     model = _plain_model(path, file)
     load_backbone_weights(model, path)
     return model
@@ -169,107 +164,3 @@ def check_blocks(path: str | Path, arguments: Mapping[str, Any]) -> None:
         counts = arguments.get(name, 0)
         if sum(n for n in (counts if isinstance(counts, list) else [counts]) if isinstance(n, int)) > tensors:
             raise UserError(f"{path}: {name}={counts} asks for more blocks than the file has weights")
-
-
-def load_backbone_weights(model: nn.Module, path: str | Path, *, reset_classifier: bool = False) -> None:
-    """Load weights with timm's keys into ``model``, all of them or none.
-
-    Args:
-        model: a timm model.
-        path: a ``.safetensors`` file, or a torch file with the state dict itself or under "state_dict" or "model".
-            Torch files are read with ``weights_only=True``: nothing in them is executed.
-        reset_classifier: keep the model's own classifier and ignore the file's.
-
-    Raises:
-        UserError: no such file, a file that needs code to be run, or weights of another model or class count.
-    """
-    state = read_state(path)
-    own = model.state_dict()
-    classifier = [key for key in own if key.startswith(classifier_prefixes(model))]
-    if reset_classifier:
-        state = {key: value for key, value in state.items() if not key.startswith(classifier_prefixes(model))}
-        own = {key: value for key, value in own.items() if key not in classifier}
-    check_keys(path, state, own, classifier)
-    model.load_state_dict(state, strict=not reset_classifier)
-
-
-def check_keys(path: str | Path, state: Mapping[str, Tensor], own: Mapping[str, Tensor], classifier: list[str]) -> None:
-    """Raise a UserError unless both sides have the same keys and shapes."""
-    for problem, keys in (("lacks", own.keys() - state.keys()), ("has unknown", state.keys() - own.keys())):
-        if keys:
-            raise UserError(f"{path} {problem} {some(keys)}: it must hold the weights of the same timm model")
-    other = sorted(key for key in own if own[key].shape != state[key].shape)
-    if not other:
-        return
-    key = other[0]
-    theirs, ours = list(state[key].shape), list(own[key].shape)
-    if set(other) <= set(classifier):
-        raise UserError(
-            f"{path} classifies {theirs[0]} classes, the model {ours[0]}: ask for a fresh classifier "
-            "(reset_classifier=True) or build the model with the file's classes"
-        )
-    raise UserError(f"{path} has {key} of shape {theirs}, the model {ours}: same architecture and image size needed")
-
-
-def classifier_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """Return the key prefixes of the final classifier, by timm's record of its name (a tuple for distilled models)."""
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
-
-
-def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Return name -> tensor from a safetensors or torch file, on the CPU.
-
-    Raises:
-        UserError: no such file, a file that needs code to be run, or content other than plain tensors by name.
-    """
-    file = check_exists(path)
-    try:
-        check_uncompressed(file)
-        content = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-    except UserError:
-        raise
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} needs code to be unpickled, which is refused: save a plain state dict") from None
-    except Exception as error:  # for other files the readers raise anything, even IndexError
-        raise UserError(f"{path} is neither a safetensors nor a torch file ({type(error).__name__})") from None
-    for key in NESTED_UNDER:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    named = isinstance(content, Mapping) and bool(content) and all(isinstance(key, str) for key in content)
-    if not named or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"{path} holds no state dict: give name -> tensor, plain or under {' or '.join(NESTED_UNDER)}")
-    for name, value in content.items():
-        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_complex():
-            raise UserError(f"{path} has {shown(name)}, which is not a plain tensor: save dense real numbers")
-    return dict(content)
-
-
-def check_uncompressed(file: Path) -> None:
-    """Refuse a torch file with compressed records: torch writes none, and a few kB could unpack to gigabytes.
-
-    Raises:
-        UserError: the file is compressed.
-    """
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-                raise UserError(f"{file} is a compressed archive, which torch does not write: save a plain state dict")
-
-
-def check_exists(path: str | Path) -> Path:
-    file = Path(path)
-    try:
-        there = file.is_file()
-    except OSError:  # the name is too long
-        there = False
-    if not there:
-        raise UserError(f"no weights file {shown(path)}: give a .safetensors file or a torch state dict")
-    return file
-
-
-def some(keys: set[str]) -> str:
-    """Return the first few keys, and the number of the others."""
-    names = [shown(key) for key in sorted(keys)]
-    more = f" and {len(names) - SHOWN_KEYS} more" if len(names) > SHOWN_KEYS else ""
-    return ", ".join(names[:SHOWN_KEYS]) + more

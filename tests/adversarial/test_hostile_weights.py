@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from localfeat.backbones.timm_models import build_backbone as backbone_of
 from localfeat.backbones.timm_models import model_name
-from localfeat.run.export import build_backbone, load_backbone_weights, read_backbone_file, read_state
+from localfeat.run.export import build_backbone, read_backbone_file
+from localfeat.run.weights import load_backbone_weights, read_state
 from localfeat.utils.errors import UserError
 from tests.helpers.hostile import PICKLES, bare_pickle, refused, script, unpacks_to_much, watched
 from tests.helpers.whole_runs import SMALL, TINY_SWIN, files_below

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from localfeat.run.export import build_backbone, export_backbone, load_backbone_weights, read_backbone_file
+from localfeat.run.export import build_backbone, export_backbone, read_backbone_file
+from localfeat.run.weights import load_backbone_weights
 from localfeat.utils.errors import UserError
 
 ARGUMENTS = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4, "patch_size": 2}
