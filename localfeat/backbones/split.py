@@ -69,6 +69,8 @@ def as_split(split: Split | int | Sequence[int], stage_depths: Sequence[int]) ->
         return split
     if isinstance(split, int):
         return Split(split, by="blocks" if split < 1 or len(stage_depths) % split else "stages")
+    if not isinstance(split, Sequence) or not all(isinstance(cut, int) for cut in split):
+        raise UserError(f"split={split!r}: give K, a list of cuts, a localfeat.Split or a localfeat.BalancedSplit")
     return Split(cuts=tuple(split))
 
 

@@ -15,6 +15,7 @@ from localfeat.backbones.split import ResolvableSplit, Split
 from localfeat.efficiency.settings import Efficiency
 from localfeat.learner.assembly import build_local_modules
 from localfeat.learner.figures import TrainingFigures
+from localfeat.learner.inputs import check_batch, check_images, check_kind, number_of_classes
 from localfeat.learner.lightning_internals import count_batch
 from localfeat.learner.nonfinite import AnomalyFound, NonFinite, anomaly
 from localfeat.learner.optimization import Optimization
@@ -67,14 +68,14 @@ class Learner(ModulewiseSteps):
         efficiency: Efficiency | None = None,
     ) -> None:
         super().__init__()
+        check_kind("optimization", optimization, Optimization)
+        check_kind("efficiency", efficiency, Efficiency)
         self.automatic_optimization = False
         self.method = as_method(method)
         self.optimization = optimization or Optimization()
         self.efficiency = efficiency or Efficiency()
         self._backbone = (backbone,)
-        self.num_classes = cast(int, backbone.num_classes)
-        if self.num_classes < 2:
-            raise UserError(f"a backbone with num_classes={self.num_classes} has no classifier to train")
+        self.num_classes = number_of_classes(backbone)
         decode = as_decoder(decoder)
         if isinstance(split, ResolvableSplit):
             split = split.resolve(backbone, self.method, decode, image_size=image_size, efficiency=self.efficiency)
@@ -136,6 +137,13 @@ class Learner(ModulewiseSteps):
         for module in self._modules_in_order:
             _, x = module.body(x)
         return cast(Tensor, cast(ClassifierObjective, self._modules_in_order[-1].objective).tail(x))
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Check a batch of a user's own loader while it is on the CPU, where reading labels costs nothing."""
+        if self._prepares is None and not self.trainer.predicting:
+            training = bool(self.trainer.training)
+            check_batch(batch, self.num_classes, training=training, contrasts=training and self.method.contrasts)
+        return batch
 
     # --- training -----------------------------------------------------------------------------------------------
 
@@ -200,6 +208,14 @@ class Learner(ModulewiseSteps):
         """Log loss and accuracy of the plain timm model."""
         self._evaluate(batch, "test", self.test_accuracy)
 
+    def predict_step(self, batch: Any, batch_index: int) -> Tensor:
+        """Return the plain timm model's logits (B, num_classes) of ``images`` or ``(images, labels)``."""
+        images = batch[0] if isinstance(batch, tuple | list) and batch else batch
+        if self._prepares is not None:
+            images, _ = self._prepares(images, torch.zeros(len(images), dtype=torch.int64), training=False)
+        check_images(images)
+        return self(images)
+
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> list[Reconstruction]:
         """Return each decoder's reconstruction of normalised images (B, 3, H, W); empty without decoders."""
@@ -239,10 +255,14 @@ class Learner(ModulewiseSteps):
 
     # --- inner parts --------------------------------------------------------------------------------------------
 
+    @property
+    def _prepares(self) -> Callable[..., tuple[Tensor, Tensor]] | None:
+        """The datamodule's ``prepare``, if there is one."""
+        return getattr(getattr(self.trainer, "datamodule", None), "prepare", None)
+
     def _prepare(self, batch: tuple[Tensor, Tensor], training: bool) -> tuple[Tensor, Tensor]:
-        prepare = getattr(getattr(self.trainer, "datamodule", None), "prepare", None)
         images, labels = batch
-        return prepare(images, labels, training=training) if prepare is not None else (images, labels)
+        return (images, labels) if self._prepares is None else self._prepares(images, labels, training=training)
 
     @contextmanager
     def _naming_anomalies(self, batch_index: int) -> Iterator[None]:

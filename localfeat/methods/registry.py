@@ -9,6 +9,7 @@ from typing import Any
 
 import localfeat.methods
 from localfeat.methods.base import AFTER_ALL, REGISTERED, Method, one_of
+from localfeat.utils.errors import UserError
 
 _SHARED = ("base", "site", "registry", "objective", "local_module", "parts")
 
@@ -37,11 +38,14 @@ def as_method(method: str | Method, **changes: object) -> Method:
     """Return a method by its name (see ``METHODS``), with some fields changed; a :class:`Method` as it is.
 
     Raises:
-        UserError: an unknown name.
+        UserError: an unknown name, or something else than a method.
     """
     if isinstance(method, str):
         one_of("method", method, tuple(METHODS))
         method = METHODS[method]
+    if not isinstance(method, Method):
+        given = method.__name__ if isinstance(method, type) else type(method).__name__
+        raise UserError(f"method is {given}: give a name, one of {', '.join(METHODS)}, or a localfeat.Method")
     return dataclasses.replace(method, **changes)  # type: ignore[arg-type]
 
 

@@ -5,8 +5,7 @@ Heavy modules are imported inside functions, so that ``--help`` and ``--cfg job`
 
 from __future__ import annotations
 
-import re
-import shlex
+import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,14 +18,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from localfeat.run.command_line import check_arguments, exit_code, one_line_errors, report
+from localfeat.run.command_line import check_arguments, exit_code, one_line_errors, report, with_quoted_paths
 from localfeat.run.composition import AUTO, plain, register_resolvers
 from localfeat.run.conf_dir import conf_dir
 from localfeat.run.folder import RunFolder
 from localfeat.run.hydra_guard import check_foreign
 from localfeat.run.signals import name, requeue
 from localfeat.utils.errors import Diverged, RunFailed, Stopped, UserError
-from localfeat.utils.text import quoted
+from localfeat.utils.text import as_argument
 
 if TYPE_CHECKING:
     from localfeat.run.configuration import RunConfiguration
@@ -56,7 +55,7 @@ def _run(cfg: DictConfig, folder: RunFolder, notes: dict[str, str]) -> dict[str,
     resumed = str(cfg.resume)
     if not resumed:
         raise UserError("resume= is empty: give the folder of a run that was cut short, or auto")
-    found = RunFolder(resumed)
+    found = RunFolder(os.path.expanduser(resumed))
     return _train(_configured(found.read_config()), found, resume=True)
 
 
@@ -103,7 +102,7 @@ def _train(
         raise
     except (RunFailed, Stopped) as end:
         way = (
-            f"; resume with: python -m localfeat.run {_resume_argument(folder.path)}"
+            f"; resume with: python -m localfeat.run {as_argument('resume', str(folder.path))}"
             if folder.config.is_file() and not folder.has_ended()
             else ""
         )
@@ -113,18 +112,12 @@ def _train(
         raise
 
 
-def _resume_argument(folder: Path) -> str:
-    """Return ``resume=<folder>``, quoted for the shell and for Hydra's grammar."""
-    text = str(folder)
-    if re.fullmatch(r"[A-Za-z0-9/._+-]+( +[A-Za-z0-9/._+-]+)*", text):
-        return f"resume={shlex.quote(text)}"
-    return shlex.quote(f"resume={quoted(text)}") if re.search(r"[\\'\"$`!]", text) else f"\"resume='{text}'\""
-
-
 def _attempt(cfg: DictConfig, explain: Callable[[Exception], str | None]) -> tuple[str, int] | None:
     """Run one job; return an error line and its exit code on failure, so that a sweep can run its other jobs."""
     job = HydraConfig.get()
     folder, multirun = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
+    if multirun and cfg.logger is not None and (given := os.environ.pop("WANDB_RUN_ID", None)):
+        print(f"warning: WANDB_RUN_ID={given} is ignored: every job of a sweep has its own W&B run", file=sys.stderr)
     try:
         if cfg.resume is not None:
             _check_resume(str(cfg.resume), list(job.overrides.task), multirun)
@@ -151,7 +144,7 @@ def _discard_unused(cfg: DictConfig, folder: Path, multirun: bool) -> None:
 
 def _check_resume(resume: str, overrides: list[str], multirun: bool) -> None:
     others = [override for override in overrides if not override.startswith("resume=")]
-    if others and resume != AUTO and not Path(resume, "config.yaml").is_file():
+    if others and resume != AUTO and not Path(resume, "config.yaml").expanduser().is_file():
         raise UserError(f"resume={resume}: it must be auto or the folder of a run that was cut short")
     if resume != AUTO and (multirun or others):
         raise UserError(f"resume=<folder> uses the run's own configuration: leave out {' '.join(others) or '-m'}")
@@ -177,6 +170,7 @@ def main() -> None:
             refused.append(code)
 
     with one_line_errors() as explain:
+        sys.argv[1:] = with_quoted_paths(sys.argv[1:])
         check_arguments(sys.argv[1:])
         register_resolvers()
         check_foreign(sys.argv[1:], conf_dir())

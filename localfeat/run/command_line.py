@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from localfeat.utils.errors import RunFailed, Stopped, UserError, contexts
-from localfeat.utils.text import shown
+from localfeat.utils.text import as_argument, quoted, shown
 
 
 @contextmanager
@@ -84,6 +85,8 @@ def explain(error: Exception) -> str | None:
 def _surroundings_line(error: Exception) -> str | None:
     """Return one line for a failure of the machine (files, memory, a killed worker process), ``None`` otherwise."""
     text = " ".join(str(error).split())
+    if getattr(error, "errno", None) == errno.EMFILE or "Too many open files" in text or "ancdata" in text:
+        return "too many open files: raise the limit (ulimit -n 4096), or lower dataset.num_workers"
     if isinstance(error, OSError) and error.errno is not None and not _while_hydra_prepares(error):
         return f"{error.filename or 'a file or pipe'}: {error.strerror}"
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
@@ -116,7 +119,9 @@ def _hydra_line(error: Exception) -> str:
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has to be given: {error.full_key}=<value>"
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: not key=value (a list is [1,2]; text with special characters needs quotes)"
+        key, equals, value = str(error.override).partition("=")
+        typed = f"; as text: {as_argument(key, value)}" if key and equals else ""
+        return f"{error.override}: not key=value (a list is [1,2]{typed})"
     if "Could not override" in text and isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return _unknown_override(str(cause.full_key))
     if isinstance(error, MissingConfigException) and error.options:
@@ -146,6 +151,25 @@ def _unknown_override(key: str) -> str:
         meant = f"; did you mean {found[0]}{near[0]}?" if near else f"; add it with +{key}=<value>"
         return f"{key}: there is no such key yet{meant}"
     return unknown_key(key, known)
+
+
+def with_quoted_paths(arguments: list[str]) -> list[str]:
+    """Return the arguments, with paths that are not Hydra's grammar (``weights=epoch=1.ckpt``) quoted for it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    from localfeat.run.composition import PATHS
+
+    parser, found = OverridesParser.create(), []
+    for given in arguments:
+        key, equals, value = given.partition("=")
+        if equals and key.lstrip("+") in PATHS:
+            try:
+                parser.parse_overrides([given])
+            except OverrideParseException:
+                given = f"{key}={quoted(value)}"
+        found.append(given)
+    return found
 
 
 def check_arguments(arguments: list[str]) -> None:
@@ -205,7 +229,7 @@ def parse_arguments(usage: str, defaults: dict[str, Any], arguments: list[str] |
             raise UserError(f"{argument}: arguments are key=value (see --help)")
         if key not in defaults:
             raise UserError(unknown_key(key, list(defaults)))
-        values[key] = value
+        values[key] = os.path.expanduser(value) if value.startswith("~") else value
     missing = [key for key, value in values.items() if value is ...]
     if missing:
         raise UserError(f"{missing[0]} has to be given: {missing[0]}=<value> (see --help)")

@@ -6,6 +6,7 @@ Nothing heavy is imported here, because ``--help`` and ``--cfg job`` need this m
 from __future__ import annotations
 
 import difflib
+import os
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -18,9 +19,24 @@ from localfeat.utils.errors import UserError
 
 _LONGEST_NAME = 255  # bytes, the limit of all common file systems
 
-
 AUTO = "auto"
 """``resume=auto``: resume the run that the same command began, or begin it."""
+
+
+PATHS = ("output_dir", "dataset.root", "backbone.weights", "resume")
+"""Keys of the configuration that name a file or a folder; ``~`` in them is the home folder."""
+
+
+def with_home(values: typing.Mapping[str, Any]) -> dict[str, Any]:
+    """Return plain values with ``~`` expanded in their ``PATHS``."""
+    found = dict(values)
+    for key in PATHS:
+        group, _, name = key.rpartition(".")
+        inside = found.get(group) if group else found
+        if isinstance(inside, dict) and isinstance(path := inside.get(name), str) and path.startswith("~"):
+            changed = {**inside, name: os.path.expanduser(path)}
+            found = {**found, group: changed} if group else changed
+    return found
 
 
 def register_resolvers() -> None:
@@ -36,7 +52,10 @@ def _run_dir(resume: object, output_dir: object, name: object) -> str:
         return "."
     if output_dir is None or str(output_dir).strip() == "":
         raise UserError("output_dir is empty: give the parent folder of all runs, e.g. outputs")
-    folder, (_, _, last) = f"{output_dir}/{name}", str(name).partition("/")  # <date>/<time>_<source>_<method.name>
+    folder, (_, _, last) = (
+        os.path.expanduser(f"{output_dir}/{name}"),
+        str(name).partition("/"),
+    )  # <date>/<time>_<source>_<method.name>
     if not folder.isprintable():
         raise UserError(f"output_dir={folder!a}: a folder's name cannot have such characters")
     if "/" in last or len(last.encode()) > _LONGEST_NAME:

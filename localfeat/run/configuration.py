@@ -15,6 +15,7 @@ from localfeat.learner.optimization import Optimization
 from localfeat.memory.balanced_split import BalancedSplit
 from localfeat.methods.base import Method
 from localfeat.methods.parts.decoders import DecoderFactory
+from localfeat.run.composition import with_home
 from localfeat.run.construct import check_values, construct, target_and_values, typed
 from localfeat.run.settings import BackboneSettings, CallbackSettings, DatasetSettings, Part, TrainerSettings
 from localfeat.utils.errors import UserError
@@ -81,7 +82,7 @@ class RunConfiguration:
         Raises:
             UserError: unknown keys; values of the wrong type, out of range or combined wrongly.
         """
-        hints = typing.get_type_hints(cls)
+        values, hints = with_home(values), typing.get_type_hints(cls)
         known = {
             item.name: dict[str, Any] if item.name in _GROUPS else hints[item.name]
             for item in dataclasses.fields(cls)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 
 
 def shown(text: str | os.PathLike[str]) -> str:
@@ -29,6 +30,14 @@ def quoted(text: str) -> str:
     """Quote a text for Hydra's grammar, which reads two backslashes as one before a quote and at the end."""
     escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
     return f"'{escaped}'"
+
+
+def as_argument(key: str, text: str) -> str:
+    """Return ``key=text`` as to be typed: quoted for the shell and for Hydra's grammar, where needed."""
+    if re.fullmatch(r"[A-Za-z0-9/._+-]+( +[A-Za-z0-9/._+-]+)*", text):
+        return f"{key}={shlex.quote(text)}"
+    needs_single = re.search(r"[\\'\"$`!]", text)
+    return shlex.quote(f"{key}={quoted(text)}") if needs_single else f"\"{key}='{text}'\""
 
 
 def as_typed(value: object) -> str:

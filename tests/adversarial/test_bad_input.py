@@ -35,7 +35,7 @@ HEAVY = ["torch", "torchvision", "lightning", "timm", "wandb", "matplotlib", "sk
 CONTRASTS = "method=feature_recon contrasts images by their class, which mixup and cutmix blur: set dataset.mixup=0"
 BATCHES = "it must be a number of batches from 1, a share like 0.1, or null for all"
 METHOD_NAMES = ", ".join(sorted(METHODS))
-SYNTAX = "not key=value (a list is [1,2]; text with special characters needs quotes)"
+SYNTAX = "not key=value (a list is [1,2]"
 
 KEYS_AND_GROUPS = {
     "epoch=3": "epoch: there is no such key; did you mean epochs?",
@@ -54,8 +54,9 @@ KEYS_AND_GROUPS = {
     "method=foo": f"method=foo: it is one of {METHOD_NAMES}",
     "dataset=mnist": "dataset=mnist: it is one of cifar10, cifar100, digits, image_folder, stl10, svhn",
     "method=null": f"method=null: it is one of {METHOD_NAMES}",
-    "epochs": f"epochs: {SYNTAX}",
-    "epochs=[1": f"epochs=[1: {SYNTAX}",
+    "epochs": f"epochs: {SYNTAX})",
+    "epochs=[1": f"epochs=[1: {SYNTAX}; as text: \"epochs='[1'\")",
+    "logger.project=ü": f"logger.project=ü: {SYNTAX}; as text: \"logger.project='ü'\")",
     "=3": "=3: not key=value",
     "seed=0,1": "seed=0,1: several values make a sweep, which needs -m; a list is [1,2]",
     "epochs=${nothing}": "epochs: Interpolation key 'nothing' not found",

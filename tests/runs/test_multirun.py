@@ -130,13 +130,15 @@ def test_every_job_is_a_wandb_run_of_its_own(
 ) -> None:
     monkeypatch.setattr("sys.stdin", None)  # a prompt would fail
     before = process_state()
+    monkeypatch.setenv("WANDB_RUN_ID", "one")  # is taken out of the environment: it names one run
     jobs = sweep(
         monkeypatch, tmp_path, ["cifar10"], "method=feature_recon,e2e", "logger=wandb", "trainer.log_every_n_steps=1"
     )
     assert {name for name, value in process_state().items() if value != before[name]} <= {"warnings"}
     runs = [read_offline(job) for job in jobs]
     assert [run["name"] for run in runs] == ["cifar10-feature_recon-k4-seed0", "cifar10-e2e-k4-seed0"]
-    assert len({run["id"] for run in runs}) == 2
+    assert len({run["id"] for run in runs} - {"one"}) == 2
+    assert capfd.readouterr().err.count("WANDB_RUN_ID=one is ignored") == 1
     assert {run["project"] for run in runs} == {"localfeat"}
     (group,) = {run["group"] for run in runs}
     assert group == f"{jobs[0].parent.parent.name}_{jobs[0].parent.name}"

@@ -19,12 +19,13 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 
 from localfeat.run.checkpoints.files import WholeCheckpointIO, newest_sound, read_checkpoint, remove_previous
-from localfeat.run.command import _resume_argument, run
+from localfeat.run.command import run
 from localfeat.run.folder import RunFolder
 from localfeat.run.resume import difference, earlier_run
 from localfeat.utils import locks
 from localfeat.utils.errors import RunFailed, Stopped, UserError
 from localfeat.utils.locks import is_locked, sole_run, try_lock
+from localfeat.utils.text import as_argument
 from tests.helpers.command_line import call
 from tests.helpers.whole_runs import (
     BATCHES,
@@ -428,7 +429,7 @@ def test_auto_knows_a_value_by_another_word(
 def test_the_command_to_resume_can_be_pasted(name: str) -> None:
     """It survives the shell and Hydra's grammar."""
     folder = Path("/runs") / name
-    (typed,) = shlex.split(_resume_argument(folder))
+    (typed,) = shlex.split(as_argument("resume", str(folder)))
     found = OverridesParser.create().parse_override(typed)
     assert not found.is_sweep_override() and found.value() == str(folder)
 

@@ -76,9 +76,9 @@ DECODERS: dict[str, DecoderFactory] = {"interp": InterpDecoder, "one_layer": One
 
 def as_decoder(decoder: str | DecoderFactory) -> DecoderFactory:
     """Return a decoder's factory by name; return a callable as it is."""
-    if not isinstance(decoder, str):
+    if callable(decoder):
         return decoder
-    if decoder not in DECODERS:
+    if not isinstance(decoder, str) or decoder not in DECODERS:
         raise UserError(f"decoder={decoder}: it is one of {', '.join(DECODERS)}")
     return DECODERS[decoder]
 

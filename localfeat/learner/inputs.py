@@ -1,0 +1,96 @@
+"""Check what a library user gives, arguments and batches, so that a mistake is one line and not a torch error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localfeat.utils.errors import UserError
+
+_WANTED = "a batch is (images, labels): float images (B, 3, H, W) and int64 class indices (B,)"
+
+
+def check_kind(name: str, value: Any, kind: type) -> None:
+    """Raise a UserError unless ``value`` is a ``kind`` or None."""
+    if value is not None and not isinstance(value, kind):
+        given = value.__name__ if isinstance(value, type) else type(value).__name__
+        raise UserError(f"{name} is {given}: give localfeat.{kind.__name__}(…)")
+
+
+def number_of_classes(backbone: Any) -> int:
+    if not isinstance(backbone, nn.Module):
+        raise UserError(
+            f"the backbone is {type(backbone).__name__}: give a model, timm.create_model(…, num_classes=10)"
+        )
+    found = getattr(backbone, "num_classes", None)
+    if not isinstance(found, int):
+        raise UserError(f"the backbone {type(backbone).__name__} has no num_classes, which every timm model has")
+    if found < 2:
+        raise UserError(f"a backbone with num_classes={found} has no classifier to train")
+    return found
+
+
+def check_batch(batch: Any, num_classes: int, *, training: bool, contrasts: bool) -> None:
+    """Check a batch of ``(images, labels)``; values of labels only if they are on the CPU, where that costs nothing.
+
+    Args:
+        batch: what the DataLoader gives.
+        num_classes: the classifier's classes.
+        training: whether labels may be probabilities (B, num_classes), as mixup makes them.
+        contrasts: whether the batch is trained on by a method that contrasts its images.
+
+    Raises:
+        UserError: another structure, labels of a wrong type, shape or range, too few images to contrast.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(x, Tensor) for x in batch):
+        found = f"({', '.join(type(x).__name__ for x in batch)})" if isinstance(batch, tuple | list) else type(batch)
+        raise UserError(f"{_WANTED}; this one is {found if isinstance(found, str) else found.__name__}")
+    images, labels = batch
+    check_images(images)
+    if len(labels) != len(images):
+        raise UserError(f"{len(labels)} labels for {len(images)} images: {_WANTED}")
+    if labels.is_floating_point():
+        _check_probabilities(labels, num_classes, training=training, contrasts=contrasts)
+    elif labels.dtype != torch.int64:
+        raise UserError(f"labels are {_name(labels.dtype)}: class indices are int64, labels.long()")
+    elif labels.ndim != 1:
+        raise UserError(f"labels have the shape {list(labels.shape)}: class indices are int64 (B,)")
+    elif labels.device.type == "cpu" and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        low, high = int(labels.min()), int(labels.max())
+        raise UserError(f"labels lie between {low} and {high}: this classifier has the classes 0 to {num_classes - 1}")
+    if contrasts and len(labels) < 2:
+        raise UserError("a batch of 1: this method contrasts the images of a batch, at least 2 (drop_last=True)")
+
+
+def check_images(images: Any) -> None:
+    """Check the images of a batch.
+
+    Raises:
+        UserError: no float tensor of four dimensions.
+    """
+    if not isinstance(images, Tensor):
+        raise UserError(f"images are {type(images).__name__}: give a float tensor (B, 3, H, W)")
+    if not images.is_floating_point():
+        raise UserError(f"images are {_name(images.dtype)}: give normalised floats (B, 3, H, W)")
+    if images.ndim != 4:
+        raise UserError(f"images have the shape {list(images.shape)}: give (B, 3, H, W)")
+
+
+def _check_probabilities(labels: Tensor, num_classes: int, *, training: bool, contrasts: bool) -> None:
+    if not training or labels.ndim != 2 or labels.shape[1] != num_classes:
+        also = f", in training also probabilities (B, {num_classes})" if training else ""
+        raise UserError(f"labels are {_name(labels.dtype)} {list(labels.shape)}: class indices are int64 (B,){also}")
+    if contrasts:
+        raise UserError("labels are probabilities: this method contrasts images by their class, an int64 index")
+    if labels.device.type == "cpu" and not (
+        bool((labels >= 0).all()) and torch.allclose(labels.sum(1), labels.new_ones(()), atol=1e-3)
+    ):
+        raise UserError(
+            "float labels are probabilities that sum to 1 for every image; several labels are not supported"
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

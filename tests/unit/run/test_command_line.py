@@ -1,0 +1,44 @@
+"""What is typed: paths as the shell and the user mean them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from localfeat.run.command_line import explain, parse_arguments, with_quoted_paths
+from tests.helpers.command_line import call
+from tests.helpers.whole_runs import SMALL
+
+
+@pytest.mark.parametrize(
+    "path", ["bilder_jürgen", "run=1", "epoch=0-step=4.ckpt", "~/runs", "Photos (1)", "a,b c(", "it's=1", "plain/a-b.c"]
+)
+def test_paths_that_are_not_hydras_grammar_are_taken_as_text(path: str) -> None:
+    for key in ("dataset.root", "backbone.weights", "output_dir", "resume"):
+        (typed,) = with_quoted_paths([f"{key}={path}"])
+        assert OverridesParser.create().parse_override(typed).value() == path
+
+
+def test_lists_of_paths_stay_sweeps() -> None:
+    given = ["-m", "dataset.root=a,b", "backbone.weights=null", "method.name=ü", "seed=0,1"]
+    assert with_quoted_paths(given) == given
+
+
+def test_home_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, "run", *SMALL, "epochs=1", "output_dir=~/runs") == 0
+    (folder,) = (tmp_path / "runs").glob("*/*")
+    assert OmegaConf.load(folder / "config.yaml").output_dir == f"{tmp_path}/runs"
+    assert not (tmp_path / "~").exists()
+    there = f"run=~/{folder.relative_to(tmp_path)}"
+    assert call(monkeypatch, "evaluate", there, "json=~/figures.json") == 0 and (tmp_path / "figures.json").is_file()
+    assert parse_arguments("", {"images": ...}, ["images=~/here"]) == {"images": f"{tmp_path}/here"}
+
+
+def test_too_many_open_files_name_the_limit() -> None:
+    for error in (OSError(24, "Too many open files"), RuntimeError("received 0 items of ancdata")):
+        assert explain(error) == "too many open files: raise the limit (ulimit -n 4096), or lower dataset.num_workers"
