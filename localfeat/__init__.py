@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from localfeat.methods.registry import METHODS
     from localfeat.methods.site import Site
     from localfeat.run.callbacks.nonfinite import StopOnNonFinite
+    from localfeat.run.library import compose, train
     from localfeat.utils.errors import UserError
 
 __version__ = "0.1.0"
@@ -47,7 +48,9 @@ _HOMES = {
     "Split": "localfeat.backbones.split",
     "StopOnNonFinite": "localfeat.run.callbacks.nonfinite",
     "UserError": "localfeat.utils.errors",
+    "compose": "localfeat.run.library",
     "step_memory": "localfeat.memory.accounting",
+    "train": "localfeat.run.library",
 }
 __all__ = [
     "METHODS",
@@ -66,7 +69,9 @@ __all__ = [
     "Split",
     "StopOnNonFinite",
     "UserError",
+    "compose",
     "step_memory",
+    "train",
 ]
 
 

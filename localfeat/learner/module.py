@@ -138,23 +138,16 @@ class Learner(ModulewiseSteps):
             _, x = module.body(x)
         return cast(Tensor, cast(ClassifierObjective, self._modules_in_order[-1].objective).tail(x))
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Check a batch of a user's own loader while it is on the CPU, where reading labels costs nothing."""
-        if self._prepares is None and not self.trainer.predicting:
-            training = bool(self.trainer.training)
-            check_batch(batch, self.num_classes, training=training, contrasts=training and self.method.contrasts)
-        return batch
-
     # --- training -----------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+    def training_step(self, batch: Any, batch_index: int) -> None:
         """Train every module in turn on one batch. At most one module's graph is alive at a time."""
         self.backbone.training = self.training  # after validation Lightning restores registered modules only
         window = self._window(batch_index)
         steps = batch_index % self.optimization.accumulate + 1 == window or self.trainer.is_last_batch
         with self._naming_anomalies(batch_index):
             self.train_modules(
-                lambda: self._prepare(batch, training=True),
+                lambda: self._prepare(batch, batch_index, training=True),
                 lambda loss: self.manual_backward(loss / window),
                 lambda module: self._step(module) if steps else self.nonfinite.wait(module),
             )
@@ -202,11 +195,11 @@ class Learner(ModulewiseSteps):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """Log loss and accuracy of the plain timm model."""
-        self._evaluate(batch, "val", self.val_accuracy)
+        self._evaluate(batch, batch_index, "val", self.val_accuracy)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """Log loss and accuracy of the plain timm model."""
-        self._evaluate(batch, "test", self.test_accuracy)
+        self._evaluate(batch, batch_index, "test", self.test_accuracy)
 
     def predict_step(self, batch: Any, batch_index: int) -> Tensor:
         """Return the plain timm model's logits (B, num_classes) of ``images`` or ``(images, labels)``."""
@@ -260,9 +253,15 @@ class Learner(ModulewiseSteps):
         """The datamodule's ``prepare``, if there is one."""
         return getattr(getattr(self.trainer, "datamodule", None), "prepare", None)
 
-    def _prepare(self, batch: tuple[Tensor, Tensor], training: bool) -> tuple[Tensor, Tensor]:
+    def _prepare(self, batch: Any, batch_index: int, training: bool) -> tuple[Tensor, Tensor]:
+        """Return images and labels; a batch of a loader without ``prepare`` is checked."""
+        if self._prepares is not None:
+            return self._prepares(*batch, training=training)
+        values = self.device.type == "cpu" or batch_index == 0  # reading them waits for a GPU
+        contrasts = training and self.method.contrasts
+        check_batch(batch, self.num_classes, training=training, contrasts=contrasts, values=values)
         images, labels = batch
-        return (images, labels) if self._prepares is None else self._prepares(images, labels, training=training)
+        return images, labels
 
     @contextmanager
     def _naming_anomalies(self, batch_index: int) -> Iterator[None]:
@@ -293,8 +292,8 @@ class Learner(ModulewiseSteps):
             self.log_dict({**self.figures.latest, "train/lr": lr, "train/skipped_steps": skipped}, batch_size=1)
             self.log("loss", self.figures.latest["train/loss"], prog_bar=True, logger=False, batch_size=1)
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, accuracy: MulticlassAccuracy) -> None:
-        images, labels = self._prepare(batch, training=False)
+    def _evaluate(self, batch: Any, batch_index: int, stage: str, accuracy: MulticlassAccuracy) -> None:
+        images, labels = self._prepare(batch, batch_index, training=False)
         logits = self(images).float()
         accuracy.update(logits, labels)
         loss = nn.functional.cross_entropy(logits, labels)

@@ -31,27 +31,24 @@ if TYPE_CHECKING:
     from localfeat.run.configuration import RunConfiguration
 
 
-def run(cfg: DictConfig, folder: str | Path) -> dict[str, Any]:
+def run(cfg: DictConfig, folder: str | Path, notes: dict[str, str] | None = None) -> dict[str, Any]:
     """Train one configuration, write its results to a folder, and return the content of summary.json.
 
     Args:
         cfg: the configuration. With ``resume=<folder>`` that run is resumed with its own configuration. With
             ``resume=auto`` the newest run of the same configuration is resumed, or its result returned if it has ended.
         folder: the folder of a new run.
+        notes: further files of a new run, name -> text, see ``notes_of``.
 
     Raises:
         UserError: the configuration is invalid.
         RunFailed: the environment failed the run, for example with a full disk.
         Stopped: a signal stopped the run.
     """
-    return _run(cfg, RunFolder(folder), {})
-
-
-def _run(cfg: DictConfig, folder: RunFolder, notes: dict[str, str]) -> dict[str, Any]:
     if cfg.resume is None:
-        return _train(_configured(plain(cfg)), folder, resume=False, notes=notes)
+        return _train(_configured(plain(cfg)), RunFolder(folder), resume=False, notes=notes)
     if cfg.resume == AUTO:
-        return _resume_or_begin({**plain(cfg), "resume": None}, folder, notes)
+        return _resume_or_begin({**plain(cfg), "resume": None}, RunFolder(folder), notes or {})
     resumed = str(cfg.resume)
     if not resumed:
         raise UserError("resume= is empty: give the folder of a run that was cut short, or auto")
@@ -65,7 +62,7 @@ def _configured(values: dict[str, Any]) -> RunConfiguration:
     return RunConfiguration.from_values(values)
 
 
-def _notes(cfg: DictConfig, hydra_cfg: HydraConf) -> dict[str, str]:
+def notes_of(cfg: DictConfig, hydra_cfg: HydraConf) -> dict[str, str]:
     """Return the files that Hydra itself writes for a job, name -> text: overrides, configuration, Hydra's settings."""
     parts = {"config": cfg, "overrides": hydra_cfg.overrides.task, "hydra": OmegaConf.create({"hydra": hydra_cfg})}
     return {f".hydra/{name}.yaml": OmegaConf.to_yaml(part) for name, part in parts.items()}
@@ -121,7 +118,7 @@ def _attempt(cfg: DictConfig, explain: Callable[[Exception], str | None]) -> tup
     try:
         if cfg.resume is not None:
             _check_resume(str(cfg.resume), list(job.overrides.task), multirun)
-        _run(cfg, RunFolder(folder), _notes(cfg, job))
+        run(cfg, folder, notes_of(cfg, job))
         return None
     except Stopped as stopped:
         _discard_unused(cfg, folder, multirun)

@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -65,8 +65,13 @@ def _own(error: Exception) -> UserError | RunFailed | None:
     return next((e for e in contexts(error) if isinstance(e, UserError | RunFailed)), None)
 
 
-def explain(error: Exception) -> str | None:
-    """Return one line for a user's mistake or a failed run, ``None`` for a bug."""
+def explain(error: Exception, arguments: Sequence[str] | None = None) -> str | None:
+    """Return one line for a user's mistake or a failed run, ``None`` for a bug.
+
+    Args:
+        error: what was raised.
+        arguments: the overrides; those of the command line if None.
+    """
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -74,7 +79,7 @@ def explain(error: Exception) -> str | None:
     if own is error or (own and isinstance(error, OmegaConfBaseException)):  # raised in a resolver that conf/ calls
         return _own_line(str(own))
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return _hydra_line(error)
+        return _hydra_line(error, sys.argv[1:] if arguments is None else arguments)
     if isinstance(error, OSError) and _while_hydra_prepares(error):
         return f"output_dir: {error.filename} cannot be written to ({error.strerror})"
     if isinstance(error, ValueError) and "integer string conversion" in str(error):  # Python's, from Hydra's parser
@@ -110,7 +115,7 @@ def _own_line(text: str) -> str:
     return " ".join(lines)
 
 
-def _hydra_line(error: Exception) -> str:
+def _hydra_line(error: Exception, arguments: Sequence[str]) -> str:
     """Return one line for an error of Hydra or OmegaConf, whose own messages are long and name classes."""
     from hydra.errors import MissingConfigException, OverrideParseException
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue
@@ -123,7 +128,7 @@ def _hydra_line(error: Exception) -> str:
         typed = f"; as text: {as_argument(key, value)}" if key and equals else ""
         return f"{error.override}: not key=value (a list is [1,2]{typed})"
     if "Could not override" in text and isinstance(cause, ConfigKeyError | ConfigAttributeError):
-        return _unknown_override(str(cause.full_key))
+        return _unknown_override(str(cause.full_key), arguments)
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={choice}: it is one of {', '.join(error.options)}"
@@ -137,10 +142,10 @@ def _hydra_line(error: Exception) -> str:
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
-def _unknown_override(key: str) -> str:
+def _unknown_override(key: str, arguments: Sequence[str]) -> str:
     from localfeat.run.composition import known_keys, unknown_key
 
-    choices = [a for a in sys.argv[1:] if re.fullmatch(r"[a-z_]+=[a-z0-9_]+", a) and not a.startswith(f"{key}=")]
+    choices = [a for a in arguments if re.fullmatch(r"[a-z_]+=[a-z0-9_]+", a) and not a.startswith(f"{key}=")]
     try:
         known = known_keys(choices)
     except Exception:  # another override is wrong, too

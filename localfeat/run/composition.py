@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -77,15 +77,27 @@ def plain(node: DictConfig) -> dict[str, Any]:
     return typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=True, throw_on_missing=True))
 
 
-def known_keys(overrides: list[str]) -> list[str]:
-    """Return every key of the configuration that these group choices compose."""
+def composed(overrides: Sequence[str], *, hydra_too: bool = False) -> DictConfig:
+    """Return the configuration that Hydra composes for overrides; with ``hydra_too`` also Hydra's own part.
+
+    The Hydra of an application that calls this stays as it was.
+    """
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     register_resolvers()
+    outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return list(_flat(compose("config", overrides=overrides)))
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return compose("config", overrides=list(overrides), return_hydra_config=hydra_too)
+    finally:
+        GlobalHydra.instance().hydra = outer
+
+
+def known_keys(overrides: Sequence[str]) -> list[str]:
+    """Return every key of the configuration that these group choices compose."""
+    return list(_flat(composed(overrides)))
 
 
 def _flat(node: DictConfig, prefix: str = "") -> Iterator[str]:

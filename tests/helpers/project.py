@@ -20,6 +20,9 @@ def copy_sources(target: Path) -> Path:
     target.mkdir()
     for folder in ("localfeat", "conf"):
         shutil.copytree(ROOT / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for study in ROOT.glob("experiments/*/study.yaml"):
+        (target / study.relative_to(ROOT)).parent.mkdir(parents=True)
+        shutil.copy2(study, target / study.relative_to(ROOT))
     for file in ROOT.iterdir():
         if file.is_file():
             shutil.copy2(file, target)

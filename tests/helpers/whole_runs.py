@@ -13,17 +13,15 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
+from localfeat.run import composition
 from localfeat.run import train as training
 from localfeat.run.command import run
-from localfeat.run.composition import plain, register_resolvers
-from localfeat.run.conf_dir import conf_dir
+from localfeat.run.composition import plain
 from localfeat.run.configuration import RunConfiguration
 from localfeat.run.loggers.metrics_csv import read_rows
 
@@ -52,10 +50,7 @@ TIMED = ("speed/images_per_second", "speed/outside_step")  # columns of metrics.
 
 def composed(*overrides: str) -> DictConfig:
     """Return the configuration of ``python -m localfeat.run <overrides>``."""
-    register_resolvers()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
+    return composition.composed(overrides)
 
 
 def configured(*overrides: str) -> RunConfiguration:

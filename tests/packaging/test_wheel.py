@@ -42,7 +42,8 @@ def printed_conf_dir(folder: Path, added: Path | None = None) -> Path:
 
 
 def test_wheel_carries_every_config_file(wheel: Path) -> None:
-    expected = {f"localfeat/{path.relative_to(ROOT)}" for path in ROOT.glob("conf/**/*.yaml")}
+    beside = [*ROOT.glob("conf/**/*.yaml"), *ROOT.glob("experiments/*/study.yaml")]
+    expected = {f"localfeat/{path.relative_to(ROOT)}" for path in beside}
     assert any(name.count("/") > 2 for name in expected), "no nested configuration to check"
     packaged = {f"localfeat/studies/report/{name}" for name in ("published.yaml", "page.html.j2", "page.css")}
     names = set(names_in(wheel))
@@ -86,6 +87,32 @@ def test_conf_dir_of_an_editable_install(sources: Path, tmp_path: Path) -> None:
     elsewhere.mkdir()
     run_pip("install", "--target", site, "--editable", sources)
     assert printed_conf_dir(elsewhere, site) == sources / "conf"
+
+
+def test_a_script_beside_the_clone_imports_the_package(tmp_path: Path) -> None:
+    """The clone's own folder is called localfeat, too, and would be taken for the package."""
+    site, clone = tmp_path / "site", copy_sources(tmp_path / "localfeat")
+    run_pip("install", "--target", site, "--editable", clone)
+    assert printed_conf_dir(tmp_path, site) == clone / "conf"
+
+
+def test_studies_are_found_from_an_installed_wheel(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    run_pip("install", "--target", site, wheel)
+    code = f"import sys; sys.path.insert(0, {str(site)!r}); from localfeat.studies.sweep.study import study_file"
+    result = subprocess.run(
+        [sys.executable, "-c", f"{code}; print(study_file('small'))"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.stdout.strip() == str(site / "localfeat" / "experiments" / "small" / "study.yaml"), result.stderr
+
+
+def test_a_source_distribution_builds_the_same_wheel(sources: Path, wheel: Path, tmp_path: Path) -> None:
+    code = f"from setuptools.build_meta import build_sdist; print(build_sdist({str(tmp_path)!r}))"
+    subprocess.run([sys.executable, "-c", code], cwd=sources, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    run_pip("wheel", "--wheel-dir", tmp_path, archive)
+    (rebuilt,) = tmp_path.glob("*.whl")
+    assert names_in(rebuilt) == names_in(wheel)
 
 
 def test_missing_conf_is_one_clear_error(tmp_path: Path) -> None:

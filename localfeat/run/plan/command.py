@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localfeat.run.command_line import check_arguments, one_line_errors, report
-from localfeat.run.composition import plain, register_resolvers
-from localfeat.run.conf_dir import conf_dir
+from localfeat.run.composition import composed, plain
 from localfeat.utils.errors import UserError
 from localfeat.utils.files import failing_in_one_line, write_whole
 
@@ -84,18 +83,8 @@ def _folder(path: str) -> str:
 
 def composer(config_dir: str | None) -> Callable[[Sequence[str]], dict[str, Any]]:
     """Return a function that composes the configuration of ``localfeat.run`` for overrides, as plain values."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
     own = [] if config_dir is None else [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"]
-
-    def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
-        register_resolvers()
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return plain(compose("config", overrides=[*own, *overrides]))
-
-    return compose_config
+    return lambda overrides: plain(composed([*own, *overrides]))
 
 
 def make_plan(arguments: Sequence[str]) -> tuple[Plan, dict[str, Any]]:

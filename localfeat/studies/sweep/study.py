@@ -157,11 +157,12 @@ def load_study(name: str) -> Study:
 
 
 def study_file(name: str) -> Path:
-    """Return a study's file: below ``experiments`` in the current folder or the checkout, or ``name`` itself."""
+    """Return a study's file: ``name`` itself, or below ``experiments`` (current folder, checkout, wheel)."""
     if name.endswith((".yaml", ".yml")):
         places = [Path(name)]
     else:
-        folders = [Path("experiments"), Path(__file__).resolve().parents[3] / "experiments"]
+        package = Path(__file__).resolve().parents[2]
+        folders = [place / "experiments" for place in (Path(), package.parent, package)]
         places = [folder / name / "study.yaml" for folder in folders]
     for place in places:
         if name and place.is_file():

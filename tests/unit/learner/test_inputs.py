@@ -95,7 +95,7 @@ def own(images: Tensor, labels: Tensor, size: int = 8) -> DataLoader:
     return DataLoader(TensorDataset(images, labels), batch_size=size)
 
 
-def test_the_trainer_is_told_before_a_batch_reaches_the_device() -> None:
+def test_the_trainer_tells_it() -> None:
     images, labels = batch()
     with pytest.raises(UserError, match="labels are int32"):
         trainer().fit(learner("greedy_ce", 2), own(images, labels.int()))

@@ -1,0 +1,75 @@
+"""The command line from Python: the same overrides, the same run, the same folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from localfeat.run.configuration import RunConfiguration
+from localfeat.utils.errors import RunFailed, UserError
+
+
+def compose(overrides: Sequence[str] = ()) -> RunConfiguration:
+    """Return the configuration that ``localfeat run <overrides>`` trains, checked.
+
+    Args:
+        overrides: what would be typed, such as ``["dataset=cifar10", "split=k4", "optimizer.lr=1e-3"]``.
+
+    Raises:
+        UserError: an unknown key or choice, or a value that is wrong.
+    """
+    from localfeat.run.composition import plain
+
+    return RunConfiguration.from_values(plain(_composed(overrides)))
+
+
+def train(overrides: Sequence[str] = (), folder: str | Path | None = None) -> dict[str, Any]:
+    """Train as ``localfeat run <overrides>`` does, and return the content of ``summary.json``.
+
+    Args:
+        overrides: what would be typed.
+        folder: the run's folder; ``None`` for a new one below ``output_dir``, as on the command line.
+
+    Raises:
+        UserError: an invalid configuration, missing data, a folder that is in use.
+        RunFailed: the environment failed the run, or it diverged.
+        Stopped: a signal stopped the run.
+    """
+    from omegaconf import OmegaConf, open_dict
+
+    from localfeat.run.command import notes_of, run
+
+    cfg = _composed(overrides, hydra_too=True)
+    hydra_cfg = cfg.hydra
+    where = Path(str(OmegaConf.select(cfg, "hydra.run.dir")) if folder is None else folder)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return run(cfg, where, notes_of(cfg, hydra_cfg))
+
+
+def _composed(overrides: Sequence[str], *, hydra_too: bool = False) -> Any:
+    from localfeat.run.command_line import check_arguments, with_quoted_paths
+    from localfeat.run.composition import composed
+
+    with _one_line(overrides):
+        typed = with_quoted_paths(list(overrides))
+        check_arguments(typed)
+        return composed(typed, hydra_too=hydra_too)
+
+
+@contextmanager
+def _one_line(overrides: Sequence[str]) -> Iterator[None]:
+    """Raise Hydra's errors as ``UserError`` with the line that the command would print."""
+    from localfeat.run.command_line import explain
+
+    try:
+        yield
+    except (UserError, RunFailed):
+        raise
+    except Exception as error:
+        line = explain(error, overrides)
+        if line is None:
+            raise
+        raise UserError(line) from error
