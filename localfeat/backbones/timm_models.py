@@ -137,7 +137,8 @@ def _hub_offline_without_network() -> Iterator[None]:
 def _explained(error: Exception, name: str, pretrained: bool, arguments: bool) -> UserError | None:
     """Return the error as one that the user can fix; ``None`` for a bug in timm or here."""
     if found := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
-        return UserError(f"backbone: timm's {name} takes no argument {found[1]}")
+        others = f": does it belong to another network? backbone=timm backbone.name={name} starts without"
+        return UserError(f"backbone: timm's {name} takes no argument {found[1]}{others if arguments else ''}")
     if (arguments or isinstance(error, TypeError | AssertionError | ValueError)) and not pretrained:
         reason = next(iter(str(error).strip().splitlines()), "")
         return UserError(f"backbone: timm's {name} cannot be built like this: {type(error).__name__} {reason}".rstrip())

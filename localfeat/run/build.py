@@ -49,7 +49,7 @@ def build_datamodule(configuration: RunConfiguration) -> ImageDataModule:
 
 def build_model(configuration: RunConfiguration, num_classes: int) -> nn.Module:
     """Return the backbone with the initial weights that the configuration names; tell how a file of them was read."""
-    settings = {name: value for name, value in vars(configuration.backbone).items() if name != "weights"}
+    settings = {name: value for name, value in vars(configuration.backbone).items() if name not in ("weights", "label")}
     model = build_backbone(num_classes=num_classes, image_size=configuration.image_size, **settings)
     if configuration.backbone.weights:
         notes = load_backbone_weights(model, configuration.backbone.weights, reset_classifier=True)

@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from localfeat.run.command_line import check_arguments, exit_code, one_line_errors, report, with_quoted_paths
+from localfeat.run.command_line import arranged, exit_code, one_line_errors, report
 from localfeat.run.composition import AUTO, plain, register_resolvers
 from localfeat.run.conf_dir import conf_dir
 from localfeat.run.folder import RunFolder
@@ -167,8 +167,7 @@ def main() -> None:
             refused.append(code)
 
     with one_line_errors() as explain:
-        sys.argv[1:] = with_quoted_paths(sys.argv[1:])
-        check_arguments(sys.argv[1:])
+        sys.argv[1:] = arranged(sys.argv[1:])
         register_resolvers()
         check_foreign(sys.argv[1:], conf_dir())
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()

@@ -158,36 +158,21 @@ def _unknown_override(key: str, arguments: Sequence[str]) -> str:
     return unknown_key(key, known)
 
 
-def with_quoted_paths(arguments: list[str]) -> list[str]:
-    """Return the arguments, with paths that are not Hydra's grammar (``weights=epoch=1.ckpt``) quoted for it."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import OverrideParseException
+def arranged(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of a command as Hydra reads them, checked.
 
-    from localfeat.run.composition import PATHS
-
-    parser, found = OverridesParser.create(), []
-    for given in arguments:
-        key, equals, value = given.partition("=")
-        if equals and key.lstrip("+") in PATHS:
-            try:
-                parser.parse_overrides([given])
-            except OverrideParseException:
-                given = f"{key}={quoted(value)}"
-        found.append(given)
-    return found
-
-
-def check_arguments(arguments: list[str]) -> None:
-    """Refuse arguments that Hydra would answer with its usage text, with a stack trace, or not at all.
+    Options come before overrides, which Hydra does not read on both sides of an option. Paths that are not Hydra's
+    grammar (``weights=epoch=1.ckpt``) are quoted for it.
 
     Raises:
-        UserError: an unknown option, a group without a choice, or ``~key``, which would remove a key.
+        UserError: what Hydra would answer with its usage text, with a stack trace, or not at all: an unknown option, a
+            group without a choice, or ``~key``, which would remove a key.
     """
     from hydra._internal.utils import get_args_parser
 
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]  # argparse's own prints the usage and exits
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(list(arguments))
     commands = [name for name in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(given, name)]
     if given.resolve and not (given.cfg or given.help):
         raise UserError("--resolve goes with --cfg job or --help")
@@ -195,6 +180,25 @@ def check_arguments(arguments: list[str]) -> None:
         raise UserError(f"--{' and --'.join(commands)}: only one of them at a time")
     for override in given.overrides:
         _check_override(override)
+    options = list(arguments)
+    for override in given.overrides:
+        options.remove(override)
+    return [*options, *map(_with_quoted_path, given.overrides)]
+
+
+def _with_quoted_path(override: str) -> str:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    from localfeat.run.composition import PATHS
+
+    key, equals, value = override.partition("=")
+    if equals and key.lstrip("+") in PATHS:
+        try:
+            OverridesParser.create().parse_overrides([override])
+        except OverrideParseException:
+            return f"{key}={quoted(value)}"
+    return override
 
 
 def _refuse(message: str) -> NoReturn:

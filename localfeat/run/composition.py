@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from localfeat.run.conf_dir import conf_dir
 from localfeat.run.method_group import store_methods
@@ -43,6 +43,7 @@ def register_resolvers() -> None:
     """Register the functions that conf/ calls as ``${localfeat.…}``, and the choices of ``method=``."""
     store_methods()
     OmegaConf.register_new_resolver("localfeat.run_dir", _run_dir, replace=True)
+    OmegaConf.register_new_resolver("localfeat.choice", _choice, replace=True)
     OmegaConf.register_new_resolver("localfeat.linear_lr", _linear_lr, replace=True)
 
 
@@ -61,6 +62,14 @@ def _run_dir(resume: object, output_dir: object, name: object) -> str:
     if "/" in last or len(last.encode()) > _LONGEST_NAME:
         raise UserError(f"method.name, in {last}, is part of a folder's name: use fewer than 200 letters and no /")
     return folder
+
+
+def _choice(group: str, *, _root_: DictConfig) -> str:
+    """Return the name of the file chosen for a group."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra_cfg = _root_["hydra"] if "hydra" in _root_ else HydraConfig.get()
+    return str(hydra_cfg.runtime.choices[group]).rpartition("/")[2]
 
 
 def _linear_lr(lr: float, images: int, batch_size: int, accumulate: int) -> float:
@@ -90,9 +99,14 @@ def composed(overrides: Sequence[str], *, hydra_too: bool = False) -> DictConfig
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return compose("config", overrides=list(overrides), return_hydra_config=hydra_too)
+            cfg = compose("config", overrides=list(overrides), return_hydra_config=True)
     finally:
         GlobalHydra.instance().hydra = outer
+    cfg.method.name = cfg.method.name  # may be the choice, which is Hydra's part
+    if not hydra_too:
+        with open_dict(cfg):
+            del cfg["hydra"]
+    return cfg
 
 
 def known_keys(overrides: Sequence[str]) -> list[str]:

@@ -124,6 +124,11 @@ class RunConfiguration:
         return self.backbone.model_name(self.image_size)
 
     @property
+    def backbone_label(self) -> str:
+        """The backbone's name in results."""
+        return self.backbone.label or self.model_name
+
+    @property
     def decoder_name(self) -> str:
         """The name of the decoders' class."""
         return str(getattr(self.decoder, "func", self.decoder).__name__)

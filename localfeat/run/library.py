@@ -50,13 +50,11 @@ def train(overrides: Sequence[str] = (), folder: str | Path | None = None) -> di
 
 
 def _composed(overrides: Sequence[str], *, hydra_too: bool = False) -> Any:
-    from localfeat.run.command_line import check_arguments, with_quoted_paths
+    from localfeat.run.command_line import arranged
     from localfeat.run.composition import composed
 
     with _one_line(overrides):
-        typed = with_quoted_paths(list(overrides))
-        check_arguments(typed)
-        return composed(typed, hydra_too=hydra_too)
+        return composed(arranged(overrides), hydra_too=hydra_too)
 
 
 @contextmanager

@@ -17,7 +17,10 @@ from localfeat.utils.errors import UserError
 from localfeat.utils.files import remove_parts
 from localfeat.utils.text import as_typed
 
-NEUTRAL = ("resume", "output_dir", "dataset.root", "dataset.download", "dataset.num_workers", "dataset.in_memory")
+NEUTRAL = (
+    *("resume", "output_dir", "backbone.label"),
+    *("dataset.root", "dataset.download", "dataset.num_workers", "dataset.in_memory"),
+)
 NEUTRAL_PARTS = ("logger", "callbacks.progress_bar", "callbacks.checkpoint_every_")
 """Keys that cannot change a result: a run may be resumed with other values of them."""
 

@@ -18,17 +18,19 @@ class BackboneSettings:
 
     Args:
         name: the timm model's name.
+        label: the name in results; ``None`` for the model's.
         variants: image size -> the timm model used instead of ``name`` at that size.
         pretrained: whether to load timm's ImageNet weights.
-        weights: a file with weights under timm's keys; its classifier is ignored.
+        weights: a file of weights for this model; its classifier is ignored.
         drop_path_rate: the stochastic depth rate; ``None`` keeps the model's own.
         arguments: further constructor arguments of the model.
 
     Raises:
-        UserError: both ``pretrained`` and ``weights`` are given.
+        UserError: both ``pretrained`` and ``weights`` are given, or variants of another network.
     """
 
     name: str
+    label: str | None = None
     variants: Mapping[int, str] | None = None
     pretrained: bool = False
     weights: str | None = None
@@ -38,10 +40,21 @@ class BackboneSettings:
     def __post_init__(self) -> None:
         if self.weights and self.pretrained:
             raise UserError("backbone.pretrained and backbone.weights: initial weights come from one of them")
+        for size, other in (self.variants or {}).items():
+            if _network(other) != _network(self.name):
+                raise UserError(
+                    f"backbone.name={self.name}: its group has {other} for {size} px, of another network; "
+                    f"type backbone=timm backbone.name={self.name}"
+                )
 
     def model_name(self, image_size: int) -> str:
         """Return the name of the timm model for images of ``image_size`` pixels."""
         return model_name(self.name, image_size, self.variants)
+
+
+def _network(name: str) -> list[str]:
+    """Return a model's network and size, ``["swin", "base"]`` of ``swin_base_patch4_window7_224``."""
+    return name.split("_")[:2]
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,7 @@ def _summarise(
     return RunSummary(
         method=learner.method.name,
         dataset=configuration.dataset.source,
-        backbone=configuration.model_name,
+        backbone=configuration.backbone_label,
         split=learner.blocks_per_module,
         decoder=configuration.decoder_name if learner.method.decodes else None,
         seed=configuration.seed,

@@ -56,7 +56,7 @@ def begin(
 def network_of(configuration: RunConfiguration, learner: Learner) -> dict[str, Any]:
     """Return facts that follow from the configuration, to sort runs by: model, modules, blocks, parameters."""
     return {
-        "model": configuration.model_name,
+        "model": configuration.backbone_label,
         "modules": len(learner.blocks_per_module),
         "blocks_per_module": learner.blocks_per_module,
         "parameters": learner.parameter_counts(),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localfeat.run.command_line import check_arguments, one_line_errors, report
+from localfeat.run.command_line import arranged, one_line_errors, report
 from localfeat.run.composition import composed, plain
 from localfeat.utils.errors import UserError
 from localfeat.utils.files import failing_in_one_line, write_whole
@@ -71,8 +71,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]
         raise UserError("budget has to be given: budget=8GiB, or budget=auto for this machine's GPU (see --help)")
     if resumed := next((o for o in overrides if o.startswith("resume=")), None):
         raise UserError(f"{resumed}: a resumed run keeps its own configuration; plan without it")
-    check_arguments(overrides)
-    return values, overrides
+    return values, arranged(overrides)
 
 
 def _folder(path: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import shlex
 import sys
 import uuid
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from localfeat.run.command_line import check_arguments, one_line_errors, report
+from localfeat.run.command_line import arranged, one_line_errors, report
 from localfeat.run.composition import known_keys, unknown_key
 from localfeat.studies.sweep.folder import StudyFolder
 from localfeat.studies.sweep.launch import check_launcher, launch
@@ -86,12 +87,13 @@ def read_request(arguments: Sequence[str]) -> Request:
         if not equals or argument.startswith("-"):
             raise UserError(f"{argument}: arguments are key=value (see --help)")
         if key in OWN:
-            values[key] = value
+            values[key] = os.path.expanduser(value) if key == "folder" else value
         else:
             (options if key.lstrip("+").startswith("hydra.launcher.") else overrides).append(argument)
     if values["study"] is ...:
         raise UserError("study has to be given: study=paper_scratch (see --help)")
     _check(values, overrides)
+    overrides = arranged(overrides)
     study = load_study(values["study"])
     jobs = [_logged(job, study.name) for job in study.jobs(overrides)]
     chosen = [job for job in jobs if values["job"] in (None, job.name)]
@@ -110,7 +112,6 @@ def _check(values: dict[str, Any], overrides: Sequence[str]) -> None:
             raise UserError(f"{override}: the sweep sets this itself; hydra.launcher.* configures the launcher")
         if difflib.get_close_matches(key, OWN, cutoff=0.75) and key not in known_keys([]):
             raise UserError(unknown_key(key, list(OWN)))  # a mistyped key of the sweep, not a key of the runs
-    check_arguments(list(overrides))
     if values["dry"] not in ("true", "false"):
         raise UserError(f"dry={values['dry']}: it is true or false")
     if values["folder"] == "" or (values["folder"] and "${" in values["folder"]):

@@ -8,7 +8,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from localfeat.run.command_line import explain, parse_arguments, with_quoted_paths
+from localfeat.run.command_line import arranged, explain, parse_arguments
 from tests.helpers.command_line import call
 from tests.helpers.whole_runs import SMALL
 
@@ -18,13 +18,20 @@ from tests.helpers.whole_runs import SMALL
 )
 def test_paths_that_are_not_hydras_grammar_are_taken_as_text(path: str) -> None:
     for key in ("dataset.root", "backbone.weights", "output_dir", "resume"):
-        (typed,) = with_quoted_paths([f"{key}={path}"])
+        (typed,) = arranged([f"{key}={path}"])
         assert OverridesParser.create().parse_override(typed).value() == path
 
 
-def test_lists_of_paths_stay_sweeps() -> None:
+def test_other_arguments_stay() -> None:
     given = ["-m", "dataset.root=a,b", "backbone.weights=null", "method.name=ü", "seed=0,1"]
-    assert with_quoted_paths(given) == given
+    assert arranged(given) == given
+
+
+def test_options_may_stand_anywhere() -> None:
+    assert arranged(["split=k4", "--config-dir", "here", "seed=1", "-m"]) == [
+        *("--config-dir", "here", "-m"),
+        *("split=k4", "seed=1"),
+    ]
 
 
 def test_home_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
