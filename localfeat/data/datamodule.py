@@ -124,6 +124,11 @@ class ImageDataModule(lightning.LightningDataModule):
             self.prepare_data()
         return self.source.class_names()
 
+    @property
+    def training_images(self) -> int:
+        """The number of training images, without those held out for validation."""
+        return len(self._required("train"))
+
     def prepare(self, images: Tensor, labels: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
         """Turn a batch into network inputs; call it inside the step, under any autocast.
 

@@ -92,7 +92,7 @@ def check_options(
     if image_size < 1:
         raise UserError(f"image_size={image_size}: it must be at least 1 pixel")
     if augmentation not in AUGMENTATIONS:
-        raise UserError(f"unknown augmentation {augmentation!r}; there are {', '.join(AUGMENTATIONS)}")
+        raise UserError(f"augmentation={augmentation}: it is one of {', '.join(AUGMENTATIONS)}")
     for name, value in (("mixup", mixup), ("cutmix", cutmix)):
         if not 0 <= value < float("inf"):
             raise UserError(f"{name}={value}: the parameter of its Beta distribution must be 0 (off) or positive")

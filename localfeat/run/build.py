@@ -28,6 +28,7 @@ from localfeat.run.configuration import RunConfiguration
 from localfeat.run.console import RunProgress
 from localfeat.run.folder import RunFolder
 from localfeat.run.loggers.metrics_csv import MetricsCsv
+from localfeat.run.output import tell
 from localfeat.run.settings import CallbackSettings, TrainerSettings
 from localfeat.run.signals import StopRequest
 from localfeat.run.trust import check_fits
@@ -41,7 +42,12 @@ def build_datamodule(configuration: RunConfiguration) -> ImageDataModule:
     known = timm.get_pretrained_cfg(configuration.model_name)
     expected = {"mean": known.mean, "std": known.std} if known else {}
     dataset = configuration.dataset
-    datamodule = dataset.build(**expected)
+    try:
+        datamodule = dataset.build(**expected)
+    except UserError as error:
+        key = str(error).partition("=")[0]
+        typed_there = key in dataset.values and key not in ("image_size", "batch_size", "seed")
+        raise UserError(f"dataset.{error}" if typed_there else str(error)) from error
     check_fits(datamodule, configuration.values.get("dataset", {}).get("_target_", dataset.target), "dataset")
     assert isinstance(datamodule, ImageDataModule)
     return datamodule
@@ -53,7 +59,7 @@ def build_model(configuration: RunConfiguration, num_classes: int) -> nn.Module:
     model = build_backbone(num_classes=num_classes, image_size=configuration.image_size, **settings)
     if configuration.backbone.weights:
         notes = load_backbone_weights(model, configuration.backbone.weights, reset_classifier=True)
-        print(f"initial weights: {shown(configuration.backbone.weights)}{', '.join(['', *notes])}")
+        tell(f"initial weights: {shown(configuration.backbone.weights)}{', '.join(['', *notes])}")
     return model
 
 

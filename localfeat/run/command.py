@@ -23,6 +23,8 @@ from localfeat.run.composition import AUTO, plain, register_resolvers
 from localfeat.run.conf_dir import conf_dir
 from localfeat.run.folder import RunFolder
 from localfeat.run.hydra_guard import check_foreign
+from localfeat.run.output import intention, tell
+from localfeat.run.settings import check_plain_settings
 from localfeat.run.signals import name, requeue
 from localfeat.utils.errors import Diverged, RunFailed, Stopped, UserError
 from localfeat.utils.text import as_argument
@@ -57,6 +59,8 @@ def run(cfg: DictConfig, folder: str | Path, notes: dict[str, str] | None = None
 
 
 def _configured(values: dict[str, Any]) -> RunConfiguration:
+    check_plain_settings(values)
+    tell(intention(values))  # before imports that take seconds
     from localfeat.run.configuration import RunConfiguration
 
     return RunConfiguration.from_values(values)
@@ -81,9 +85,9 @@ def _resume_or_begin(values: dict[str, Any], folder: RunFolder, notes: dict[str,
         _discard(folder.path)
         check_free(found.path)
     if found.has_ended():
-        print(f"{found}: this run has ended, nothing is left to do (without resume=auto a new run begins)")
+        tell(f"{found}: this run has ended, nothing is left to do (without resume=auto a new run begins)")
         return found.read_summary()
-    print(f"{found}: resuming")
+    tell(f"{found}: resuming")
     return _train(_configured(found.read_config()), found, resume=True)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from localfeat.run.output import reader_may_leave
 from localfeat.utils.errors import RunFailed, Stopped, UserError, contexts
 from localfeat.utils.text import as_argument, quoted, shown
 
@@ -31,7 +32,8 @@ def one_line_errors() -> Iterator[Callable[[Exception], str | None]]:
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing the error and exiting with 1
     try:
-        yield explain
+        with reader_may_leave():
+            yield explain
     except Exception as error:
         line = explain(error)
         if line is None:

@@ -17,7 +17,14 @@ from localfeat.methods.base import Method
 from localfeat.methods.parts.decoders import DecoderFactory
 from localfeat.run.composition import with_home
 from localfeat.run.construct import check_values, construct, target_and_values, typed
-from localfeat.run.settings import BackboneSettings, CallbackSettings, DatasetSettings, Part, TrainerSettings
+from localfeat.run.settings import (
+    BackboneSettings,
+    CallbackSettings,
+    DatasetSettings,
+    Part,
+    PlainSettings,
+    TrainerSettings,
+)
 from localfeat.utils.errors import UserError
 
 _GROUPS = (
@@ -34,21 +41,14 @@ _GROUPS = (
 )
 
 
-@dataclass(frozen=True)
-class RunConfiguration:
-    """All settings of a run.
+@dataclass(frozen=True, kw_only=True)
+class RunConfiguration(PlainSettings):
+    """All settings of a run: those of `PlainSettings`, and the groups that name parts of localfeat.
 
     Args:
-        seed: the seed of weights, batches and validation split.
-        image_size: the side of the network's square input in pixels.
-        batch_size: images per step.
-        epochs: the number of epochs.
-        backbone, dataset, split, decoder, method, optimizer, efficiency, trainer, callbacks: the configuration groups
-            of the same name, as objects.
+        backbone, dataset, split, decoder, method, optimizer, efficiency: the configuration groups of the same name, as
+            objects.
         logger: the logger used in addition to ``metrics.csv``; ``None`` for none.
-        output_dir: the parent folder of all runs.
-        test: whether the test set is scored at the end.
-        resume: ``auto`` or the folder of the run to resume; ``None`` for a new run.
         values: the same configuration as plain values, as in ``config.yaml``.
 
     Raises:
@@ -56,10 +56,6 @@ class RunConfiguration:
             made when those are built.
     """
 
-    seed: int
-    image_size: int
-    batch_size: int
-    epochs: int
     backbone: BackboneSettings
     dataset: DatasetSettings
     split: Split | BalancedSplit
@@ -67,12 +63,7 @@ class RunConfiguration:
     method: Method
     optimizer: Optimization
     efficiency: Efficiency = field(default_factory=Efficiency)
-    trainer: TrainerSettings = field(default_factory=TrainerSettings)
-    callbacks: CallbackSettings = field(default_factory=CallbackSettings)
     logger: Part | None = None
-    output_dir: str = "outputs"
-    test: bool = True
-    resume: str | None = None
     values: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -96,11 +87,7 @@ class RunConfiguration:
         return cls(**{**checked, **groups}, values={**checked, **plain})
 
     def __post_init__(self) -> None:
-        for key in ("image_size", "batch_size", "epochs"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{key}={getattr(self, key)}: it must be at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed={self.seed}: it must lie between 0 and {2**32 - 1}")
+        super().__post_init__()
         for key in ("image_size", "batch_size", "seed"):
             own = self.dataset.values.get(key, getattr(self, key))
             if own != getattr(self, key):

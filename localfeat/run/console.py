@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from rich.table import Table
 
 from localfeat.run.callbacks.peak_memory import GIB
 from localfeat.run.callbacks.throughput import Throughput
+from localfeat.run.output import silence
 from localfeat.run.summary import RunSummary
 
 SECONDS_BETWEEN_READINGS = 0.5
@@ -25,15 +24,13 @@ class PatientConsole(Console):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # for Python's own flush, and for other prints
+        silence()
 
 
 class RunProgress(RichProgressBar):
-    """A bar per epoch with loss, validation accuracy and images per second.
+    """A line per epoch with loss, validation accuracy and images per second; below it on a terminal, a bar.
 
-    Where standard output is not a terminal (a file, a pipe, a batch system), it prints one line per epoch instead,
-    without control characters.
+    Where standard output is not a terminal (a file, a pipe, a batch system), there are no control characters.
 
     Args:
         console: the console to write to; None for one on standard output.
@@ -51,17 +48,23 @@ class RunProgress(RichProgressBar):
         return bool(super().is_enabled) and self._plain.is_terminal
 
     def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
-        """Return the figures known so far as texts for the bar."""
+        """Return the loss so far as text for the bar; more would not fit into 80 columns."""
         now = time.monotonic()
         if now - self._read_at >= SECONDS_BETWEEN_READINGS or trainer.is_last_batch:  # reading waits for the device
             self._read_at = now
-            self._texts = {name: text for name, text in epoch_figures(trainer).items() if text}
+            self._texts = {name: text for name, text in epoch_figures(trainer).items() if name == "loss" and text}
         return self._texts
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        if self.progress is not None and self.train_progress_bar_id is not None:  # Lightning counts epochs from 0
+            self.progress.update(self.train_progress_bar_id, description=epoch_number(trainer))
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        if super().is_enabled and not self._plain.is_terminal:
-            self._plain.print(epoch_line(trainer), highlight=False, soft_wrap=True)
+        if super().is_enabled:
+            console = self._plain if self.progress is None else self.progress.console  # above the bar
+            console.print(epoch_line(trainer), highlight=False, soft_wrap=True)
 
 
 def epoch_figures(trainer: lightning.Trainer) -> dict[str, str]:
@@ -77,11 +80,16 @@ def epoch_figures(trainer: lightning.Trainer) -> dict[str, str]:
     }
 
 
+def epoch_number(trainer: lightning.Trainer) -> str:
+    """Return the current epoch, from 1, and the number of epochs."""
+    epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else "?"
+    return f"epoch {trainer.current_epoch + 1}/{epochs}"
+
+
 def epoch_line(trainer: lightning.Trainer) -> str:
     """Return one line for the current epoch."""
-    epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else "?"
     figures = [f"{name} {text}" for name, text in epoch_figures(trainer).items() if text]
-    return "  ".join([f"epoch {trainer.current_epoch + 1}/{epochs}", *figures])
+    return "  ".join([epoch_number(trainer), *figures])
 
 
 def final_table(summary: RunSummary, folder: str | Path, console: Console | None = None) -> None:

@@ -31,15 +31,16 @@ def evaluate(
     Raises:
         UserError: no such run, split or checkpoint, or missing data.
     """
+    if split not in ("train", "val", "test"):
+        raise UserError(f"split={split}: it is train, val or test")
+    run = RunFolder(folder)
+    run.check_readable(checkpoint)  # before imports that take seconds
     import torch
     from torch.nn.functional import cross_entropy
 
     from localfeat.run.build import build_datamodule
     from localfeat.run.finished import open_learner, saved_configuration
 
-    if split not in ("train", "val", "test"):
-        raise UserError(f"split={split}: it is train, val or test")
-    run = RunFolder(folder)
     configuration = saved_configuration(run)
     datamodule = build_datamodule(configuration if root is None else configuration.with_root(root))
     learner = open_learner(run, configuration, datamodule.num_classes, checkpoint)

@@ -26,6 +26,7 @@ TRAIN, VALIDATION, INK, QUIET = "#3b6fb6", "#d1603d", "#222222", "#8a8a8a"
 MODULE_TERM = re.compile(r"train/module_(\d+)/(\w+)")
 TERM_TITLES = {"loss": "Local loss of each module"}
 COLUMNS = 3
+FEATURE_COLOURS = "features: the target's first three principal components as red, green, blue"
 
 
 class Reconstructed(Protocol):
@@ -44,8 +45,8 @@ class Reconstructed(Protocol):
     def output(self) -> Tensor: ...
 
 
-def learning_curves(metrics_csv: str | Path, png: str | Path) -> None:
-    """Draw loss, accuracy and every term of the local losses against the number of batches.
+def learning_curves(metrics_csv: str | Path, png: str | Path, *, title: str = "") -> None:
+    """Draw loss, accuracy and every term of the local losses against the number of batches, below ``title``.
 
     Raises:
         UserError: the file holds no training or validation metrics.
@@ -63,7 +64,14 @@ def learning_curves(metrics_csv: str | Path, png: str | Path) -> None:
         draw_module_panel(axis, term, by_module, last=max(max(modules) for modules in terms.values()))
     if terms:
         draw_module_legend(figure, axes[len(panels) :])
+    draw_title(figure, title)
     save(figure, png)
+
+
+def draw_title(figure: Figure, title: str) -> None:
+    """Write the run's name above all panels."""
+    if title:
+        figure.suptitle(title, fontsize=10, color=INK, parse_math=False)
 
 
 def module_terms(series: dict[str, Points]) -> dict[str, dict[int, Points]]:
@@ -163,7 +171,12 @@ def running_mean(values: Sequence[float], width: int) -> list[float]:
 
 
 def reconstruction_grid(
-    reconstructions: Sequence[Reconstructed], images_pixels: Tensor, png: str | Path, *, max_images: int = 8
+    reconstructions: Sequence[Reconstructed],
+    images_pixels: Tensor,
+    png: str | Path,
+    *,
+    max_images: int = 8,
+    title: str = "",
 ) -> None:
     """Draw the input images and, for every module, its reconstruction target and output.
 
@@ -175,6 +188,7 @@ def reconstruction_grid(
         images_pixels: the images (B, 3, H, W) in [0, 1].
         png: the file to write.
         max_images: the largest number of columns.
+        title: the run's name.
 
     Raises:
         RunFailed: ``png`` cannot be written.
@@ -187,7 +201,8 @@ def reconstruction_grid(
         what = "image" if entry.kind == "image" else "features"
         rows.append((f"module {entry.module}\n{what} {size}", target))
         rows.append(("reconstructed", output))
-    draw_rows(rows, png)
+    features = any(entry.kind != "image" for entry in reconstructions)
+    draw_rows(rows, png, title, FEATURE_COLOURS if features else "")
 
 
 def as_pixels(entry: Reconstructed, count: int) -> tuple[Tensor, Tensor]:
@@ -222,8 +237,8 @@ def project(features: Tensor, mean: Tensor, components: Tensor) -> Tensor:
     return torch.einsum("bchw,ck->bkhw", features - mean[:, None, None], components)
 
 
-def draw_rows(rows: Sequence[tuple[str, Tensor]], png: str | Path) -> None:
-    """Draw one labelled row per entry; pixels are enlarged without smoothing."""
+def draw_rows(rows: Sequence[tuple[str, Tensor]], png: str | Path, title: str, note: str) -> None:
+    """Draw one labelled row per entry between title and note; pixels are enlarged without smoothing."""
     from matplotlib.figure import Figure
 
     count = len(rows[0][1])
@@ -235,6 +250,9 @@ def draw_rows(rows: Sequence[tuple[str, Tensor]], png: str | Path) -> None:
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
         row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8, color=INK, labelpad=6)
+    draw_title(figure, title)
+    if note:
+        figure.supxlabel(note, fontsize=7, color=INK)
     save(figure, png)
 
 

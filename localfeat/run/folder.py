@@ -82,6 +82,11 @@ class RunFolder:
             raise UserError(f"{self} is not the folder of a run: its config.yaml has no {', '.join(missing)}")
         return config
 
+    def check_readable(self, checkpoint: str) -> None:
+        """Check that this is a run's folder with a checkpoint, see :meth:`read_config` and :meth:`checkpoint`."""
+        self.read_config()
+        self.checkpoint(checkpoint)
+
     def read_summary(self) -> dict[str, Any]:
         """Return the content of the run's summary.json.
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from localfeat.run.configuration import RunConfiguration
 from localfeat.utils.errors import RunFailed, UserError
+
+if TYPE_CHECKING:
+    from localfeat.run.configuration import RunConfiguration
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfiguration:
@@ -21,6 +23,7 @@ def compose(overrides: Sequence[str] = ()) -> RunConfiguration:
         UserError: an unknown key or choice, or a value that is wrong.
     """
     from localfeat.run.composition import plain
+    from localfeat.run.configuration import RunConfiguration
 
     return RunConfiguration.from_values(plain(_composed(overrides)))
 

@@ -38,14 +38,15 @@ def predict(
     Raises:
         UserError: no such run or checkpoint, a run that has not ended, no images, none that can be decoded.
     """
-    from localfeat.data.files import list_images
-    from localfeat.run.finished import open_learner, saved_configuration
-
     run = RunFolder(folder)
-    configuration = saved_configuration(run)
+    run.check_readable(checkpoint)  # before imports that take seconds
     classes = run.read_summary().get("classes")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise UserError(f"{run.summary} is damaged: it does not name the classes")
+    from localfeat.data.files import list_images
+    from localfeat.run.finished import open_learner, saved_configuration
+
+    configuration = saved_configuration(run)
     paths = list_images(images, bad)
     learner = open_learner(run, configuration, len(classes), checkpoint)
 

@@ -13,27 +13,14 @@ import lightning
 from localfeat.run.checkpoints.files import newest_sound
 from localfeat.run.folder import RunFolder
 from localfeat.run.loggers.metrics_csv import MetricsCsv
+from localfeat.run.neutral import OF_OWN_IMAGES, is_neutral
+from localfeat.run.output import tell
 from localfeat.utils.errors import UserError
 from localfeat.utils.files import remove_parts
 from localfeat.utils.text import as_typed
 
-NEUTRAL = (
-    *("resume", "output_dir", "backbone.label"),
-    *("dataset.root", "dataset.download", "dataset.num_workers", "dataset.in_memory"),
-)
-NEUTRAL_PARTS = ("logger", "callbacks.progress_bar", "callbacks.checkpoint_every_")
-"""Keys that cannot change a result: a run may be resumed with other values of them."""
-
-OF_OWN_IMAGES = ("dataset.root", "dataset.in_memory")
-"""Neutral keys, except for dataset=image_folder: there they choose the images and the size they are kept at."""
-
 DEPTHS = ("*/*", "*/*/*")
 """Paths of runs below ``output_dir``: <date>/<run>, and <date>/<sweep>/<job>."""
-
-
-def is_neutral(key: str) -> bool:
-    """Return whether a key cannot change a result."""
-    return key in NEUTRAL or key.startswith(NEUTRAL_PARTS)
 
 
 def earlier_run(asked: Mapping[str, Any], folder: RunFolder) -> RunFolder | None:
@@ -168,7 +155,7 @@ def take_over(folder: RunFolder, trainer: lightning.Trainer, *, resume: bool) ->
         return None
     checkpoint, batches = newest_sound(folder)
     if checkpoint is None:
-        print(f"{folder}: no checkpoint yet, the run starts from the beginning")
+        tell(f"{folder}: no checkpoint yet, the run starts from the beginning")
         folder.best.unlink(missing_ok=True)
     for logger in trainer.loggers:
         if isinstance(logger, MetricsCsv):

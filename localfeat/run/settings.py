@@ -1,13 +1,20 @@
-"""Configuration groups without a class elsewhere in localfeat: backbone, dataset, trainer, callbacks."""
+"""Settings without a class elsewhere in localfeat: the top level and backbone, dataset, trainer, callbacks.
+
+Nothing heavy is imported here: these settings are checked before torch is.
+"""
 
 from __future__ import annotations
 
+import os
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from localfeat.backbones.timm_models import model_name
+from localfeat.run.construct import check_values, typed
 from localfeat.utils.errors import UserError
+from localfeat.utils.text import shown
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
@@ -49,6 +56,8 @@ class BackboneSettings:
 
     def model_name(self, image_size: int) -> str:
         """Return the name of the timm model for images of ``image_size`` pixels."""
+        from localfeat.backbones.timm_models import model_name
+
         return model_name(self.name, image_size, self.variants)
 
 
@@ -178,3 +187,57 @@ class CallbackSettings:
                 raise UserError(f"callbacks.{name}={value}: it must be at least 1")
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"callbacks.ema={self.ema}: a decay lies between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainSettings:
+    """A run's settings that need no torch.
+
+    Args:
+        seed: the seed of weights, batches and validation split.
+        image_size: the side of the network's square input in pixels.
+        batch_size: images per step.
+        epochs: the number of epochs.
+        trainer, callbacks: the configuration groups of the same name.
+        output_dir: the parent folder of all runs.
+        test: whether the test set is scored at the end.
+        resume: ``auto`` or the folder of the run to resume; ``None`` for a new run.
+
+    Raises:
+        UserError: values out of range.
+    """
+
+    seed: int
+    image_size: int
+    batch_size: int
+    epochs: int
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    callbacks: CallbackSettings = field(default_factory=CallbackSettings)
+    output_dir: str = "outputs"
+    test: bool = True
+    resume: str | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("image_size", "batch_size", "epochs"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key}={getattr(self, key)}: it must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed}: it must lie between 0 and {2**32 - 1}")
+
+
+def check_plain_settings(values: Mapping[str, Any]) -> None:
+    """Check the plain settings among the values of a configuration, and whether its folder of images exists.
+
+    Raises:
+        UserError: a value of the wrong type or out of range, a missing folder.
+    """
+    hints = typing.get_type_hints(PlainSettings)
+    groups = {"trainer": TrainerSettings, "callbacks": CallbackSettings}
+    plain = {name: values[name] for name in hints if name in values and name not in groups}
+    checked = check_values(plain, hints, ("seed", "image_size", "batch_size", "epochs"), "")
+    PlainSettings(**checked, **{name: typed(kind, values.get(name, {}), name) for name, kind in groups.items()})
+    dataset = values.get("dataset")
+    if isinstance(dataset, Mapping) and dataset.get("source") == "image_folder":
+        root = Path(os.path.expanduser(str(dataset.get("root"))))
+        if not root.is_dir():
+            raise UserError(f"dataset.root={shown(root)}: there is no such folder")

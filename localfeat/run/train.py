@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 
@@ -28,6 +29,7 @@ from localfeat.run.console import final_table
 from localfeat.run.export import export_backbone
 from localfeat.run.figures import learning_curves, reconstruction_grid
 from localfeat.run.folder import RunFolder
+from localfeat.run.output import built, tell
 from localfeat.run.process import clean_process, quiet
 from localfeat.run.resume import check_folder, take_over
 from localfeat.run.signals import StopRequest
@@ -78,6 +80,7 @@ def _train(
     datamodule.prepare_data()  # last, so that a refusal need not wait for a download
     datamodule.setup("fit")
     _check_shares(configuration, datamodule)
+    tell(_built(learner, datamodule, trainer))
     with ExitStack() as stack:
         with failing_in_one_line(folder.path):
             stack.enter_context(sole_run(folder.path))
@@ -97,6 +100,12 @@ def _train(
             summary.test_accuracy = trainer.test(learner, datamodule=datamodule, verbose=False)[0]["test/accuracy"]
         summary.classes = datamodule.class_names
         return _write(configuration, folder, summary, trainer, learner, datamodule)
+
+
+def _built(learner: Learner, datamodule: ImageDataModule, trainer: lightning.Trainer) -> str:
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return built(learner.parameter_counts()["total"], learner.blocks_per_module, datamodule.training_images, name)
 
 
 def _fit(
@@ -238,11 +247,12 @@ def _write(
     with failing_in_one_line(folder.weights):
         export_backbone(learner.backbone, folder.weights, arguments=configuration.backbone.arguments)
     images = {"learning_curves": folder.path / "learning_curves.png"}
-    learning_curves(folder.metrics, images["learning_curves"])
+    title = str(_names(configuration, folder)["name"])
+    learning_curves(folder.metrics, images["learning_curves"], title=title)
     reconstructions, pixels = wandb_results.reconstructed(learner, datamodule)
     if reconstructions:
         images["reconstructions"] = folder.path / "reconstructions.png"
-        reconstruction_grid(reconstructions, pixels, images["reconstructions"])
+        reconstruction_grid(reconstructions, pixels, images["reconstructions"], title=title)
     with failing_in_one_line(folder.summary):
         write_summary(folder.summary, summary)
     remove_previous(folder)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from localfeat.run.output import reader_may_leave
+
 COMMANDS = {
     "run": ("localfeat.run.command", "train one configuration, or several with -m"),
     "plan": ("localfeat.run.plan.command", "plan what fits into a memory budget, without a GPU"),
@@ -27,4 +29,5 @@ def main() -> None:
     if name not in ("--help", "-h"):
         print(f"error: {name}: it is one of {', '.join(COMMANDS)} (see localfeat --help)", file=sys.stderr)
         sys.exit(2)
-    print(f"localfeat <command> …\n\n{known}\n\nlocalfeat <command> --help says more.")
+    with reader_may_leave():
+        print(f"localfeat <command> …\n\n{known}\n\nlocalfeat <command> --help says more.")

@@ -83,7 +83,7 @@ def made_once(
 def draw_nothing(patch: pytest.MonkeyPatch) -> None:
     """Leave the two pictures empty, because drawing them takes most of a small run's time."""
     for name in ("learning_curves", "reconstruction_grid"):
-        patch.setattr(training, name, lambda *arguments: arguments[-1].write_bytes(b""))
+        patch.setattr(training, name, lambda *arguments, **_: arguments[-1].write_bytes(b""))
 
 
 def files_below(folder: Path) -> set[str]:

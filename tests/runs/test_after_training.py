@@ -89,7 +89,7 @@ def test_predict_writes_the_models_probabilities(
     assert call(monkeypatch, "predict", f"run={run}", f"images={digits}", f"batch_size={size}") == 0
     with (tmp_path / "predictions.csv").open() as handle:
         header, *rows = csv.reader(handle)
-    assert header == ["file", "prediction", *"0123456789"]
+    assert header == ["file", "prediction", *(f"probability_{digit}" for digit in range(10))]
     assert [Path(row[0]).name for row in rows] == [f"{i}.png" for i in range(8)]
     found = torch.tensor([[float(value) for value in row[2:]] for row in rows])
     expected = probabilities_by_hand(run)
@@ -144,10 +144,10 @@ def test_mistakes_are_one_line(
     assert line in printed.err
 
 
-def test_predictions_are_whole_or_the_old_ones(
+def test_one_bad_image_loses_no_prediction(
     run: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Even if a file name is not valid text, or a later file turns out not to be an image."""
+    """A file name need not be valid text either."""
     monkeypatch.chdir(tmp_path)
     images = tmp_path / "images"
     shutil.copytree(digits, images)
@@ -158,10 +158,19 @@ def test_predictions_are_whole_or_the_old_ones(
     assert before.count(b"\n") == 9 and b"images/\xff.png," in before
     (images / "more" / "7.png").write_bytes(b"no image")
     capsys.readouterr()
-    assert call(monkeypatch, "predict", *arguments) == 2
+    assert call(monkeypatch, "predict", *arguments) == 1
     printed = capsys.readouterr()
-    assert printed.out == "" and "7.png" in printed.err and len(printed.err.splitlines()) == 1
-    assert (tmp_path / "predictions.csv").read_bytes() == before
+    assert printed.out == "7 images -> predictions.csv\n"
+    bad, line = printed.err.splitlines()
+    assert bad.startswith("warning: left out: cannot read the image images/more/7.png: ")
+    assert line == "error: 1 of 8 images cannot be read and are not in predictions.csv"
+    after = (tmp_path / "predictions.csv").read_bytes()
+    assert set(after.splitlines()) == {row for row in before.splitlines() if b"7.png" not in row}
+    for file in images.rglob("*.png"):
+        file.write_bytes(b"no image")
+    assert call(monkeypatch, "predict", *arguments) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: none of the 8 images of images can be read"
+    assert (tmp_path / "predictions.csv").read_bytes() == after
     assert {path.name for path in tmp_path.iterdir()} == {"images", "predictions.csv"}
 
 

@@ -249,7 +249,7 @@ def test_law_7_what_was_asked_for_is_what_is_reported(finished: Any) -> None:
     assert {name: finished.summary[name] for name in ASKED} == {
         "method": METHOD,
         "dataset": "digits",
-        "backbone": "swin_tiny_patch4_window7_224",
+        "backbone": "swin_micro",
         "split": [1, 1, 1, 1],
         "decoder": "OneLayerDecoder",
         "seed": 0,
@@ -317,7 +317,11 @@ def test_law_7_speed_is_the_median_of_the_epochs(finished: Any) -> None:
 def test_law_7_the_printed_figures_are_the_logged_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary = small_run(tmp_path, "callbacks.progress_bar=true")
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line.strip()]
-    expected = []
+    total = summary["parameters"]["total"]
+    expected = [
+        "training feature_recon on digits: swin_micro at 16 px",
+        f"{total / 1e6:.1f} M parameters, K=4 of 1+1+1+1 blocks, 1,294 images, cpu",
+    ]
     rows = read_rows(tmp_path / "metrics.csv")
     for number in range(3):
         row = rows[BATCHES * (number + 1) - 1]

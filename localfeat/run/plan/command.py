@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from localfeat.run.command_line import arranged, one_line_errors, report
 from localfeat.run.composition import composed, plain
+from localfeat.run.output import reader_may_leave
+from localfeat.run.settings import check_plain_settings
 from localfeat.utils.errors import UserError
 from localfeat.utils.files import failing_in_one_line, write_whole
 
@@ -93,7 +95,7 @@ def make_plan(arguments: Sequence[str]) -> tuple[Plan, dict[str, Any]]:
     checked = _checked(values)
     if values["budget"] != "auto":
         parse_bytes(values["budget"])
-    compose(overrides)  # errors show before the heavy imports
+    check_plain_settings(compose(overrides))  # before imports that take seconds
     from localfeat.run.plan.planning import plan
 
     hydra = ["--config-dir", values["config_dir"]] if values["config_dir"] else []
@@ -134,7 +136,8 @@ def main() -> None:
     """Run the command line."""
     arguments = sys.argv[1:]
     if not arguments or "--help" in arguments or "-h" in arguments:
-        print(USAGE.strip())
+        with reader_may_leave():
+            print(USAGE.strip())
         return
     with one_line_errors():
         found, values = make_plan(arguments)

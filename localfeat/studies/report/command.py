@@ -8,6 +8,7 @@ from pathlib import Path
 
 from localfeat.run.command_line import one_line_errors
 from localfeat.run.composition import unknown_key
+from localfeat.run.output import reader_may_leave
 from localfeat.utils.errors import UserError
 
 USAGE = """
@@ -26,7 +27,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], Path]:
     """Folders to read, and the one to write to. A folder's name may hold ``=``: runs of a study have such names.
 
     Raises:
-        UserError: no folder, or something that is neither a folder nor ``output=``.
+        UserError: no folder, one that does not exist, or something that is neither a folder nor ``output=``.
     """
     folders, output = [], Path("report")
     for argument in arguments:
@@ -43,6 +44,8 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], Path]:
             raise UserError(unknown_key(key, ["output"]))
     if not folders:
         raise UserError("no folder given: localfeat report <folder> (see --help)")
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        raise UserError(f"{missing[0]}: there is no such folder")
     return folders, output
 
 
@@ -50,7 +53,8 @@ def main() -> None:
     """Run the command line."""
     arguments = sys.argv[1:]
     if "--help" in arguments or "-h" in arguments:
-        print(USAGE.strip())
+        with reader_may_leave():
+            print(USAGE.strip())
         return
     with one_line_errors():
         folders, output = split_arguments(arguments)

@@ -126,12 +126,10 @@ def read_material(folders: Iterable[str | Path]) -> Material:
     """Every run and study below ``folders``; what cannot be used is named and left out.
 
     Raises:
-        UserError: a folder that does not exist, or no finished run at all.
+        UserError: no finished run at all.
     """
     found, seen = Material(given=[Path(folder) for folder in folders]), set[Path]()
     for top in found.given:
-        if not top.is_dir():
-            raise UserError(f"{top}: there is no such folder")
         for folder, names in _folders(top):
             if folder.resolve() not in seen:
                 seen.add(folder.resolve())

@@ -14,6 +14,7 @@ from typing import Any
 
 from localfeat.run.command_line import arranged, one_line_errors, report
 from localfeat.run.composition import known_keys, unknown_key
+from localfeat.run.output import reader_may_leave
 from localfeat.studies.sweep.folder import StudyFolder
 from localfeat.studies.sweep.launch import check_launcher, launch
 from localfeat.studies.sweep.progress import Progress, ending_jobs_on_signals
@@ -231,7 +232,8 @@ def main() -> None:
     """Run the command line."""
     arguments = sys.argv[1:]
     if not arguments or "--help" in arguments or "-h" in arguments:
-        print(USAGE.strip())
+        with reader_may_leave():
+            print(USAGE.strip())
         return
     with one_line_errors():
         request = read_request(arguments)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from localfeat.run.folder import RunFolder
-from localfeat.run.resume import OF_OWN_IMAGES, is_neutral
+from localfeat.run.neutral import OF_OWN_IMAGES, is_neutral
 from localfeat.studies.sweep.study import Job, Study, read_grid
 from localfeat.utils.errors import UserError
 from localfeat.utils.files import write_whole

@@ -47,17 +47,21 @@ def test_other_ranks_are_silent(tmp_path: Path) -> None:
     assert text.getvalue() == ""
 
 
-def test_a_terminal_gets_a_bar_with_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Console(file=io.StringIO(), force_terminal=True, width=160)
+def test_a_terminal_keeps_the_lines_above_a_bar_of_80_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
     monkeypatch.setattr("lightning.pytorch.callbacks.progress.rich_progress.reconfigure", lambda **_: None)
     monkeypatch.setattr("lightning.pytorch.callbacks.progress.rich_progress.get_console", lambda: terminal)
     progress = RunProgress(terminal)
-    run = trainer(tmp_path, callbacks=[Throughput(), progress], max_epochs=2, enable_progress_bar=True)
+    run = trainer(tmp_path, callbacks=[Throughput(), progress], max_epochs=12, enable_progress_bar=True)
     run.fit(TinyLearner(), loader(4), loader(1))
-    shown = terminal.file.getvalue()
-    assert "Epoch 1/1" in shown and "\x1b[" in shown
-    assert re.search(r"loss: \d\.\d{4}", shown) and re.search(r"images/s: ", shown)
-    assert "v_num" not in shown
+    written = terminal.file.getvalue()
+    assert "\x1b[" in written
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written))]
+    pattern = r"epoch (\d+)/12  loss \d\.\d{4}  val accuracy \d+\.\d\d %  images/s [\d,]+"
+    assert [found[1] for line in lines if (found := re.fullmatch(pattern, line))] == [str(n) for n in range(1, 13)]
+    bars = [line for line in lines if "━" in line]
+    assert any(re.match(r"epoch 12/12 .* 4/4 .*it/s +loss: \d\.\d{4}$", bar) for bar in bars)
+    assert max(map(len, lines)) <= 80 and not any("v_num" in bar for bar in bars)
     assert rich.get_console() is not terminal
 
 

@@ -148,7 +148,7 @@ def test_constant_features_do_not_break_the_figure(tmp_path: Path) -> None:
 def test_grid_has_a_row_for_the_input_and_two_per_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
     original = figures.draw_rows
-    monkeypatch.setattr(figures, "draw_rows", lambda entries, png: rows.extend(entries) or original(entries, png))
+    monkeypatch.setattr(figures, "draw_rows", lambda entries, *more: rows.extend(entries) or original(entries, *more))
     images, first = sample("features")
     _, second = sample("image")
     second.module = 2

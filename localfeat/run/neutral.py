@@ -1,0 +1,16 @@
+"""Keys of a configuration that cannot change a result."""
+
+NEUTRAL = (
+    *("resume", "output_dir", "backbone.label"),
+    *("dataset.root", "dataset.download", "dataset.num_workers", "dataset.in_memory"),
+)
+NEUTRAL_PARTS = ("logger", "callbacks.progress_bar", "callbacks.checkpoint_every_")
+"""Keys that cannot change a result: a run may be resumed with other values of them."""
+
+OF_OWN_IMAGES = ("dataset.root", "dataset.in_memory")
+"""Neutral keys, except for dataset=image_folder: there they choose the images and the size they are kept at."""
+
+
+def is_neutral(key: str) -> bool:
+    """Return whether a key cannot change a result."""
+    return key in NEUTRAL or key.startswith(NEUTRAL_PARTS)
