@@ -17,15 +17,13 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from localfeat.learner.module import Learner
 from localfeat.learner.optimization import undecayed_parameters
 from localfeat.run.build import build_learner
 from localfeat.run.callbacks.throughput import synchronize
-from localfeat.run.composition import plain, register_resolvers
-from localfeat.run.conf_dir import conf_dir
+from localfeat.run.composition import composed, plain
 from localfeat.run.configuration import RunConfiguration
 from localfeat.run.summary import environment
 
@@ -110,13 +108,7 @@ def figures(rounds: Sequence[Mapping[str, Sequence[float]]], reference: str) -> 
 
 def configure(overrides: list[str]) -> dict[str, RunConfiguration]:
     """Compose the configuration of every method."""
-    register_resolvers()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return {m: _configured([*overrides, f"method={m}"]) for m in METHODS}
-
-
-def _configured(overrides: list[str]) -> RunConfiguration:
-    return RunConfiguration.from_values(plain(compose("config", overrides=overrides)))
+    return {m: RunConfiguration.from_values(plain(composed([*overrides, f"method={m}"]))) for m in METHODS}
 
 
 def main() -> None:

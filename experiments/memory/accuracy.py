@@ -1,11 +1,11 @@
-"""Predicted against measured peaks of training steps, on the GPU if there is one, else on the CPU.
+"""Predicted against measured peaks of training steps on the CPU; experiments/gpu does the same on a GPU.
 
     python experiments/memory/accuracy.py
 
 Predicted: a whole step on the meta device (``localfeat.memory.accounting``). Measured: four batches in a Trainer with
-the ``PeakMemory`` callback of every run: CUDA's own statistics on a GPU, the allocations of the third batch on a CPU.
-Without a GPU, also the process's resident memory, which is independent of our accounting: each setting runs in its own
-process, and the figure is its peak minus its value before the network was built.
+the ``PeakMemory`` callback of every run, which counts the allocations of the third batch; and the process's resident
+memory, which is independent of our accounting: each setting runs in its own process, and the figure is its peak minus
+its value before the network was built.
 Results: experiments/memory/results/accuracy.{json,md}.
 """
 
@@ -44,41 +44,23 @@ CPU: list[tuple[str, dict[str, Any], int, int, str, list[int], str, str, str]] =
     (SWIN, SMALL_SWIN, 32, 64, "image_recon", [2, 4, 6], "interp", "bf16-mixed", "none"),
     (SWIN, SMALL_SWIN, 32, 64, "greedy_contrast", [4], "one_layer", "32-true", "lean"),
 ]
-GPU = [
-    (SWIN, {}, 224, 128, method, cuts, decoder, precision, "none")
-    for precision in ("32-true", "bf16-mixed")
-    for method, cuts, decoder in [
-        ("e2e", [], "one_layer"),
-        *(
-            (method, cuts, decoder)
-            for method in ("image_recon", "feature_recon")
-            for decoder in ("interp", "one_layer", "deconv")
-            for cuts in ([4], [2, 4, 10])
-        ),
-    ]
-]
 
 
 def measure(case: tuple[Any, ...]) -> dict[str, Any]:
     """Predict and measure one setting in this process."""
     import lightning
     import torch
-    from hydra import compose, initialize_config_dir
 
     from localfeat.backbones.split import Split
     from localfeat.backbones.timm_models import build_backbone
     from localfeat.learner.module import Learner
     from localfeat.memory.accounting import step_memory
     from localfeat.run.callbacks.peak_memory import PeakMemory
-    from localfeat.run.composition import plain, register_resolvers
-    from localfeat.run.conf_dir import conf_dir
+    from localfeat.run.composition import composed, plain
     from localfeat.run.construct import construct
 
     network, arguments, size, batch, method, cuts, decoder, precision, efficiency = case
-    register_resolvers()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = plain(compose("config", overrides=[f"method={method}", f"efficiency={efficiency}"]))
-    cuda = torch.cuda.is_available()
+    config = plain(composed([f"method={method}", f"efficiency={efficiency}"]))
     torch.manual_seed(0)
     torch.nn.Linear(64, 64)(torch.randn(64, 64)).sum().backward()  # the libraries' own memory shall not count
     before = _resident("VmRSS")
@@ -93,7 +75,7 @@ def measure(case: tuple[Any, ...]) -> dict[str, Any]:
     loader = torch.utils.data.DataLoader([(images, torch.arange(batch) % 10)] * 4, batch_size=None)
     memory = PeakMemory()
     trainer = lightning.Trainer(
-        accelerator="gpu" if cuda else "cpu",
+        accelerator="cpu",
         devices=1,
         precision=precision,
         max_steps=4,
@@ -105,15 +87,13 @@ def measure(case: tuple[Any, ...]) -> dict[str, Any]:
     )
     trainer.fit(learner, loader)
     resident = _resident("VmHWM") - before
-    found = step_memory(
-        learner, batch_size=batch, image_size=size, target="cuda" if cuda else "cpu", precision=precision
-    )
+    found = step_memory(learner, batch_size=batch, image_size=size, target="cpu", precision=precision)
     return {
         "predicted": found.peak_bytes,
         "measured": memory.peak_bytes,
         "source": memory.source,
         "reserved": memory.reserved_bytes,
-        "resident": None if cuda else resident,
+        "resident": resident,
         "modules_predicted": [module.peak_bytes for module in found.modules],
         "modules_measured": list(memory.module_peak_bytes.values()),
     }
@@ -131,14 +111,12 @@ def main() -> None:
     if len(sys.argv) > 1:
         print(json.dumps(measure(json.loads(sys.argv[1]))))
         return
-    import torch
-
     from localfeat.run.summary import environment
 
     # glibc would keep freed blocks of up to 32 MiB: let it return those above 64 KiB at once.
     variables = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_WAIT_POLICY": "PASSIVE"}
     rows = []
-    for case in GPU if torch.cuda.is_available() else CPU:
+    for case in CPU:
         command = [sys.executable, __file__, json.dumps(case)]
         done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])

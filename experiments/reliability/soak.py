@@ -29,14 +29,12 @@ from typing import Any
 
 import lightning
 import torch
-from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import Callback
 
 from localfeat.run import train as training
 from localfeat.run.command import run
 from localfeat.run.command_line import parse_arguments
-from localfeat.run.composition import register_resolvers
-from localfeat.run.conf_dir import conf_dir
+from localfeat.run.composition import composed
 from localfeat.run.summary import environment
 from localfeat.utils.files import write_whole
 
@@ -134,9 +132,7 @@ def soak(folder: Path, batches: int, seed: int) -> list[Reading]:
     os.environ["FORCE_COLOR"] = "1"  # rich then draws its bar into a file, too
     os.environ["WANDB_MODE"] = "offline"
     torch.set_num_threads(1)
-    register_resolvers()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = compose("config", [*OVERRIDES, f"epochs={-(-batches // EPOCH)}", f"seed={seed}"])
+    config = composed([*OVERRIDES, f"epochs={-(-batches // EPOCH)}", f"seed={seed}"])
     watch = Watch()
     with (folder / "output.txt").open("w") as output, redirect_stdout(output), watched(watch):
         run(config, folder / "run")

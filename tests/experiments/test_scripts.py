@@ -3,30 +3,56 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from experiments.memory import accuracy, gpu
-from tests.experiments.test_memory_study import PLAN
+from experiments.gpu import measure
+from experiments.memory import accuracy
+from localfeat.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-def test_the_gpu_script_measures_every_setting_and_writes_a_table() -> None:
-    plan = replace(PLAN, precisions=("32-true", "bf16-mixed"), main=replace(PLAN.main, batch_size=8))
-    rows = gpu.measure(plan, rounds=1, device="cpu")
-    assert [(row["precision"], row["key"]) for row in rows] == [
-        (precision, case.key) for precision in plan.precisions for case in plan.timed
-    ]
-    assert all(row["predicted"] > 0 and row["step_seconds"] > 0 and row["measured"] is None for row in rows)
-    lines = gpu.render(rows, plan.timed[0].key).splitlines()
-    assert len(lines) == 2 + len(rows)
-    assert all(f" {row['step_seconds']:.3f} " in line for row, line in zip(rows, lines[2:], strict=True))
+def test_the_gpu_script_runs_on_a_cpu(tmp_path: Path) -> None:
+    """All parts, written as they go, within the time it is given."""
+    done = subprocess.run(
+        ["bash", "experiments/gpu/run.sh", "small=true", "minutes=12", f"results={tmp_path}"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"\d+ skipped", (tmp_path / "tests.txt").read_text())
+    rows = {part: json.loads((tmp_path / f"{part}.json").read_text())["rows"] for part in measure.SHARES}
+    plan = measure.small()
+    assert [row["key"] for row in rows["memory"]] == 2 * [case.key for case in plan.memory]
+    assert all(row["predicted"] == pytest.approx(row["measured"], rel=0.01) for row in rows["memory"])
+    assert [row["key"] for row in rows["steps"]] == 2 * [case.key for case in plan.timed]
+    assert all(row["step_seconds"] > 0 and row["rounds"] >= 1 for row in rows["steps"])
+    assert [row["method"] for row in rows["accuracy"]] == list(measure.accuracy.METHODS)
+    for part, found in rows.items():
+        table = (tmp_path / f"{part}.md").read_text().splitlines()
+        assert len([line for line in table if line.startswith("| ")]) == 2 + len(found)
+
+
+def test_without_a_gpu_the_gpu_script_says_how_to_rehearse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["measure.py", "minutes=1"])
+    with pytest.raises(UserError, match="finds no GPU to use; small=true rehearses on the CPU"):
+        measure.main()
+
+
+def test_accuracy_is_the_mean_over_seeds() -> None:
+    rows = [{"method": "e2e", "test_accuracy": x, "epochs": 3, "images_per_second": 10.0} for x in (0.5, 0.6)]
+    assert "| `e2e` | 55.00 ± 7.07 | 2 | 3 | 10 |" in measure.accuracy.render(rows)
 
 
 @pytest.mark.slow
