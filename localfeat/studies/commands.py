@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 from localfeat.run.output import reader_may_leave
@@ -21,6 +22,9 @@ COMMANDS = {
 def main() -> None:
     """Run the command that the first argument names with the other arguments."""
     name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-sc", "--shell-completion"):
+        _complete(arguments)
+        return
     if name in COMMANDS:
         sys.argv = [f"localfeat {name}", *arguments]
         importlib.import_module(COMMANDS[name][0]).main()
@@ -31,3 +35,23 @@ def main() -> None:
         sys.exit(2)
     with reader_may_leave():
         print(f"localfeat <command> …\n\n{known}\n\nlocalfeat <command> --help says more.")
+
+
+def _complete(arguments: list[str]) -> None:
+    """Answer a shell that completes a command line: names of commands, then by Hydra the overrides of ``run``.
+
+    ``install=bash`` prints what the shell evaluates once; in ``query=bash`` the variable COMP_LINE is the line so far.
+    """
+    line = os.environ.get("COMP_LINE", "")
+    words = line.split()
+    if any(argument.startswith("query=") for argument in arguments):
+        typed = words[1] if len(words) > 1 else ""
+        if typed not in COMMANDS or line == f"{words[0]} {typed}":
+            print("\n".join(command for command in COMMANDS if command.startswith(typed)))
+            return
+        if typed != "run":
+            return
+        os.environ["COMP_LINE"] = line.replace(" run", "", 1)
+        os.environ["COMP_POINT"] = str(len(os.environ["COMP_LINE"]))
+    sys.argv = ["localfeat", "--shell-completion", *arguments]
+    importlib.import_module(COMMANDS["run"][0]).main()
