@@ -24,6 +24,7 @@ from localfeat.run.conf_dir import conf_dir
 from localfeat.run.folder import RunFolder
 from localfeat.run.hydra_guard import check_foreign
 from localfeat.run.output import intention, tell
+from localfeat.run.quick_imports import quick_imports
 from localfeat.run.settings import check_plain_settings
 from localfeat.run.signals import name, requeue
 from localfeat.utils.errors import Diverged, RunFailed, Stopped, UserError
@@ -61,7 +62,9 @@ def run(cfg: DictConfig, folder: str | Path, notes: dict[str, str] | None = None
 def _configured(values: dict[str, Any]) -> RunConfiguration:
     check_plain_settings(values)
     tell(intention(values))  # before imports that take seconds
-    from localfeat.run.configuration import RunConfiguration
+    with quick_imports():
+        import localfeat.run.train  # noqa: F401  (all that a run needs)
+        from localfeat.run.configuration import RunConfiguration
 
     return RunConfiguration.from_values(values)
 

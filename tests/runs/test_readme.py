@@ -55,6 +55,8 @@ def extra_arguments(command: str) -> list[str]:
         return []
     if "dataset=cifar10 " in command:  # the paper's setting keeps Swin-T at 224 px
         return [*SHORT, "batch_size=2", "epochs=1"]
+    if "backbone=timm" in command:
+        return [override for override in SMALL if not override.startswith("backbone")]
     return [*SMALL, "dataset.val_fraction=0.3"] if "dataset=image_folder" in command else SMALL
 
 
@@ -69,7 +71,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         formats.write_cifar100(folder / "data", train=1000)
         (folder / "my_conf" / "method").mkdir(parents=True)
         (method,) = blocks("yaml")
-        (folder / "my_conf" / "method" / f"{yaml.safe_load(method)['name']}.yaml").write_text(method)
+        (folder / "my_conf" / "method" / "recon_ce.yaml").write_text(method)
         assert call(patch, "run", *SMALL, "hydra.run.dir=outputs/my_run") == 0
     return folder
 
@@ -114,9 +116,21 @@ def cut_short(run: Path) -> None:
     (run / "config.yaml").write_text(yaml.safe_dump({**config, "epochs": 2}))
 
 
+def test_the_call_from_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call_it, _, _ = blocks("python")
+    monkeypatch.chdir(tmp_path)
+    draw_nothing(monkeypatch)
+    exec(compile(call_it, "README.md", "exec"), {})
+    accuracy, optimizer = capsys.readouterr().out.splitlines()[-1].split(maxsplit=1)
+    (summary,) = tmp_path.rglob("summary.json")
+    assert float(accuracy) == json.loads(summary.read_text())["test_accuracy"] and "Optimization(lr=" in optimizer
+
+
 @pytest.mark.slow
 def test_library_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    example, _ = blocks("python")
+    _, example, _ = blocks("python")
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
     monkeypatch.chdir(tmp_path)
     images = TensorDataset(torch.randn(2, 3, 224, 224), torch.tensor([0, 1]))
@@ -134,7 +148,7 @@ def test_library_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.timeout(600)
 def test_a_method_is_one_file_and_nothing_else(tmp_path: Path) -> None:
     """The README's example, put into a copy of the package, trains by its name with a value of its own."""
-    _, method = blocks("python")
+    _, _, method = blocks("python")
     assert len(method.splitlines()) <= 60
     for name in ("localfeat", "conf"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
