@@ -21,6 +21,7 @@ from PIL import (  # noqa: F401
     Image,
     ImageOps,
     JpegImagePlugin,
+    MpoImagePlugin,
     PngImagePlugin,
     PpmImagePlugin,
     TiffImagePlugin,
@@ -34,27 +35,12 @@ from localfeat.utils.errors import RunFailed
 from localfeat.utils.text import shown
 
 IMAGE_SUFFIXES = frozenset(
-    [
-        ".png",
-        ".jpg",
-        ".jpeg",
-        ".jfif",
-        ".jpe",
-        ".bmp",
-        ".dib",
-        ".webp",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-        ".gif",
-    ],
+    {".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".mpo", ".bmp", ".dib", ".webp", ".gif"}
+    | {".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
 )
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
-"""Formats that a file with one of these suffixes may have. PIL goes by content: it would hand an EPS called .png to
-ghostscript."""
+"""Formats that a file with one of these suffixes may have; JPEG includes MPO. PIL goes by content: it would hand an EPS
+called .png to ghostscript."""
 BEHIND_TRANSPARENCY = (255, 255, 255, 255)
 """The colour, white, that transparent pixels are composed onto."""
 MAX_PIXELS = 100_000_000

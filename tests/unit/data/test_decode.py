@@ -9,6 +9,7 @@ import pytest
 from PIL import Image, TiffImagePlugin
 
 from localfeat.data.decode import common_size, image_size, read_image
+from localfeat.data.files import list_images
 from localfeat.utils.errors import UserError
 
 GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -91,6 +92,25 @@ def test_transparency_is_composed_onto_white(tmp_path: Path) -> None:
     for suffix in ("png", "gif"):
         got = saved(tmp_path / f"x.{suffix}", palette, transparency=0)
         assert got[0, 0].tolist() == [255, 255, 255] and got[0, 1].tolist() == [1, 2, 3]
+
+
+def test_public_reports_of_formats(tmp_path: Path) -> None:
+    """Photos of drones and phones that are MPO inside (yolov5 2446, deepface 1515); palettes with alpha in bytes."""
+    first, second = (Image.new("RGB", (16, 8), colour) for colour in ((200, 10, 10), (10, 10, 200)))
+    exif = Image.Exif()
+    exif[0x112] = 6
+    for suffix in ("jpg", "mpo"):
+        first.save(tmp_path / f"x.{suffix}", "MPO", save_all=True, append_images=[second], exif=exif)
+        with Image.open(tmp_path / f"x.{suffix}") as opened:
+            assert opened.format == "MPO"
+        got = read_image(tmp_path / f"x.{suffix}")
+        assert got.shape == (16, 8, 3) == (*image_size(tmp_path / f"x.{suffix}"), 3)
+        assert np.abs(got.astype(int) - (200, 10, 10)).max() < 10
+    assert list_images(tmp_path) == [tmp_path / "x.jpg", tmp_path / "x.mpo"]
+    palette = Image.fromarray(GREY % 2).convert("P")
+    palette.putpalette([9, 8, 7, 1, 2, 3])
+    got = saved(tmp_path / "x.png", palette, transparency=bytes([0, 255]))  # University1652-Baseline 17
+    assert got[0, 0].tolist() == [255, 255, 255] and got[0, 1].tolist() == [1, 2, 3]
 
 
 def test_deep_greys_never_fall(tmp_path: Path) -> None:

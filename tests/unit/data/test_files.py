@@ -33,11 +33,20 @@ def test_images_are_told_by_suffix_and_sorted(tmp_path: Path) -> None:
 
 
 def test_folders_that_systems_make_hold_no_images(tmp_path: Path) -> None:
-    systems = ("@eaDir/0.png", "__MACOSX", "lost+found", "$RECYCLE.BIN", "#recycle", ".thumbnails")
+    systems = (
+        "@eaDir/0.png",
+        "__MACOSX",
+        "lost+found",
+        "$RECYCLE.BIN",
+        "#recycle",
+        ".thumbnails",
+        ".ipynb_checkpoints",
+    )
     files(tmp_path, "0.png", "a/1.png", *(f"a/{system}/twin.jpg" for system in systems))
     assert found(tmp_path) == ["0.png", "a/1.png"]
     write_image_folder(tmp_path / "set", {"train": 2, "test": 2}, classes=2)
     files(tmp_path / "set", "train/@eaDir/class_0/x.png", "test/class_0/@eaDir/0.png/thumb.jpg")
+    files(tmp_path / "set", "train/.ipynb_checkpoints/x.png")  # torchvision 2831: a notebook's folder became a class
     folder = ImageFolder(tmp_path / "set", 16)
     assert folder.class_names() == ["class_0", "class_1"] and folder.size("test") == 4
 

@@ -55,6 +55,10 @@ FORMS: dict[str, tuple[Callable[[State], Any], list[str]]] = {
     "model_ema": (lambda state: {"model_ema": state}, ["under model_ema"]),
     "model_state_dict": (lambda state: {"model_state_dict": state, "epoch": 3}, ["under model_state_dict"]),
     "nested twice": (lambda state: {"model": {"state_dict": state}}, ["under model", "under state_dict"]),
+    "masked modelling": (  # SimMIM, MAE
+        lambda state: {"model": {**under("encoder.")(state), "decoder.0.weight": torch.ones(1)}},
+        ["under model", "prefix encoder. removed", "entries without it left out: 1"],
+    ),
     "the authors'": (lambda state: {"model": official(state)}, ["under model", "converted by timm"]),
 }
 
@@ -104,6 +108,15 @@ def test_a_run_s_own_checkpoint_is_loaded(split: int, tmp_path: Path) -> None:
     notes = load_backbone_weights(model, tmp_path / "best.ckpt", reset_classifier=True)
     assert notes == ["under state_dict", "the backbone of a localfeat checkpoint", "its classifier is left out"]
     assert same(model, source.state_dict(), apart="head.")
+
+
+def test_a_whole_model_is_refused_for_its_reason(tmp_path: Path) -> None:
+    """``torch.save(model)``, timm 1228: only Python code can read it."""
+    torch.save(micro_swin(), tmp_path / "w.pth")
+    with pytest.raises(
+        UserError, match=r"w\.pth needs code to be unpickled, which is refused: save a plain state dict"
+    ):
+        load_backbone_weights(micro_swin(), tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize(
