@@ -32,15 +32,15 @@ def number_of_classes(backbone: Any) -> int:
     return found
 
 
-def check_batch(batch: Any, num_classes: int, *, training: bool, contrasts: bool, values: bool = True) -> None:
+def check_batch(batch: Any, num_classes: int, *, training: bool, values: bool = True, at_least: int = 1) -> None:
     """Check a batch of ``(images, labels)``.
 
     Args:
         batch: what the DataLoader gives.
         num_classes: the classifier's classes.
         training: whether labels may be probabilities (B, num_classes), as mixup makes them.
-        contrasts: whether the batch is trained on by a method that contrasts its images.
         values: whether to look at the labels' values.
+        at_least: the fewest images; 2 for a method that contrasts the images of a batch.
 
     Raises:
         UserError: another structure, labels of a wrong type, shape or range, too few images to contrast.
@@ -53,7 +53,7 @@ def check_batch(batch: Any, num_classes: int, *, training: bool, contrasts: bool
     if len(labels) != len(images):
         raise UserError(f"{len(labels)} labels for {len(images)} images: {_WANTED}")
     if labels.is_floating_point():
-        _check_probabilities(labels, num_classes, training=training, contrasts=contrasts, values=values)
+        _check_probabilities(labels, num_classes, training=training, values=values)
     elif labels.dtype != torch.int64:
         raise UserError(f"labels are {_name(labels.dtype)}: class indices are int64, labels.long()")
     elif labels.ndim != 1:
@@ -61,8 +61,8 @@ def check_batch(batch: Any, num_classes: int, *, training: bool, contrasts: bool
     elif values and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         low, high = int(labels.min()), int(labels.max())
         raise UserError(f"labels lie between {low} and {high}: this classifier has the classes 0 to {num_classes - 1}")
-    if contrasts and len(labels) < 2:
-        raise UserError("a batch of 1: this method contrasts the images of a batch, at least 2 (drop_last=True)")
+    if len(labels) < at_least:
+        raise UserError(f"a batch of {len(labels)}: this method contrasts the images of a batch, at least {at_least}")
 
 
 def check_images(images: Any) -> None:
@@ -79,12 +79,10 @@ def check_images(images: Any) -> None:
         raise UserError(f"images have the shape {list(images.shape)}: give (B, 3, H, W)")
 
 
-def _check_probabilities(labels: Tensor, num_classes: int, *, training: bool, contrasts: bool, values: bool) -> None:
+def _check_probabilities(labels: Tensor, num_classes: int, *, training: bool, values: bool) -> None:
     if not training or labels.ndim != 2 or labels.shape[1] != num_classes:
         also = f", in training also probabilities (B, {num_classes})" if training else ""
         raise UserError(f"labels are {_name(labels.dtype)} {list(labels.shape)}: class indices are int64 (B,){also}")
-    if contrasts:
-        raise UserError("labels are probabilities: this method contrasts images by their class, an int64 index")
     if values and not (bool((labels >= 0).all()) and torch.allclose(labels.sum(1), labels.new_ones(()), atol=1e-3)):
         raise UserError(
             "float labels are probabilities that sum to 1 for every image; several labels are not supported"

@@ -15,7 +15,7 @@ from localfeat.backbones.split import ResolvableSplit, Split
 from localfeat.efficiency.settings import Efficiency
 from localfeat.learner.assembly import build_local_modules
 from localfeat.learner.figures import TrainingFigures
-from localfeat.learner.inputs import check_batch, check_images, check_kind, number_of_classes
+from localfeat.learner.inputs import check_images, check_kind, number_of_classes
 from localfeat.learner.lightning_internals import count_batch
 from localfeat.learner.nonfinite import AnomalyFound, NonFinite, anomaly
 from localfeat.learner.optimization import Optimization
@@ -147,7 +147,7 @@ class Learner(ModulewiseSteps):
         steps = batch_index % self.optimization.accumulate + 1 == window or self.trainer.is_last_batch
         with self._naming_anomalies(batch_index):
             self.train_modules(
-                lambda: self._prepare(batch, batch_index, training=True),
+                lambda: self._prepare(batch, training=True),
                 lambda loss: self.manual_backward(loss / window),
                 lambda module: self._step(module) if steps else self.nonfinite.wait(module),
             )
@@ -195,11 +195,11 @@ class Learner(ModulewiseSteps):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """Log loss and accuracy of the plain timm model."""
-        self._evaluate(batch, batch_index, "val", self.val_accuracy)
+        self._evaluate(batch, "val", self.val_accuracy)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """Log loss and accuracy of the plain timm model."""
-        self._evaluate(batch, batch_index, "test", self.test_accuracy)
+        self._evaluate(batch, "test", self.test_accuracy)
 
     def predict_step(self, batch: Any, batch_index: int) -> Tensor:
         """Return the plain timm model's logits (B, num_classes) of ``images`` or ``(images, labels)``."""
@@ -248,18 +248,9 @@ class Learner(ModulewiseSteps):
 
     # --- inner parts --------------------------------------------------------------------------------------------
 
-    @property
-    def _prepares(self) -> Callable[..., tuple[Tensor, Tensor]] | None:
-        """The datamodule's ``prepare``, if there is one."""
-        return getattr(getattr(self.trainer, "datamodule", None), "prepare", None)
-
-    def _prepare(self, batch: Any, batch_index: int, training: bool) -> tuple[Tensor, Tensor]:
-        """Return images and labels; a batch of a loader without ``prepare`` is checked."""
+    def _prepare(self, batch: Any, training: bool) -> tuple[Tensor, Tensor]:
         if self._prepares is not None:
             return self._prepares(*batch, training=training)
-        values = self.device.type == "cpu" or batch_index == 0  # reading them waits for a GPU
-        contrasts = training and self.method.contrasts
-        check_batch(batch, self.num_classes, training=training, contrasts=contrasts, values=values)
         images, labels = batch
         return images, labels
 
@@ -292,8 +283,8 @@ class Learner(ModulewiseSteps):
             self.log_dict({**self.figures.latest, "train/lr": lr, "train/skipped_steps": skipped}, batch_size=1)
             self.log("loss", self.figures.latest["train/loss"], prog_bar=True, logger=False, batch_size=1)
 
-    def _evaluate(self, batch: Any, batch_index: int, stage: str, accuracy: MulticlassAccuracy) -> None:
-        images, labels = self._prepare(batch, batch_index, training=False)
+    def _evaluate(self, batch: Any, stage: str, accuracy: MulticlassAccuracy) -> None:
+        images, labels = self._prepare(batch, training=False)
         logits = self(images).float()
         accuracy.update(logits, labels)
         loss = nn.functional.cross_entropy(logits, labels)

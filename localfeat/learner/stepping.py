@@ -7,18 +7,18 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
-import lightning
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from localfeat.learner.checked_batches import CheckedBatches
 from localfeat.learner.nonfinite import NonFinite
 from localfeat.learner.optimization import Optimization, undecayed_parameters
 from localfeat.methods.local_module import LocalModule
 from localfeat.utils.errors import UserError
 
 
-class ModulewiseSteps(lightning.LightningModule):
+class ModulewiseSteps(CheckedBatches):
     """Steps the optimizers of local modules by hand, in every precision.
 
     Attributes:

@@ -46,7 +46,7 @@ def intention(values: Mapping[str, Any]) -> str:
     """Return the line that says what a configuration will train, from its plain values."""
     backbone = values["backbone"].get("label") or values["backbone"].get("name")
     method, dataset = values["method"].get("name"), values["dataset"].get("source")
-    return shown(f"training {method} on {dataset}: {backbone} at {values['image_size']} px")
+    return shown(f"{method} on {dataset}: {backbone} at {values['image_size']} px")
 
 
 def built(parameters: int, blocks: Sequence[int], images: int, device: str) -> str:

@@ -25,7 +25,7 @@ from localfeat.run import process
 from localfeat.run.composition import plain
 from localfeat.run.conf_dir import conf_dir
 from localfeat.utils.errors import UserError
-from tests.helpers.command_line import call
+from tests.helpers.command_line import call, said_at_once
 from tests.helpers.whole_runs import TINY_SWIN, composed
 
 SHORT = ["experiment=smoke", "trainer=cpu", *TINY_SWIN, "callbacks.progress_bar=false"]
@@ -232,7 +232,7 @@ def refused(arguments: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, c
     before = contents(here)
     assert call(monkeypatch, "run", *arguments) == 2
     printed = capsys.readouterr()
-    assert printed.out == ""
+    assert said_at_once(printed.out)
     assert printed.err.startswith("error: ") and printed.err.endswith("\n") and printed.err.count("\n") == 1
     assert contents(here) == before
     return printed.err.removeprefix("error: ").rstrip("\n")

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from localfeat.data.datamodule import ImageDataModule
 from localfeat.run import process
 from localfeat.run.composition import unknown_key
-from tests.helpers.command_line import call
+from tests.helpers.command_line import call, said_at_once
 from tests.helpers.generated import KEYS, OTHERS, SHORT, Mistake, anything, invalid, keys_of, mistyped, valid
 from tests.helpers.whole_runs import draw_nothing
 
@@ -77,7 +77,7 @@ def check_trained(ended: Ended) -> None:
 
 
 def check_refused(ended: Ended) -> None:
-    assert (ended.code, ended.out) == (2, ""), ended.err
+    assert ended.code == 2 and said_at_once(ended.out), ended.err
     assert ended.err.startswith("error: ") and ended.err.endswith("\n") and len(ended.err.splitlines()) == 1
     assert ended.files == []
 

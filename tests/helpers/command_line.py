@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 import sys
 
 import pytest
@@ -31,3 +32,8 @@ def _forget_captured_output() -> None:
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if type(handler) is logging.StreamHandler]:
         root.removeHandler(handler)
+
+
+def said_at_once(out: str) -> bool:
+    """Return whether ``out`` is nothing, or only what a run says of itself before it trains."""
+    return re.fullmatch(r"(.* on \w+: .* at \d+ px\n(.* parameters, K=.*\n)?)?", out) is not None

@@ -92,6 +92,7 @@ KEYS = {
     "test": FLAG,
     "output_dir": Key(_of("out", "'a b'", "a/b", "'ö'"), _of("null", "''", "' '")),
     "backbone.name": Key(_of("swin_tiny_patch4_window7_224"), NO_TEXT | _of("swim", "hf-hub:a/b", "local-dir:.", "''")),
+    "backbone.label": Key(_of("null", "mine"), _of("[1]", "{a:1}")),
     "backbone.variants": Key(_of("{}"), _of("3", "[1]", "{a:b}", "{16:[x]}", "abc")),
     "backbone.pretrained": Key(_of("false"), NO_BOOL),
     "backbone.weights": Key(_of("null"), _of("nowhere.pth", ".", "[a]", "{a:1}", "ünïcode.safetensors")),

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.command_line import call
+from tests.helpers.command_line import call, said_at_once
 
 MODULE = """
 import pathlib
@@ -53,7 +53,7 @@ def refused(
     """Run a command that must be refused; return its single line on stderr."""
     assert call(monkeypatch, module, *arguments) == code
     printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.startswith("error: ") and len(printed.err.splitlines()) == 1
+    assert said_at_once(printed.out) and printed.err.startswith("error: ") and len(printed.err.splitlines()) == 1
     return printed.err
 
 

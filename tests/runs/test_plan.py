@@ -170,7 +170,7 @@ LINES = {
     "budget=8GiB resume=here": "resume=here: a resumed run keeps its own configuration",
     "budget=8GiB trainer.precision=16-mixed": "trainer.precision=16-mixed needs a GPU",
     "budget=8GiB --config-dir nowhere": "--config-dir nowhere: there is no such folder",
-    "budget=8GiB dataset=image_folder dataset.root=nowhere image_size=32": "image_folder: ",
+    "budget=8GiB dataset=image_folder dataset.root=none image_size=32": "dataset.root=none: there is no such folder",
 }
 
 

@@ -26,7 +26,7 @@ from localfeat.utils import locks
 from localfeat.utils.errors import RunFailed, Stopped, UserError
 from localfeat.utils.locks import is_locked, sole_run, try_lock
 from localfeat.utils.text import as_argument
-from tests.helpers.command_line import call
+from tests.helpers.command_line import call, said_at_once
 from tests.helpers.whole_runs import (
     BATCHES,
     SMALL,
@@ -336,6 +336,7 @@ def test_the_same_command_again_resumes(
     capfd.readouterr()
     assert command(monkeypatch, *where) == 0
     assert capfd.readouterr().out == (
+        "greedy_ce on digits: swin_micro at 16 px\n"
         f"{folder if given else folder.relative_to(tmp_path)}: this run has ended, nothing is left to do "
         "(without resume=auto a new run begins)\n"
     )
@@ -471,7 +472,7 @@ def test_in_use_is_said_first_and_nothing_is_written(
             arguments = [*SMALL, *QUICK, f"hydra.run.dir={killed}", *typed]
             assert call(monkeypatch, "run", *arguments) == 2
             said = capfd.readouterr()
-            assert said.out == "" and f"{killed} is in use: process {os.getpid()} on" in said.err
+            assert said_at_once(said.out) and f"{killed} is in use: process {os.getpid()} on" in said.err
     assert {name: (killed / name).read_bytes() for name in files_below(killed)} == before
 
 

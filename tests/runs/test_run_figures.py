@@ -319,7 +319,7 @@ def test_law_7_the_printed_figures_are_the_logged_ones(tmp_path: Path, capsys: p
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line.strip()]
     total = summary["parameters"]["total"]
     expected = [
-        "training feature_recon on digits: swin_micro at 16 px",
+        "feature_recon on digits: swin_micro at 16 px",
         f"{total / 1e6:.1f} M parameters, K=4 of 1+1+1+1 blocks, 1,294 images, cpu",
     ]
     rows = read_rows(tmp_path / "metrics.csv")

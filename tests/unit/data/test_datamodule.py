@@ -255,7 +255,7 @@ class _SaveAfter(lightning.Callback):
         ({"batch_size": 0}, "batch_size=0"),
         ({"batch_size": 1295}, "batch_size=1295 is larger than the 1294 training images"),
         ({"eval_batch_size": 0}, "eval_batch_size=0"),
-        ({"augmentation": "strong"}, "'strong'.*swin, light, none"),
+        ({"augmentation": "strong"}, "augmentation=strong: it is one of swin, light, none"),
         ({"mixup": -0.1}, "mixup=-0.1"),
         ({"cutmix": float("nan")}, "cutmix=nan"),
         ({"val_fraction": 1.0}, r"val_fraction=1.0.*\[0, 1\)"),

@@ -72,23 +72,17 @@ def test_a_backbone_without_a_classifier(model: Any, line: str) -> None:
 )
 def test_batches(given: Any, line: str) -> None:
     with pytest.raises(UserError, match=line):
-        check_batch(given, 3, training=True, contrasts=False)
+        check_batch(given, 3, training=True)
     for labels in (HARD, SOFT):
-        check_batch((IMAGES, labels), 3, training=True, contrasts=False)
+        check_batch((IMAGES, labels), 3, training=True)
 
 
-@pytest.mark.parametrize(
-    ("labels", "training", "line"),
-    [
-        (HARD[:1], True, "a batch of 1: this method contrasts"),
-        (SOFT, True, "labels are probabilities: this method contrasts"),
-        (SOFT, False, r"labels are float32 \[4, 3\]: class indices are int64 \(B,\)$"),
-    ],
-)
-def test_what_a_stage_needs(labels: Tensor, training: bool, line: str) -> None:
-    with pytest.raises(UserError, match=line):
-        check_batch((IMAGES[: len(labels)], labels), 3, training=training, contrasts=training)
-    check_batch((IMAGES[:1], HARD[:1]), 3, training=False, contrasts=False)
+def test_what_a_stage_needs() -> None:
+    with pytest.raises(UserError, match="a batch of 1: this method contrasts the images of a batch, at least 2"):
+        check_batch((IMAGES[:1], HARD[:1]), 3, training=True, at_least=2)
+    with pytest.raises(UserError, match=r"labels are float32 \[4, 3\]: class indices are int64 \(B,\)$"):
+        check_batch((IMAGES, SOFT), 3, training=False)
+    check_batch((IMAGES[:1], HARD[:1]), 3, training=False)
 
 
 def own(images: Tensor, labels: Tensor, size: int = 8) -> DataLoader:

@@ -15,7 +15,7 @@ from tests.helpers.whole_runs import child_exit, composed
 
 def test_the_first_line_says_what_will_be_trained() -> None:
     line = intention(composed("dataset=cifar100", "method=image_recon"))
-    assert line == "training image_recon on cifar100: swin_tiny_patch4_window7_224 at 224 px"
+    assert line == "image_recon on cifar100: swin_tiny_patch4_window7_224 at 224 px"
     assert len(line) <= WIDTH
 
 
