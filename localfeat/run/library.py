@@ -22,10 +22,12 @@ def compose(overrides: Sequence[str] = ()) -> RunConfiguration:
     Raises:
         UserError: an unknown key or choice, or a value that is wrong.
     """
-    from localfeat.run.composition import plain
+    from localfeat.run.command_line import arranged
+    from localfeat.run.composition import composed, plain
     from localfeat.run.configuration import RunConfiguration
 
-    return RunConfiguration.from_values(plain(_composed(overrides)))
+    with _one_line(overrides):
+        return RunConfiguration.from_values(plain(composed(arranged(overrides))))
 
 
 def train(overrides: Sequence[str] = (), folder: str | Path | None = None) -> dict[str, Any]:
@@ -43,27 +45,22 @@ def train(overrides: Sequence[str] = (), folder: str | Path | None = None) -> di
     from omegaconf import OmegaConf, open_dict
 
     from localfeat.run.command import notes_of, run
-
-    cfg = _composed(overrides, hydra_too=True)
-    hydra_cfg = cfg.hydra
-    where = Path(str(OmegaConf.select(cfg, "hydra.run.dir")) if folder is None else folder)
-    with open_dict(cfg):
-        del cfg["hydra"]
-    return run(cfg, where, notes_of(cfg, hydra_cfg))
-
-
-def _composed(overrides: Sequence[str], *, hydra_too: bool = False) -> Any:
     from localfeat.run.command_line import arranged
     from localfeat.run.composition import composed
 
     with _one_line(overrides):
-        return composed(arranged(overrides), hydra_too=hydra_too)
+        cfg = composed(arranged(overrides), hydra_too=True)
+        hydra_cfg = cfg.hydra
+        where = Path(str(OmegaConf.select(cfg, "hydra.run.dir")) if folder is None else folder)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        return run(cfg, where, notes_of(cfg, hydra_cfg))
 
 
 @contextmanager
 def _one_line(overrides: Sequence[str]) -> Iterator[None]:
-    """Raise Hydra's errors as ``UserError`` with the line that the command would print."""
-    from localfeat.run.command_line import explain
+    """Raise errors that are no bugs as ``UserError`` or ``RunFailed``, with the line that the command would print."""
+    from localfeat.run.command_line import exit_code, explain
 
     try:
         yield
@@ -73,4 +70,4 @@ def _one_line(overrides: Sequence[str]) -> Iterator[None]:
         line = explain(error, overrides)
         if line is None:
             raise
-        raise UserError(line) from error
+        raise (UserError if exit_code(error) == 2 else RunFailed)(line) from error

@@ -41,6 +41,7 @@ def test_compose_gives_the_checked_configuration() -> None:
         (["method=foo"], "method=foo: it is one of "),
         (["epochs=0"], "epochs=0: it must be at least 1"),
         (["split=cuts", "split.cutz=[1]"], "split.cutz: there is no such key; did you mean split.cuts?"),
+        (["backbone=timm"], "backbone.name has to be given: backbone.name=<value>"),
         (["seed=0,1"], "seed=0,1: several values make a sweep"),
     ],
 )
