@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from localfeat.methods.site import Site
     from localfeat.run.callbacks.nonfinite import StopOnNonFinite
     from localfeat.run.library import compose, train
-    from localfeat.utils.errors import UserError
+    from localfeat.utils.errors import RunFailed, Stopped, UserError
 
 __version__ = "0.1.0"
 
@@ -44,9 +44,11 @@ _HOMES = {
     "Objective": "localfeat.methods.objective",
     "OneLayerDecoder": "localfeat.methods.parts.decoders",
     "Optimization": "localfeat.learner.optimization",
+    "RunFailed": "localfeat.utils.errors",
     "Site": "localfeat.methods.site",
     "Split": "localfeat.backbones.split",
     "StopOnNonFinite": "localfeat.run.callbacks.nonfinite",
+    "Stopped": "localfeat.utils.errors",
     "UserError": "localfeat.utils.errors",
     "compose": "localfeat.run.library",
     "step_memory": "localfeat.memory.accounting",
@@ -65,9 +67,11 @@ __all__ = [
     "Objective",
     "OneLayerDecoder",
     "Optimization",
+    "RunFailed",
     "Site",
     "Split",
     "StopOnNonFinite",
+    "Stopped",
     "UserError",
     "compose",
     "step_memory",

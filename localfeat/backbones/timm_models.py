@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import socket
 import warnings
@@ -79,7 +80,9 @@ def model_name(name: str, image_size: int | None, variants: Mapping[int, str] | 
     chosen = (variants or {}).get(image_size or 0, name)
     architecture, _, tag = chosen.partition(".")  # a tag names pretrained weights; hf-hub:… and paths are refused
     if not timm.is_model(architecture) or (tag and chosen not in timm.list_pretrained(f"{architecture}.*")):
-        raise UserError(f"backbone.name={chosen}: timm has no such model (see timm.list_models())")
+        near = difflib.get_close_matches(chosen, timm.list_models(), n=1)
+        meant = f"; did you mean {near[0]}?" if near else " (see timm.list_models())"
+        raise UserError(f"backbone.name={chosen}: timm has no such model{meant}")
     return chosen
 
 

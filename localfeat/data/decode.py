@@ -4,11 +4,11 @@ import errno
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -44,7 +44,8 @@ called .png to ghostscript."""
 BEHIND_TRANSPARENCY = (255, 255, 255, 255)
 """The colour, white, that transparent pixels are composed onto."""
 MAX_PIXELS = 100_000_000
-"""Limit for one image: 300 MB as RGB, and eight are decoded at a time. A small file can claim any size."""
+"""Limit for one image: 400 MB as RGBA, and as much again while it is composed. A small file can claim any size, and eight
+are decoded at a time."""
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit above is an error
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # about tags that no pixel depends on
@@ -68,8 +69,11 @@ def read_image(path: Path, size: int | None = None) -> np.ndarray:
     """
     with _opened(path) as file:
         turned = _orientation(file) > 1
-        image = _to_rgb(ImageOps.exif_transpose(file) if turned else file)
-        return np.array(image if size is None else _centre_square(image, size))
+        image = file if size is None else _centre_square(file)  # first, as turning and composing copy all pixels
+        image = _to_rgb(ImageOps.exif_transpose(image) if turned else image, file)
+        if size is not None and image.size != (size, size):
+            image = image.resize((size, size), Image.Resampling.BICUBIC)
+        return np.array(image)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -145,7 +149,8 @@ def _orientation(image: Image.Image) -> int:
 
     PIL turns TIFF files itself. A PNG may hold EXIF data behind its pixels: that is not looked for.
     """
-    if image.format == "TIFF" or (image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys()):
+    before_pixels = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"} & image.info.keys()
+    if image.format == "TIFF" or (image.format == "PNG" and not before_pixels):
         return 1
     try:
         found = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -154,35 +159,43 @@ def _orientation(image: Image.Image) -> int:
     return found if found in range(1, 9) else 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, file: Image.Image) -> Image.Image:
+    """Return ``image``, made of the pixels of ``file``, as RGB."""
     if image.mode == "F":
         raise ValueError("it holds floating-point pixels, whose range is unknown")
-    if image.mode == "I" and image.format == "TIFF":
+    if image.mode == "I" and file.format == "TIFF":
         raise ValueError("it holds signed or 32-bit pixels, whose range is unknown")
     if image.mode.startswith("I"):  # `convert` would clip it to white
-        image = _upper_bits(image)
+        image = _upper_bits(image, getattr(file, "tag_v2", {}))
     if image.has_transparency_data:
         below = Image.new("RGBA", image.size, BEHIND_TRANSPARENCY)
-        image = Image.alpha_composite(below, image.convert("RGBA"))
+        below.alpha_composite(image.convert("RGBA"))
+        image = below
     return image.convert("RGB")
 
 
-def _upper_bits(image: Image.Image) -> Image.Image:
-    """Return the upper 8 bits of grey pixels of 12 or 16 bits, whose mode is "I" or begins with "I;16"."""
-    tags = getattr(image, "tag_v2", {})  # of a TIFF
+def _upper_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
+    """Return the upper 8 bits of grey pixels of 12 or 16 bits, whose mode is "I" or begins with "I;16".
+
+    Args:
+        image: the pixels; in a PNG one grey may be transparent.
+        tags: those of a TIFF.
+    """
     bits = tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
-    grey = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+    deep = np.asarray(image)
+    grey = (deep >> (bits - 8)).astype(np.uint8)
     if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # 0 is white; PIL inverts 8-bit pixels only
         grey = 255 - grey
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[deep == transparent] = BEHIND_TRANSPARENCY[0]
     return Image.fromarray(grey)
 
 
-def _centre_square(image: Image.Image, size: int) -> Image.Image:
-    """Keep the centre square and resize it; a picture of one line never becomes larger than its square."""
+def _centre_square(image: Image.Image) -> Image.Image:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))
-    return square if side == size else square.resize((size, size), Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + side, top + side))
 
 
 @contextmanager

@@ -85,7 +85,8 @@ def tell_others(folder: Path, others: Counter[str]) -> None:
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
     """Yield everything below ``folder`` that is not a folder and not hidden, see `image_paths`."""
     pending: list[str | Path] = [folder]
-    seen = {_identity(above) for above in folder.resolve().parents}  # links may lead back
+    above = (*folder.resolve().parents, *folder.absolute().parents)  # links may lead back
+    seen = {_identity(place) for place in above}
     while pending:
         place = pending.pop()
         if _identity(place) in seen:

@@ -119,7 +119,10 @@ class ImageFolder:
 def _scan(split: Path, bad: BadFiles | None, others: Counter[str]) -> dict[str, list[Path]]:
     """Map each class name of one split, in sorted order, to its sorted image files; count all others."""
     with _readable(split):
-        folders = sorted(path for path in split.iterdir() if path.is_dir() and not made_by_a_system(path.name))
+        entries = sorted(path for path in split.iterdir() if not made_by_a_system(path.name))
+    folders = [path for path in entries if path.is_dir()]
+    if dead := [path for path in entries if path.is_symlink() and not path.exists()]:
+        raise UserError(f"image_folder: {shown(dead[0].absolute())} is a link that leads nowhere; mend or delete it")
     if not folders:
         raise UserError(f"image_folder: {shown(split.absolute())} has no class folders; expected {LAYOUT}")
     files: dict[str, list[Path]] = {}

@@ -45,20 +45,22 @@ def check_batch(batch: Any, num_classes: int, *, training: bool, values: bool = 
     Raises:
         UserError: another structure, labels of a wrong type, shape or range, too few images to contrast.
     """
-    if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(x, Tensor) for x in batch):
-        found = f"({', '.join(type(x).__name__ for x in batch)})" if isinstance(batch, tuple | list) else type(batch)
-        raise UserError(f"{_WANTED}; this one is {found if isinstance(found, str) else found.__name__}")
+    parts = [type(part).__name__ for part in batch] if isinstance(batch, tuple | list) else None
+    if parts is None or len(parts) != 2 or not all(isinstance(part, Tensor) for part in batch):
+        raise UserError(f"{_WANTED}; this one is {type(batch).__name__ if parts is None else ', '.join(parts)}")
     images, labels = batch
     check_images(images)
-    if len(labels) != len(images):
-        raise UserError(f"{len(labels)} labels for {len(images)} images: {_WANTED}")
+    if labels.ndim == 0 or len(labels) != len(images):
+        raise UserError(f"labels of shape {list(labels.shape)} for {len(images)} images: {_WANTED}")
+    if len(images) == 0:
+        raise UserError("a batch without images")
     if labels.is_floating_point():
         _check_probabilities(labels, num_classes, training=training, values=values)
     elif labels.dtype != torch.int64:
         raise UserError(f"labels are {_name(labels.dtype)}: class indices are int64, labels.long()")
     elif labels.ndim != 1:
         raise UserError(f"labels have the shape {list(labels.shape)}: class indices are int64 (B,)")
-    elif values and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+    elif values and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         low, high = int(labels.min()), int(labels.max())
         raise UserError(f"labels lie between {low} and {high}: this classifier has the classes 0 to {num_classes - 1}")
     if len(labels) < at_least:
@@ -75,6 +77,8 @@ def check_images(images: Any) -> None:
         raise UserError(f"images are {type(images).__name__}: give a float tensor (B, 3, H, W)")
     if not images.is_floating_point():
         raise UserError(f"images are {_name(images.dtype)}: give normalised floats (B, 3, H, W)")
+    if images.dtype == torch.float64:
+        raise UserError("images are float64: give float32, images.float()")
     if images.ndim != 4:
         raise UserError(f"images have the shape {list(images.shape)}: give (B, 3, H, W)")
 

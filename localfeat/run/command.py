@@ -25,7 +25,7 @@ from localfeat.run.folder import RunFolder
 from localfeat.run.hydra_guard import check_foreign
 from localfeat.run.output import intention, tell
 from localfeat.run.quick_imports import quick_imports
-from localfeat.run.settings import check_plain_settings
+from localfeat.run.settings import check_paths, check_plain_settings
 from localfeat.run.signals import name, requeue
 from localfeat.utils.errors import Diverged, RunFailed, Stopped, UserError
 from localfeat.utils.text import as_argument
@@ -49,7 +49,7 @@ def run(cfg: DictConfig, folder: str | Path, notes: dict[str, str] | None = None
         Stopped: a signal stopped the run.
     """
     if cfg.resume is None:
-        return _train(_configured(plain(cfg)), RunFolder(folder), resume=False, notes=notes)
+        return _train(_configured(plain(cfg), new=True), RunFolder(folder), resume=False, notes=notes)
     if cfg.resume == AUTO:
         return _resume_or_begin({**plain(cfg), "resume": None}, RunFolder(folder), notes or {})
     resumed = str(cfg.resume)
@@ -59,8 +59,11 @@ def run(cfg: DictConfig, folder: str | Path, notes: dict[str, str] | None = None
     return _train(_configured(found.read_config()), found, resume=True)
 
 
-def _configured(values: dict[str, Any]) -> RunConfiguration:
+def _configured(values: dict[str, Any], *, new: bool = False) -> RunConfiguration:
+    """Return the configuration; that of a run certain to be new needs its files."""
     check_plain_settings(values)
+    if new:
+        check_paths(values)
     tell(intention(values))  # before imports that take seconds
     with quick_imports():
         import localfeat.run.train  # noqa: F401  (all that a run needs)

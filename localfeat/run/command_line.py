@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -133,15 +133,22 @@ def _hydra_line(error: Exception, arguments: Sequence[str]) -> str:
         return _unknown_override(str(cause.full_key), arguments)
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}={choice}: it is one of {', '.join(error.options)}"
+        return f"{group}={choice}: it is one of {', '.join(error.options)}{meant(choice, error.options)}"
     if found := re.search(r"Ambiguous value for argument '(.*)'", text):
-        return f"{found[1]}: several values make a sweep, which needs -m; a list is [1,2]"
+        key, _, values = found[1].partition("=")
+        return f"{found[1]}: several values make a sweep, which needs -m; a list is '{key}=[{values}]'"
     if found := re.search(r"An item is already at '(.*)'\.", text):
         return f"+{found[1]}: this key exists already; leave out the +"
     if full_key := getattr(error, "full_key", None):
         return f"{full_key}: {text.splitlines()[0]}"
     text = re.split(r"Config search path:|See https:", text)[0]
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def meant(typed: str, known: Iterable[str]) -> str:
+    """Return "; did you mean …?" for a name that is nearly one of the known, else nothing."""
+    near = difflib.get_close_matches(typed, list(known), n=1, cutoff=0.7)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _unknown_override(key: str, arguments: Sequence[str]) -> str:
@@ -160,6 +167,9 @@ def _unknown_override(key: str, arguments: Sequence[str]) -> str:
     return unknown_key(key, known)
 
 
+_COMPLETIONS = ("install=", "uninstall=", "query=")
+
+
 def arranged(arguments: Sequence[str]) -> list[str]:
     """Return the arguments of a command as Hydra reads them, checked.
 
@@ -176,6 +186,8 @@ def arranged(arguments: Sequence[str]) -> list[str]:
     parser.error = _refuse  # type: ignore[method-assign]  # argparse's own prints the usage and exits
     given = parser.parse_intermixed_args(list(arguments))
     commands = [name for name in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(given, name)]
+    if given.shell_completion and len([o for o in given.overrides if o.startswith(_COMPLETIONS)]) != 1:
+        raise UserError("--shell-completion: give install=bash, uninstall=bash or query=bash (or zsh, fish)")
     if given.resolve and not (given.cfg or given.help):
         raise UserError("--resolve goes with --cfg job or --help")
     if len(commands) > 1:
@@ -189,6 +201,7 @@ def arranged(arguments: Sequence[str]) -> list[str]:
 
 
 def _with_quoted_path(override: str) -> str:
+    """Return an override of a path with ``~`` expanded, and quoted if Hydra cannot read it."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import OverrideParseException
 
@@ -196,6 +209,8 @@ def _with_quoted_path(override: str) -> str:
 
     key, equals, value = override.partition("=")
     if equals and key.lstrip("+") in PATHS:
+        if value.startswith("~"):
+            return f"{key}={quoted(os.path.expanduser(value))}"
         try:
             OverridesParser.create().parse_overrides([override])
         except OverrideParseException:
@@ -216,7 +231,8 @@ def _check_override(override: str) -> None:
         raise UserError(f"{override}: keys cannot be removed; give them another value")
     if not key:
         raise UserError(f"{override}: not key=value")
-    options = sorted(file.stem for file in (conf_dir() / key).glob("*.yaml")) if key.isidentifier() else []
+    groups = {path.name for path in conf_dir().iterdir() if path.is_dir()}
+    options = sorted(file.stem for file in (conf_dir() / key).glob("*.yaml")) if key in groups else []
     options = sorted(METHODS) if key == "method" else options
     if options and (not re.match(r"['\"A-Za-z]", choice) or choice.lower() in ("null", "true", "false")):
         raise UserError(f"{override}: it is one of {', '.join(options)}")

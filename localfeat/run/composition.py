@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import threading
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,7 +24,9 @@ AUTO = "auto"
 """``resume=auto``: resume the run that the same command began, or begin it."""
 
 
-PATHS = ("output_dir", "dataset.root", "backbone.weights", "resume")
+_ONE_AT_A_TIME = threading.RLock()  # Hydra keeps its state in the process
+
+PATHS = ("output_dir", "dataset.root", "backbone.weights", "resume", "hydra.run.dir", "hydra.sweep.dir")
 """Keys of the configuration that name a file or a folder; ``~`` in them is the home folder."""
 
 
@@ -94,14 +97,15 @@ def composed(overrides: Sequence[str], *, hydra_too: bool = False) -> DictConfig
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    register_resolvers()
-    outer = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            cfg = compose("config", overrides=list(overrides), return_hydra_config=True)
-    finally:
-        GlobalHydra.instance().hydra = outer
+    with _ONE_AT_A_TIME:
+        register_resolvers()
+        outer = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+                cfg = compose("config", overrides=list(overrides), return_hydra_config=True)
+        finally:
+            GlobalHydra.instance().hydra = outer
     cfg.method.name = cfg.method.name  # may be the choice, which is Hydra's part
     if not hydra_too:
         with open_dict(cfg):

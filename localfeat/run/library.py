@@ -26,7 +26,7 @@ def compose(overrides: Sequence[str] = ()) -> RunConfiguration:
     from localfeat.run.composition import composed, plain
     from localfeat.run.configuration import RunConfiguration
 
-    with _one_line(overrides):
+    with _lines_of_the_command(overrides):
         return RunConfiguration.from_values(plain(composed(arranged(overrides))))
 
 
@@ -48,20 +48,27 @@ def train(overrides: Sequence[str] = (), folder: str | Path | None = None) -> di
     from localfeat.run.command_line import arranged
     from localfeat.run.composition import composed
 
-    with _one_line(overrides):
+    if folder is not None and (str(folder) == "" or Path(folder).expanduser().is_file()):
+        raise UserError(f"folder={str(folder)!r}: give the path of a folder")
+    with _lines_of_the_command(overrides):
         cfg = composed(arranged(overrides), hydra_too=True)
         hydra_cfg = cfg.hydra
-        where = Path(str(OmegaConf.select(cfg, "hydra.run.dir")) if folder is None else folder)
+        where = Path(str(OmegaConf.select(cfg, "hydra.run.dir")) if folder is None else folder).expanduser()
         with open_dict(cfg):
             del cfg["hydra"]
         return run(cfg, where, notes_of(cfg, hydra_cfg))
 
 
 @contextmanager
-def _one_line(overrides: Sequence[str]) -> Iterator[None]:
+def _lines_of_the_command(overrides: Sequence[str]) -> Iterator[None]:
     """Raise errors that are no bugs as ``UserError`` or ``RunFailed``, with the line that the command would print."""
     from localfeat.run.command_line import exit_code, explain
 
+    typed = isinstance(overrides, Sequence) and not isinstance(overrides, str)
+    if not typed or not all(isinstance(override, str) for override in overrides):
+        raise UserError(f'overrides={overrides!r}: give a list of texts, ["split=k4", "seed=1"]')
+    if option := next((override for override in overrides if override.startswith("-")), None):
+        raise UserError(f"{option}: options belong to the command line; from Python call once for each job")
     try:
         yield
     except (UserError, RunFailed):

@@ -34,7 +34,8 @@ def reader_may_leave() -> Iterator[None]:
     """End the process quietly if the reader of standard output has left (``--help | head``)."""
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started this process
+            sys.stdout.flush()
     except BrokenPipeError as error:
         if error.filename is not None:  # not standard output
             raise

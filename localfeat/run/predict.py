@@ -104,6 +104,8 @@ def main() -> None:
             raise UserError(f"{empty[0]}= is empty: give a value")
         batch_size = whole_number("batch_size", arguments["batch_size"], least=1)
         output = check_output("output", arguments["output"])
+        if not Path(arguments["images"]).is_dir():  # before imports that take seconds
+            raise UserError(f"images={shown(arguments['images'])}: there is no such folder")
         bad = BadFiles()
         classes, rows = predict(arguments["run"], arguments["images"], arguments["checkpoint"], batch_size, bad)
         count = write_csv(output, classes, rows)

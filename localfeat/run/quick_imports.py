@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -17,7 +18,8 @@ def quick_imports() -> Iterator[None]:
     garbage. timm imports wandb for a log of its own training script if it can; localfeat's logger imports it when used.
     """
     modules = cast(dict[str, Any], sys.modules)
-    hides, collects = "wandb" not in modules, gc.isenabled()
+    alone = threading.active_count() == 1  # another thread may need wandb meanwhile
+    hides, collects = alone and "wandb" not in modules, gc.isenabled()
     gc.disable()
     if hides:
         modules["wandb"] = None  # Python then raises ImportError
@@ -25,6 +27,6 @@ def quick_imports() -> Iterator[None]:
         yield
     finally:
         if hides:
-            del modules["wandb"]
+            modules.pop("wandb", None)
         if collects:
             gc.enable()

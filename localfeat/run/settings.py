@@ -9,7 +9,6 @@ import os
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from localfeat.run.construct import check_values, typed
@@ -226,18 +225,32 @@ class PlainSettings:
 
 
 def check_plain_settings(values: Mapping[str, Any]) -> None:
-    """Check the plain settings among the values of a configuration, and whether its folder of images exists.
+    """Check the plain settings among the values of a configuration.
 
     Raises:
-        UserError: a value of the wrong type or out of range, a missing folder.
+        UserError: a value of the wrong type or out of range, a wrong combination.
     """
     hints = typing.get_type_hints(PlainSettings)
     groups = {"trainer": TrainerSettings, "callbacks": CallbackSettings}
     plain = {name: values[name] for name in hints if name in values and name not in groups}
     checked = check_values(plain, hints, ("seed", "image_size", "batch_size", "epochs"), "")
     PlainSettings(**checked, **{name: typed(kind, values.get(name, {}), name) for name, kind in groups.items()})
-    dataset = values.get("dataset")
-    if isinstance(dataset, Mapping) and dataset.get("source") == "image_folder":
-        root = Path(os.path.expanduser(str(dataset.get("root"))))
-        if not root.is_dir():
-            raise UserError(f"dataset.root={shown(root)}: there is no such folder")
+
+
+def check_paths(values: Mapping[str, Any]) -> None:
+    """Check that the image folder and the file of initial weights that a new run needs exist.
+
+    Raises:
+        UserError: one of them is missing.
+    """
+    dataset, backbone = _group(values, "dataset"), _group(values, "backbone")
+    root, weights = dataset.get("root"), backbone.get("weights")
+    if dataset.get("source") == "image_folder" and not os.path.isdir(os.path.expanduser(str(root))):
+        raise UserError(f"dataset.root={shown(str(root))}: there is no such folder")
+    if isinstance(weights, str) and not os.path.isfile(os.path.expanduser(weights)):
+        raise UserError(f"backbone.weights={shown(weights)}: there is no such file")
+
+
+def _group(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = values.get(name)
+    return found if isinstance(found, Mapping) else {}

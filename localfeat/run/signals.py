@@ -9,7 +9,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from localfeat.utils.errors import Stopped
@@ -52,7 +52,8 @@ class StopRequest:
         if not self.waits:
             raise Stopped(signum)
         # os.write, because the signal may have interrupted a print
-        os.write(2, f"\n{name(signum)}: saving after this batch; a second signal ends at once\n".encode())
+        with suppress(OSError):  # whoever read standard error may have gone first
+            os.write(2, f"\n{name(signum)}: saving after this batch; a second signal ends at once\n".encode())
 
     @contextmanager
     def listening(self) -> Iterator[None]:

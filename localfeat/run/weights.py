@@ -58,7 +58,9 @@ def load_backbone_weights(model: nn.Module, path: str | Path, *, reset_classifie
         state = {key: value for key, value in state.items() if key not in left_out}
     check_keys(path, state, {key: value for key, value in own.items() if key not in ignored}, classifier)
     for key, value in state.items():
-        if not bool(torch.isfinite(value).all()):
+        if own[key].is_floating_point() and not value.is_floating_point():
+            raise UserError(f"{path}: {key} holds {str(value.dtype).removeprefix('torch.')}, the model floats")
+        if not bool(torch.isfinite(value.to(own[key].dtype)).all()):
             raise UserError(f"{path}: {key} holds values that are not finite; use weights of an earlier checkpoint")
     model.load_state_dict(state, strict=not reset_classifier)
     return notes
@@ -72,9 +74,10 @@ def _unwrapped(path: str | Path, state: dict[str, Tensor], model: nn.Module, not
     if any("_orig_mod." in key for key in state):
         notes.append("prefix _orig_mod. removed")
         state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
-    counts = _prefixes(state, model.state_dict().keys())
+    body = {key for key in model.state_dict() if not key.startswith(classifier_prefixes(model))}
+    counts = _prefixes(state, body)
     (prefix, most), *others = counts.most_common() or [("", 0)]
-    if counts[""] == most or 2 * most < len(model.state_dict()):
+    if counts[""] == most or 2 * most < len(body):
         return state
     if others and others[0][1] == most:
         raise UserError(f"{path} holds this network under {prefix} and under {others[0][0]}: save one of them alone")
@@ -84,11 +87,12 @@ def _unwrapped(path: str | Path, state: dict[str, Tensor], model: nn.Module, not
     return kept
 
 
-def _prefixes(state: Mapping[str, Tensor], own: Any) -> Counter[str]:
+def _prefixes(state: Mapping[str, Tensor], own: set[str]) -> Counter[str]:
     """Count for every prefix how many keys of the state are that prefix before a key of the model."""
     counts = Counter[str]()
+    deepest = max((key.count(".") for key in own), default=0)
     for key in state:
-        parts = key.split(".")
+        parts = key.rsplit(".", deepest + 1)
         for depth in range(len(parts)):
             if ".".join(parts[depth:]) in own:
                 counts["".join(f"{part}." for part in parts[:depth])] += 1
@@ -170,12 +174,12 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
         UserError: no such file, a file that needs code to be run, or content other than plain tensors by name.
     """
     content, notes = _content(path), []
-    while isinstance(content, Mapping):
-        key = next((key for key in NESTED_UNDER if isinstance(content.get(key), Mapping)), None)
-        if key is None:
-            break
-        notes.append(f"under {key}")
-        content = content[key]
+    for _ in NESTED_UNDER:  # a hostile file may nest without end
+        inside = content if isinstance(content, Mapping) else {}
+        key = next((key for key in NESTED_UNDER if isinstance(inside.get(key), Mapping)), None)
+        if key is not None:
+            notes.append(f"under {key}")
+            content = content[key]
     named = isinstance(content, Mapping) and bool(content) and all(isinstance(key, str) for key in content)
     if not named or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path} holds no state dict: give name -> tensor, plain or under {', '.join(NESTED_UNDER)}")

@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 
-from localfeat.run.output import reader_may_leave
+from localfeat.run.command_line import meant, one_line_errors
 
 COMMANDS = {
     "run": ("localfeat.run.command", "train one configuration, or several with -m"),
@@ -31,9 +31,12 @@ def main() -> None:
         return
     known = "\n".join(f"  {command:10} {what}" for command, (_, what) in COMMANDS.items())
     if name not in ("--help", "-h"):
-        print(f"error: {name}: it is one of {', '.join(COMMANDS)} (see localfeat --help)", file=sys.stderr)
+        print(
+            f"error: {name}: it is one of {', '.join(COMMANDS)}{meant(name, COMMANDS)} (see localfeat --help)",
+            file=sys.stderr,
+        )
         sys.exit(2)
-    with reader_may_leave():
+    with one_line_errors():
         print(f"localfeat <command> …\n\n{known}\n\nlocalfeat <command> --help says more.")
 
 
@@ -51,7 +54,7 @@ def _complete(arguments: list[str]) -> None:
             return
         if typed != "run":
             return
-        os.environ["COMP_LINE"] = line.replace(" run", "", 1)
+        os.environ["COMP_LINE"] = " ".join(["localfeat", *line.split(" ")[2:]])
         os.environ["COMP_POINT"] = str(len(os.environ["COMP_LINE"]))
     sys.argv = ["localfeat", "--shell-completion", *arguments]
     importlib.import_module(COMMANDS["run"][0]).main()

@@ -130,8 +130,8 @@ FOUND = {
     "output_dir='a\x00b'": "output_dir='a\\x00b/",
     "method.name='a/../../b'": "is part of a folder's name",
     f"method.name={'a' * 300}": "is part of a folder's name",
-    f"backbone.weights={'a' * 5000}": "no weights file aaa",
-    "backbone.weights='a\x00b'": "no weights file a\\x00b",
+    f"backbone.weights={'a' * 5000}": "backbone.weights=aaa",
+    "backbone.weights='a\x00b'": "backbone.weights=a\\x00b: there is no such file",
     "backbone.arguments.embed_dim=0": "cannot be built like this",  # without torch's warning before it
 }
 """Mistakes that once gave more than one line."""

@@ -108,7 +108,7 @@ def test_predict_writes_the_models_probabilities(
         ("evaluate", ["run={run}", "spilt=val"], "spilt: there is no such key; did you mean split?"),
         ("evaluate", ["{run}"], "arguments are key=value"),
         ("predict", ["run={run}"], "images has to be given"),
-        ("predict", ["run={run}", "images=nowhere"], "no folder nowhere"),
+        ("predict", ["run={run}", "images=nowhere"], "images=nowhere: there is no such folder"),
         ("predict", ["run={run}", "images={run}/checkpoints"], "no image in"),
         ("predict", ["run={run}", "images={run}", "batch_size=many"], "batch_size=many"),
         (

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -50,6 +52,21 @@ def test_mistakes_are_the_lines_of_the_command(overrides: list[str], line: str) 
         with pytest.raises(UserError) as error:
             function(overrides)
         assert str(error.value).startswith(line)
+
+
+@pytest.mark.parametrize("overrides", ["seed=1", [1], None, ["-m", "seed=0,1"], ["--version"]])
+def test_what_is_no_list_of_overrides(overrides: Any) -> None:
+    for function in (localfeat.compose, localfeat.train):
+        with pytest.raises(UserError, match=r"give a list of texts|options belong to the command line"):
+            function(overrides)
+    with pytest.raises(UserError, match="give the path of a folder"):
+        localfeat.train([], "")
+
+
+def test_threads_compose_at_the_same_time() -> None:
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda seed: localfeat.compose([f"seed={seed}"]).seed, range(8)))
+    assert found == list(range(8))
 
 
 def test_an_application_s_own_hydra_stays() -> None:

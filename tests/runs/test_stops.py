@@ -220,3 +220,19 @@ def test_a_request_outside_the_main_thread_is_silent() -> None:
 
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(listen).result()
+
+
+def test_a_signal_is_heeded_when_nobody_reads_standard_error() -> None:
+    """The whole group is ended at once, the reader of a pipe first."""
+
+    def heed() -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 2)
+        stop = StopRequest()
+        with stop.listening():
+            stop.waits = True
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop() == signal.SIGTERM
+
+    assert child_exit(heed) == 0

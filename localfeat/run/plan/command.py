@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from localfeat.run.command_line import arranged, one_line_errors, report
 from localfeat.run.composition import composed, plain
 from localfeat.run.output import reader_may_leave
-from localfeat.run.settings import check_plain_settings
+from localfeat.run.settings import check_paths, check_plain_settings
 from localfeat.utils.errors import UserError
 from localfeat.utils.files import failing_in_one_line, write_whole
 
@@ -95,7 +95,9 @@ def make_plan(arguments: Sequence[str]) -> tuple[Plan, dict[str, Any]]:
     checked = _checked(values)
     if values["budget"] != "auto":
         parse_bytes(values["budget"])
-    check_plain_settings(compose(overrides))  # before imports that take seconds
+    values_of_runs = compose(overrides)
+    check_plain_settings(values_of_runs)  # before imports that take seconds
+    check_paths(values_of_runs)
     from localfeat.run.plan.planning import plan
 
     hydra = ["--config-dir", values["config_dir"]] if values["config_dir"] else []

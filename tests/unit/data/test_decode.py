@@ -117,6 +117,8 @@ def test_deep_greys_never_fall(tmp_path: Path) -> None:
     ramp = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
     for suffix in ("png", "tif", "pgm"):
         np.testing.assert_array_equal(saved(tmp_path / f"x.{suffix}", Image.fromarray(ramp)), rgb(GREY))
+    got = saved(tmp_path / "x.png", Image.fromarray(ramp), transparency=512)
+    assert got[0, :4, 0].tolist() == [0, 1, 255, 3]  # the grey that a PNG calls transparent, over white
     white_is_zero = TiffImagePlugin.ImageFileDirectory_v2()
     white_is_zero[262] = 0
     np.testing.assert_array_equal(

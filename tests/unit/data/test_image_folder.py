@@ -112,6 +112,16 @@ def test_classes_that_differ_by_their_unicode_form_are_one(tmp_path: Path) -> No
         ImageFolder(tmp_path, 16)
 
 
+def test_links_of_classes(tmp_path: Path) -> None:
+    """One that leads nowhere, to a disk that is not mounted, loses no class; one that leads up is no class."""
+    write_image_folder(tmp_path, {"train": 3, "test": 2})
+    for target, reason in (("/mnt/nothing/here", "leads nowhere"), ("..", "has no image"), (".", "has no image")):
+        (tmp_path / "train" / "c").symlink_to(target)
+        with pytest.raises(UserError, match=f"train/c .*{reason}"):
+            ImageFolder(tmp_path, 16)
+        (tmp_path / "train" / "c").unlink()
+
+
 def test_one_class_is_no_classification(tmp_path: Path) -> None:
     write_image_folder(tmp_path, {"train": 3, "test": 2}, classes=1)
     with pytest.raises(UserError, match="has one class, class_0; a classifier needs two or more"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from tests.helpers.whole_runs import SMALL
 def test_paths_that_are_not_hydras_grammar_are_taken_as_text(path: str) -> None:
     for key in ("dataset.root", "backbone.weights", "output_dir", "resume"):
         (typed,) = arranged([f"{key}={path}"])
-        assert OverridesParser.create().parse_override(typed).value() == path
+        assert OverridesParser.create().parse_override(typed).value() == os.path.expanduser(path)
 
 
 def test_other_arguments_stay() -> None:

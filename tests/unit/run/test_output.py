@@ -48,3 +48,9 @@ def test_head_is_quiet(typed: list[str]) -> None:
             [sys.executable, "-m", "localfeat", *typed], cwd=ROOT, stdout=gone, stderr=subprocess.PIPE, text=True
         )
     assert ended.stderr == "" and ended.returncode == 141
+
+
+def test_a_process_without_standard_output_ends_well() -> None:
+    command = f"{sys.executable} -m localfeat --help >&-"
+    ended = subprocess.run(command, shell=True, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -35,6 +35,10 @@ def under(prefix: str) -> Callable[[State], State]:
     return lambda state: {f"{prefix}{key}": value for key, value in state.items()}
 
 
+def bodies(state: State) -> State:
+    return {key: value for key, value in state.items() if not key.startswith("head.")}
+
+
 FORMS: dict[str, tuple[Callable[[State], Any], list[str]]] = {
     "plain": (lambda state: state, []),
     "DDP": (lambda state: {"state_dict": under("module.")(state)}, ["under state_dict", "prefix module. removed"]),
@@ -110,6 +114,14 @@ def test_a_run_s_own_checkpoint_is_loaded(split: int, tmp_path: Path) -> None:
     assert same(model, source.state_dict(), apart="head.")
 
 
+def test_nesting_without_end_is_refused(tmp_path: Path) -> None:
+    content: dict[str, Any] = {}
+    content["state_dict"] = content
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="holds no state dict"):
+        load_backbone_weights(micro_swin(), tmp_path / "w.pth")
+
+
 def test_a_whole_model_is_refused_for_its_reason(tmp_path: Path) -> None:
     """``torch.save(model)``, timm 1228: only Python code can read it."""
     torch.save(micro_swin(), tmp_path / "w.pth")
@@ -125,6 +137,10 @@ def test_a_whole_model_is_refused_for_its_reason(tmp_path: Path) -> None:
         (lambda state: {**state, "norm.bias": state["norm.bias"] * float("nan")}, "norm.bias holds values that are no"),
         (lambda state: {**under("student.")(state), **under("teacher.")(state)}, "holds this network under student"),
         (lambda state: {"student": state, "teacher": state}, "holds no state dict"),
+        (lambda state: {**under("student.")(bodies(state)), **under("teacher.")(state)}, "holds this network under"),
+        (lambda state: {key: (100 * value).short() for key, value in state.items()}, "holds int16, the model floats"),
+        (lambda state: {**state, "norm.bias": state["norm.bias"].double() + 1e300}, "holds values that are not finite"),
+        (lambda state: {**state, "a." * 100_000: torch.zeros(1)}, "has unknown"),
         (lambda state: {f"b{key}": value for key, value in state.items()}, "lacks "),
     ],
 )
