@@ -44,8 +44,8 @@ called .png to ghostscript."""
 BEHIND_TRANSPARENCY = (255, 255, 255, 255)
 """The colour, white, that transparent pixels are composed onto."""
 MAX_PIXELS = 100_000_000
-"""Limit for one image: 400 MB as RGBA, and as much again while it is composed. A small file can claim any size, and eight
-are decoded at a time."""
+"""Limit for one image: 400 MB as RGBA, and as much again while it is composed, times eight, as so many are decoded at a
+time. A small file can claim any size."""
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit above is an error
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # about tags that no pixel depends on
