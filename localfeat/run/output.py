@@ -45,7 +45,9 @@ def reader_may_leave() -> Iterator[None]:
 
 def intention(values: Mapping[str, Any]) -> str:
     """Return the line that says what a configuration will train, from its plain values."""
-    backbone = values["backbone"].get("label") or values["backbone"].get("name")
+    network = values["backbone"]
+    at_this_size = (network.get("variants") or {}).get(values["image_size"], network.get("name"))
+    backbone = network.get("label") or at_this_size
     method, dataset = values["method"].get("name"), values["dataset"].get("source")
     return shown(f"{method} on {dataset}: {backbone} at {values['image_size']} px")
 

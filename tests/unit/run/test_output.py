@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from localfeat.run.composition import plain
 from localfeat.run.output import WIDTH, built, intention, tell
 from tests.helpers.project import ROOT
 from tests.helpers.whole_runs import child_exit, composed
@@ -17,6 +18,8 @@ def test_the_first_line_says_what_will_be_trained() -> None:
     line = intention(composed("dataset=cifar100", "method=image_recon"))
     assert line == "image_recon on cifar100: swin_tiny_patch4_window7_224 at 224 px"
     assert len(line) <= WIDTH
+    large = intention(plain(composed("dataset=cifar10", "backbone=swin_base", "image_size=384")))
+    assert large == "feature_recon on cifar10: swin_base_patch4_window12_384 at 384 px"
 
 
 def test_the_second_line_says_what_was_built() -> None:
