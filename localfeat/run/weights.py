@@ -101,26 +101,27 @@ def _prefixes(state: Mapping[str, Tensor], own: set[str]) -> Counter[str]:
 
 def _of_local_modules(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Return the backbone's part of a learner's state under the backbone's own keys, whatever its split was."""
-    whole = {id(value): key for key, value in model.state_dict(keep_vars=True).items()}
-    parts = decompose(model, image_size_of(model))
-    named = {"stem": parts.stem, "objective.tail": parts.tail}
-    named |= {f"blocks.{index}": block for index, block in enumerate(parts.blocks)}
-    names = {
-        f"{part}.{key}": whole[id(value)]
-        for part, module in named.items()
+    own = {id(value): key for key, value in model.state_dict(keep_vars=True).items()}
+    backbone = decompose(model, image_size_of(model))
+    parts = {"stem": backbone.stem, "objective.tail": backbone.tail}
+    parts |= {f"blocks.{index}": block for index, block in enumerate(backbone.blocks)}
+    own_names = {
+        f"{part}.{key}": own[id(value)]
+        for part, module in parts.items()
         for key, value in module.state_dict(keep_vars=True).items()
     }
     place = re.compile(r"local_modules\.(\d+)\.(?:blocks\.(\d+)\.(.+)|((?:stem|objective\.tail)\..+))")
-    found = {key: match for key in state if (match := place.fullmatch(key))}
-    counts = Counter[int]()  # blocks per module
-    for match in found.values():
-        if match[2]:
-            counts[int(match[1])] = max(counts[int(match[1])], int(match[2]) + 1)
+    places = {key: match for key in state if (match := place.fullmatch(key))}
+    depths = Counter[int]()  # local module -> its blocks
+    for module, block, _, _ in (match.groups() for match in places.values()):
+        if block:
+            depths[int(module)] = max(depths[int(module)], int(block) + 1)
     result = {}
-    for key, match in found.items():
-        before = sum(count for module, count in counts.items() if module < int(match[1]))
-        name = f"blocks.{before + int(match[2])}.{match[3]}" if match[2] else match[4]
-        result[names.get(name, key)] = state[key]
+    for key, match in places.items():
+        module, block, rest, end = match.groups()
+        below = sum(depth for other, depth in depths.items() if other < int(module))
+        name = f"blocks.{below + int(block)}.{rest}" if block else end
+        result[own_names.get(name, key)] = state[key]
     return result
 
 
