@@ -95,7 +95,7 @@ RANGES = {
     "method.reconstruction_loss=l1": "method.reconstruction_loss=l1: it is one of bce, mse, smooth_l1, cosine",
     "method.reconstruction_weight=[1,2,3]": "method.reconstruction_weight=[1.0, 2.0, 3.0]: two weights ≥ 0",
     "decoder=interp decoder.hidden_channels=0": "decoder.hidden_channels=0: it must be at least 1, or null",
-    "dataset.augmentation=strong": "unknown augmentation 'strong'; there are swin, light, none",
+    "dataset.augmentation=strong": "dataset.augmentation=strong: it is one of swin, light, none",
     "trainer.limit_train_batches=0": f"trainer.limit_train_batches=0: {BATCHES}",
     "trainer.limit_val_batches=-1": f"trainer.limit_val_batches=-1: {BATCHES}",
     "trainer.limit_test_batches=0.001": "trainer.limit_test_batches=0.001: less than one of 23 batches",
@@ -139,7 +139,7 @@ FILES = {
     "dataset=stl10 dataset.root=d dataset.download=false": "and unpack archives there, or set download=true",
     "dataset=cifar10 dataset.root=text": "cifar10: missing or damaged in {here}/text: ",
     "dataset=image_folder": "dataset.root has to be given: dataset.root=<value>",
-    "dataset=image_folder dataset.root=nowhere": "image_folder: {here}/nowhere has no train and no test folder; expect",
+    "dataset=image_folder dataset.root=nowhere": "dataset.root=nowhere: there is no such folder",
     "dataset=image_folder dataset.root=untested": "image_folder: {here}/untested has no test folder; expected train/<c",
     "dataset=image_folder dataset.root=broken batch_size=4": "broken/train/cat/0.png",
     "output_dir=text": "output_dir: text/",
@@ -383,7 +383,7 @@ def python(folder: Path, *arguments: str, **environment: str) -> subprocess.Comp
 def test_a_process_ends_with_one_line(typed: str, line: str, tmp_path: Path) -> None:
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
     ended = python(tmp_path, "-m", "localfeat.run", *SHORT, typed, **offline)
-    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.returncode == 2 and said_at_once(ended.stdout)
     assert ended.stderr.startswith(f"error: {line}") and ended.stderr.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} <= {"hub"}
 
