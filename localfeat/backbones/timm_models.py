@@ -162,6 +162,8 @@ def _check_windows(model: SwinTransformer | SwinTransformerV2) -> None:
         raise UserError(
             f"backbone.arguments.depths={[len(s.blocks) for s in stages]}: every stage needs at least one block"
         )
+    if size < patch:
+        raise UserError(f"image_size={size}: it is smaller than a patch of {patch} px")
     window = max(stage.blocks[0].window_size[0] for stage in stages)  # a stage smaller than the window is one window
 
     def fits(candidate: int) -> bool:

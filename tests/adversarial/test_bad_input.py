@@ -125,6 +125,7 @@ BACKBONES = {
     "backbone.arguments.foo=1": "backbone.arguments.foo: there is no such key yet; add it with +backbone.",
     "+backbone.arguments.foo=1": "backbone: timm's swin_tiny_patch4_window7_224 takes no argument foo",
     "backbone.arguments.num_heads=[3]": "backbone: timm's swin_tiny_patch4_window7_224 cannot be built like this: ",
+    "image_size=1": "image_size=1: it is smaller than a patch of 2 px",
     "backbone.drop_path_rate=2": "backbone.drop_path_rate=2.0: it must lie in [0, 1)",
     "backbone.pretrained=true backbone.weights=other.pth": "backbone.pretrained and backbone.weights: initial",
     "backbone.weights=x.pth": "backbone.weights=x.pth: there is no such file",
