@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import socket
 import warnings
@@ -21,6 +20,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
 
 from localfeat.utils.errors import UserError
+from localfeat.utils.text import meant
 
 
 def build_backbone(
@@ -80,9 +80,8 @@ def model_name(name: str, image_size: int | None, variants: Mapping[int, str] | 
     chosen = (variants or {}).get(image_size or 0, name)
     architecture, _, tag = chosen.partition(".")  # a tag names pretrained weights; hf-hub:… and paths are refused
     if not timm.is_model(architecture) or (tag and chosen not in timm.list_pretrained(f"{architecture}.*")):
-        near = difflib.get_close_matches(chosen, timm.list_models(), n=1)
-        meant = f"; did you mean {near[0]}?" if near else " (see timm.list_models())"
-        raise UserError(f"backbone.name={chosen}: timm has no such model{meant}")
+        suggestion = meant(chosen, timm.list_models(), cutoff=0.6) or " (see timm.list_models())"
+        raise UserError(f"backbone.name={chosen}: timm has no such model{suggestion}")
     return chosen
 
 

@@ -9,13 +9,13 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from localfeat.run.output import reader_may_leave
 from localfeat.utils.errors import RunFailed, Stopped, UserError, contexts
-from localfeat.utils.text import as_argument, quoted, shown
+from localfeat.utils.text import as_argument, meant, quoted, shown
 
 
 @contextmanager
@@ -145,12 +145,6 @@ def _hydra_line(error: Exception, arguments: Sequence[str]) -> str:
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
-def meant(typed: str, known: Iterable[str]) -> str:
-    """Return "; did you mean …?" for a name that is nearly one of the known, else nothing."""
-    near = difflib.get_close_matches(typed, list(known), n=1, cutoff=0.7)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 def _unknown_override(key: str, arguments: Sequence[str]) -> str:
     from localfeat.run.composition import known_keys, unknown_key
 
@@ -162,8 +156,8 @@ def _unknown_override(key: str, arguments: Sequence[str]) -> str:
     if found := re.match(r"backbone\.(arguments|variants)\.", key):
         names = [name.removeprefix(found[0]) for name in known if name.startswith(found[0])]
         near = difflib.get_close_matches(key.removeprefix(found[0]), names, n=1, cutoff=0.7)
-        meant = f"; did you mean {found[0]}{near[0]}?" if near else f"; add it with +{key}=<value>"
-        return f"{key}: there is no such key yet{meant}"
+        suggestion = f"; did you mean {found[0]}{near[0]}?" if near else f"; add it with +{key}=<value>"
+        return f"{key}: there is no such key yet{suggestion}"
     return unknown_key(key, known)
 
 

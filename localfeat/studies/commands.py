@@ -6,7 +6,8 @@ import importlib
 import os
 import sys
 
-from localfeat.run.command_line import meant, one_line_errors
+from localfeat.run.command_line import one_line_errors
+from localfeat.utils.text import meant
 
 COMMANDS = {
     "run": ("localfeat.run.command", "train one configuration, or several with -m"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import shlex
+from collections.abc import Iterable
 
 
 def shown(text: str | os.PathLike[str]) -> str:
@@ -30,6 +32,12 @@ def quoted(text: str) -> str:
     """Quote a text for Hydra's grammar, which reads two backslashes as one before a quote and at the end."""
     escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
     return f"'{escaped}'"
+
+
+def meant(typed: str, known: Iterable[str], cutoff: float = 0.7) -> str:
+    """Return "; did you mean …?" for a name that is nearly one of the known, else nothing."""
+    near = difflib.get_close_matches(typed, list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def as_argument(key: str, text: str) -> str:

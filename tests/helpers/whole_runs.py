@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -137,6 +138,15 @@ def killed_run(folder: Path, *overrides: str, hook: str, epoch: int, batch: int 
     process.join(100)
     assert process.exitcode == -signal.SIGKILL
     assert not (folder / "summary.json").exists()
+
+
+def lose_reader(descriptor: int) -> None:
+    """Make standard output (1) or error (2) of this process a pipe whose reader has gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, descriptor)
+    if descriptor == 1:
+        sys.stdout = os.fdopen(1, "w")
 
 
 def child_exit(action: Callable[[], object]) -> int:

@@ -23,6 +23,7 @@ from tests.helpers.whole_runs import (
     child_exit,
     composed,
     draw_nothing,
+    lose_reader,
     made_once,
     small_run,
     watched_by,
@@ -226,9 +227,7 @@ def test_a_signal_is_heeded_when_nobody_reads_standard_error() -> None:
     """The whole group is ended at once, the reader of a pipe first."""
 
     def heed() -> None:
-        reader, writer = os.pipe()
-        os.close(reader)
-        os.dup2(writer, 2)
+        lose_reader(2)
         stop = StopRequest()
         with stop.listening():
             stop.waits = True

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from localfeat.run.callbacks.throughput import Throughput
 from localfeat.run.console import PatientConsole, RunProgress, final_table
 from localfeat.run.summary import RunSummary
 from tests.helpers.tiny import TinyLearner, loader, trainer
-from tests.helpers.whole_runs import child_exit
+from tests.helpers.whole_runs import child_exit, lose_reader
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
 
@@ -118,10 +116,7 @@ def test_a_reader_that_has_gone_does_not_end_the_run() -> None:
     """As with ``| head -1``; rich would exit the process."""
 
     def print_twice() -> None:
-        reader, writer = os.pipe()
-        os.close(reader)
-        os.dup2(writer, 1)
-        sys.stdout = os.fdopen(1, "w")
+        lose_reader(1)
         console = PatientConsole()
         console.print("epoch 1")
         console.print("epoch 2")

@@ -11,7 +11,7 @@ import pytest
 from localfeat.run.composition import plain
 from localfeat.run.output import WIDTH, built, intention, tell
 from tests.helpers.project import ROOT
-from tests.helpers.whole_runs import child_exit, composed
+from tests.helpers.whole_runs import child_exit, composed, lose_reader
 
 
 def test_the_first_line_says_what_will_be_trained() -> None:
@@ -31,10 +31,7 @@ def test_the_second_line_says_what_was_built() -> None:
 
 def test_a_line_nobody_reads_ends_nothing() -> None:
     def tell_twice() -> None:
-        reader, writer = os.pipe()
-        os.close(reader)
-        os.dup2(writer, 1)
-        sys.stdout = os.fdopen(1, "w")
+        lose_reader(1)
         tell("first")
         tell("second")
 
