@@ -167,9 +167,9 @@ def _next_batch(batches: Iterator[Any]) -> Any:
     """
     try:
         return next(batches, None)
-    except RuntimeError as error:
-        text = " ".join(str(error).split())
-        if not text.startswith("DataLoader worker"):
+    except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two: killed while it hands a batch over
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if isinstance(error, RuntimeError) and not text.startswith("RuntimeError: DataLoader worker"):
             raise
         return RunFailed(
             f"a process that reads images has died, often for lack of memory: a lower dataset.num_workers needs less "

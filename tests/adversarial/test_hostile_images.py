@@ -11,7 +11,7 @@ import signal
 import socket
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from localfeat.data.bad_files import BadImage
 from localfeat.data.datamodule import ImageDataModule
@@ -258,6 +259,22 @@ def test_a_worker_that_is_killed_is_one_line(tmp_path: Path) -> None:
     finally:
         signal.signal(signal.SIGCHLD, before)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)), EOFError()])
+def test_a_worker_killed_while_its_batch_is_handed_over_is_one_line(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dying(loader: DataLoader[Any]) -> Iterator[Any]:
+        raise error
+        yield
+
+    write_image_folder(tmp_path, {"train": 2, "test": 1})
+    batches = on_disk(tmp_path, 1).train_dataloader()
+    monkeypatch.setattr(DataLoader, "__iter__", dying)
+    with pytest.raises(RunFailed, match=r"^a process that reads images has died.*num_workers") as failed:
+        list(batches)
+    assert type(error).__name__ in str(failed.value)
 
 
 def test_workers_leave_signals_to_the_main_process(tmp_path: Path) -> None:
