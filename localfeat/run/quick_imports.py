@@ -15,11 +15,12 @@ def quick_imports() -> Iterator[None]:
     """Import within this context: no garbage is collected meanwhile, and timm leaves W&B alone.
 
     Garbage collection walks over all objects again and again while thousands of modules are added, none of which is
-    garbage. timm imports wandb for a log of its own training script if it can; localfeat's logger imports it when used.
+    garbage; if this is the process's first import of torch, it leaves these objects alone from then on, too. timm
+    imports wandb for a log of its own training script if it can; localfeat's logger imports it when used.
     """
     modules = cast(dict[str, Any], sys.modules)
     alone = threading.active_count() == 1  # another thread may need wandb meanwhile
-    hides, collects = alone and "wandb" not in modules, gc.isenabled()
+    hides, collects, begins = alone and "wandb" not in modules, gc.isenabled(), "torch" not in modules
     gc.disable()
     if hides:
         modules["wandb"] = None  # Python then raises ImportError
@@ -28,5 +29,7 @@ def quick_imports() -> Iterator[None]:
     finally:
         if hides:
             modules.pop("wandb", None)
+        if begins:
+            gc.freeze()
         if collects:
             gc.enable()
