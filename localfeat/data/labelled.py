@@ -40,11 +40,11 @@ class LabelledImages(Dataset[Batch]):
         images, labels = self.fetch(torch.tensor([index]))
         return images[0], labels[0]
 
-    def __getitems__(self, indices: Sequence[int] | Tensor) -> Any:
+    def __getitems__(self, indices: Sequence[int]) -> Any:
         # A worker process would wrap an exception in its own many-line traceback, so it is returned as a value and
         # `BatchLoader` raises it unchanged. `BatchLoader` also reports the files that were left out.
         try:
-            batch = self.fetch(torch.as_tensor(indices))
+            batch = self.fetch(torch.tensor(indices))
         except (UserError, RunFailed) as error:
             return error
         left_out = self.bad.take_unsaid() if self.bad else []

@@ -53,7 +53,9 @@ def _quotas(counts: Tensor, fraction: float) -> Tensor:
 
 
 class EpochBatches:
-    """Batches of shuffled indices (batch_size,), a pure function of (seed, epoch); an incomplete last one is dropped.
+    """Batches of shuffled indices, a pure function of (seed, epoch); an incomplete last one is dropped.
+
+    They are lists, as a worker process would take tensors through a connection that breaks when it is killed.
 
     ``len()`` is always the number of batches of a whole epoch, even when the first iteration resumes within
     one: Lightning itself counts the batches already done.
@@ -84,11 +86,11 @@ class EpochBatches:
     def __len__(self) -> int:
         return self.size // self.world_size // self.batch_size
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[list[int]]:
         self.begun = epoch = self.epoch
         first = self.resume[1] if self.resume[0] == epoch else 0
         self.resume = (0, 0)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + (epoch if self.shuffle else 0))
-        order = torch.randperm(self.size, generator=generator)[self.rank :: self.world_size]
+        order = torch.randperm(self.size, generator=generator)[self.rank :: self.world_size].tolist()
         for batch in range(first, len(self)):
             yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
