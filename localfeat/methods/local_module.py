@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from localfeat.efficiency.recompute import BlockRunner, plainly
 from localfeat.methods.objective import Objective
+from localfeat.utils.errors import UserError
 
 
 def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
@@ -36,6 +37,9 @@ class LocalModule(nn.Module):
         objective: ``(inputs, outputs, images, labels) -> (terms, logits)`` with a ``weights`` mapping that has
             one factor per term.
         runners: how each block is computed, e.g. recomputed in the backward pass; ``None``: plainly.
+
+    Raises:
+        UserError: a method built something else than an objective.
     """
 
     def __init__(
@@ -46,6 +50,8 @@ class LocalModule(nn.Module):
         runners: Sequence[BlockRunner] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(objective, Objective):
+            raise UserError(f"the method's build returns {type(objective).__name__}: return a localfeat.Objective")
         self.runners = list(runners or [plainly] * len(blocks))
         self.stem = stem
         self.blocks = nn.Sequential(*blocks)
@@ -61,7 +67,7 @@ class LocalModule(nn.Module):
 
     def forward(self, x: Tensor, images: Tensor | None, labels: Tensor) -> LocalOutput:
         """Run the body and the objective; ``x`` is the previous module's detached output, or the images."""
-        objective = cast(Objective, self.objective)
+        objective = self.objective
         with objective.watch():
             inputs, outputs = self.body(x)
         terms, logits = objective(inputs.detach(), outputs, images, labels)

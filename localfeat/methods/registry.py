@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
+import traceback
+from pathlib import Path
 from typing import Any
 
 import localfeat.methods
@@ -17,9 +19,24 @@ _SHARED = ("base", "site", "registry", "objective", "local_module", "parts")
 def _discovered() -> dict[str, Method]:
     for module in pkgutil.iter_modules(localfeat.methods.__path__):
         if module.name not in _SHARED:
-            importlib.import_module(f"{localfeat.methods.__name__}.{module.name}")
+            _import(module.name)
     found = sorted(REGISTERED.values(), key=lambda entry: (entry.order, entry.method.name))
     return {entry.method.name: entry.method for entry in found}
+
+
+def _import(name: str) -> None:
+    """Import one file of this folder.
+
+    Raises:
+        UserError: it cannot be imported, or what it registers is not a method; names the file and the line.
+    """
+    try:
+        importlib.import_module(f"{localfeat.methods.__name__}.{name}")
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f.lineno for f in frames if Path(f.filename).stem == name]
+        line, said = (error.lineno, error.msg) if isinstance(error, SyntaxError) else ((lines or [1])[-1], error)
+        raise UserError(f"localfeat/methods/{name}.py, line {line}: {type(error).__name__}: {said}") from error
 
 
 METHODS = _discovered()

@@ -2,10 +2,10 @@
 
 import os
 
-from localfeat.run.command import main
+from localfeat.run.command_line import run_command
 
 if __name__ == "__main__":
     # Waiting threads sleep instead of spinning: on a busy machine this is several times faster. It must be set
     # before torch is imported, because OpenMP reads it then.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    main()
+    run_command("localfeat.run.command")

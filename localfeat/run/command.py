@@ -140,7 +140,12 @@ def _attempt(cfg: DictConfig, explain: Callable[[Exception], str | None]) -> tup
         if line is None:
             raise
         _discard_unused(cfg, folder, multirun)
-        return f"job {job.job.num} ({job.job.override_dirname}): {line}" if multirun else line, exit_code(error)
+        return f"job {_name_in_sweep()}: {line}" if multirun else line, exit_code(error)
+
+
+def _name_in_sweep() -> str:
+    job = HydraConfig.get().job
+    return f"{job.num} ({job.override_dirname})"
 
 
 def _discard_unused(cfg: DictConfig, folder: Path, multirun: bool) -> None:
@@ -168,13 +173,14 @@ def _discard(folder: Path) -> None:
 
 def main() -> None:
     """Run the command line."""
-    refused: list[int] = []
+    ended: list[str] = []
+    refused: dict[str, int] = {}  # job -> exit code
 
     def job(cfg: DictConfig) -> None:
-        if ended := _attempt(cfg, explain):
-            line, code = ended
-            report(line)
-            refused.append(code)
+        ended.append(_name_in_sweep() if HydraConfig.get().mode == RunMode.MULTIRUN else "")
+        if failure := _attempt(cfg, explain):
+            report(failure[0])
+            refused[ended[-1]] = failure[1]
 
     with one_line_errors() as explain:
         sys.argv[1:] = arranged(sys.argv[1:])
@@ -182,4 +188,6 @@ def main() -> None:
         check_foreign(sys.argv[1:], conf_dir())
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
         if refused:
-            sys.exit(max(refused))
+            if len(ended) > 1:
+                report(f"{len(refused)} of {len(ended)} jobs failed: {', '.join(refused)}")
+            sys.exit(max(refused.values()))

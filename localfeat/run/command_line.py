@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import importlib
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from localfeat.run.conf_dir import conf_dir
 from localfeat.run.output import reader_may_leave
 from localfeat.utils.errors import RunFailed, Stopped, UserError, contexts
 from localfeat.utils.text import as_argument, meant, quoted, shown
@@ -51,6 +53,13 @@ def one_line_errors() -> Iterator[Callable[[Exception], str | None]]:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
+def run_command(module: str) -> None:
+    """Import the module of a command and run its ``main``; errors and Ctrl-C while it is imported are one line, too."""
+    with one_line_errors():
+        main = importlib.import_module(module).main
+    main()
+
+
 def report(line: str) -> None:
     """Print an error to stderr as one line, with control characters escaped."""
     print(f"error: {shown(line)}", file=sys.stderr)
@@ -84,8 +93,10 @@ def explain(error: Exception, arguments: Sequence[str] | None = None) -> str | N
         return _hydra_line(error, sys.argv[1:] if arguments is None else arguments)
     if isinstance(error, OSError) and _while_hydra_prepares(error):
         return f"output_dir: {error.filename} cannot be written to ({error.strerror})"
-    if isinstance(error, ValueError) and "integer string conversion" in str(error):  # Python's, from Hydra's parser
-        return str(error)
+    if (mark := getattr(error, "problem_mark", None)) is not None:  # PyYAML's, of a file that Hydra reads
+        return f"{mark.name}, line {mark.line + 1}: {getattr(error, 'problem', error)}"
+    if isinstance(error, ValueError) and re.search("integer string conversion|Invalid defaults list", str(error)):
+        return str(error)  # raised when Hydra reads overrides and files
     return _surroundings_line(error)
 
 
@@ -124,7 +135,7 @@ def _hydra_line(error: Exception, arguments: Sequence[str]) -> str:
 
     text, cause = str(error), error.__cause__
     if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key} has to be given: {error.full_key}=<value>"
+        return _missing(str(error.full_key), arguments)
     if isinstance(error, OverrideParseException):
         key, equals, value = str(error.override).partition("=")
         typed = f"; as text: {as_argument(key, value)}" if key and equals else ""
@@ -136,13 +147,26 @@ def _hydra_line(error: Exception, arguments: Sequence[str]) -> str:
         return f"{group}={choice}: it is one of {', '.join(error.options)}{meant(choice, error.options)}"
     if found := re.search(r"Ambiguous value for argument '(.*)'", text):
         key, _, values = found[1].partition("=")
-        return f"{found[1]}: several values make a sweep, which needs -m; a list is '{key}=[{values}]'"
+        listed = "" if key in _groups() else f"; a list is '{key}=[{values}]'"
+        return f"{found[1]}: several values make a sweep, on the command line with -m{listed}"
     if found := re.search(r"An item is already at '(.*)'\.", text):
         return f"+{found[1]}: this key exists already; leave out the +"
+    if found := re.search(r"In '(.*)/(.*)': (?:Could not load '(.*)'|[^$]*Cannot merge DictConfig with)", text):
+        fault = f"its defaults name {found[3]}, which is no file" if found[3] else "its file is no key: value lines"
+        return f"{found[1]}={found[2]}: {fault}"
     if full_key := getattr(error, "full_key", None):
         return f"{full_key}: {text.splitlines()[0]}"
     text = re.split(r"Config search path:|See https:", text)[0]
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _missing(key: str, arguments: Sequence[str]) -> str:
+    """Return the line for a value that has to be given, on the command line or in the user's file of its group."""
+    typed = "'split.cuts=[1,2,5]'" if key == "split.cuts" else f"{key}=<value>"
+    group, _, name = key.partition(".")
+    chosen = [a for a in arguments if a.startswith(f"{group}=")]
+    users = [a for a in chosen[-1:] if not (conf_dir() / f"{a.replace('=', '/')}.yaml").is_file()]
+    return f"{key} has to be given: {typed}" + "".join(f", or {name}: <value> in the file of {a}" for a in users)
 
 
 def _unknown_override(key: str, arguments: Sequence[str]) -> str:
@@ -216,17 +240,19 @@ def _refuse(message: str) -> NoReturn:
     raise UserError(f"{message} (see --help)")
 
 
+def _groups() -> set[str]:
+    return {"method", *(path.name for path in conf_dir().iterdir() if path.is_dir())}
+
+
 def _check_override(override: str) -> None:
     from localfeat.methods.registry import METHODS
-    from localfeat.run.conf_dir import conf_dir
 
     key, _, choice = override.partition("=")
     if override.startswith("~"):
         raise UserError(f"{override}: keys cannot be removed; give them another value")
     if not key:
         raise UserError(f"{override}: not key=value")
-    groups = {path.name for path in conf_dir().iterdir() if path.is_dir()}
-    options = sorted(file.stem for file in (conf_dir() / key).glob("*.yaml")) if key in groups else []
+    options = sorted(file.stem for file in (conf_dir() / key).glob("*.yaml")) if key in _groups() else []
     options = sorted(METHODS) if key == "method" else options
     if options and (not re.match(r"['\"A-Za-z]", choice) or choice.lower() in ("null", "true", "false")):
         raise UserError(f"{override}: it is one of {', '.join(options)}")

@@ -71,10 +71,10 @@ def _lines_of_the_command(overrides: Sequence[str]) -> Iterator[None]:
         raise UserError(f"{option}: options belong to the command line; from Python call once for each job")
     try:
         yield
-    except (UserError, RunFailed):
-        raise
+    except (UserError, RunFailed) as error:
+        raise error from None  # its cause says nothing more
     except Exception as error:
         line = explain(error, overrides)
         if line is None:
             raise
-        raise (UserError if exit_code(error) == 2 else RunFailed)(line) from error
+        raise (UserError if exit_code(error) == 2 else RunFailed)(line) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import sys
 import threading
@@ -31,5 +32,6 @@ def quick_imports() -> Iterator[None]:
             modules.pop("wandb", None)
         if begins:
             gc.freeze()
+            atexit.register(gc.unfreeze)  # nanobind, in triton, lists what the last collection leaves
         if collects:
             gc.enable()

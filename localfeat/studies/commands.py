@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 
-from localfeat.run.command_line import one_line_errors
+from localfeat.run.command_line import one_line_errors, run_command
 from localfeat.utils.text import meant
 
 COMMANDS = {
@@ -28,7 +27,7 @@ def main() -> None:
         return
     if name in COMMANDS:
         sys.argv = [f"localfeat {name}", *arguments]
-        importlib.import_module(COMMANDS[name][0]).main()
+        run_command(COMMANDS[name][0])
         return
     known = "\n".join(f"  {command:10} {what}" for command, (_, what) in COMMANDS.items())
     if name not in ("--help", "-h"):
@@ -58,4 +57,4 @@ def _complete(arguments: list[str]) -> None:
         os.environ["COMP_LINE"] = " ".join(["localfeat", *line.split(" ")[2:]])
         os.environ["COMP_POINT"] = str(len(os.environ["COMP_LINE"]))
     sys.argv = ["localfeat", "--shell-completion", *arguments]
-    importlib.import_module(COMMANDS["run"][0]).main()
+    run_command(COMMANDS["run"][0])

@@ -58,7 +58,8 @@ KEYS_AND_GROUPS = {
     "epochs=[1": f"epochs=[1: {SYNTAX}; as text: \"epochs='[1'\")",
     "logger.project=ü": f"logger.project=ü: {SYNTAX}; as text: \"logger.project='ü'\")",
     "=3": "=3: not key=value",
-    "seed=0,1": "seed=0,1: several values make a sweep, which needs -m; a list is 'seed=[0,1]'",
+    "seed=0,1": "seed=0,1: several values make a sweep, on the command line with -m; a list is 'seed=[0,1]'",
+    "method=e2e,trgl": "method=e2e,trgl: several values make a sweep, on the command line with -m",
     "epochs=${nothing}": "epochs: Interpolation key 'nothing' not found",
     "--nothing": "unrecognized arguments: --nothing (see --help)",
     "--cfg everything": "argument --cfg/-c: invalid choice: 'everything'",
@@ -110,7 +111,7 @@ COMBINATIONS = {
     "callbacks.early_stopping=1 dataset.val_fraction=0": "callbacks.early_stopping=1: it needs validation",
     "split=even split.modules=99": "split.modules=99: 99 local modules need 99 blocks: this backbone has 4",
     "split.modules=3": "split.modules=3: 4 stages cannot be shared equally by 3 local modules: use split=even split.",
-    "split=cuts": "split.cuts has to be given: split.cuts=<value>",
+    "split=cuts": "split.cuts has to be given: 'split.cuts=[1,2,5]'",
     "split=cuts split.cuts=[3,2]": "split.cuts=[3, 2]: cuts must rise and lie between 1 and 3 (after that many blocks)",
     "split=cuts split.cuts=[1,9]": "split.cuts=[1, 9]: cuts must rise and lie between 1 and 3 (after that many blocks)",
     "image_size=30": "image_size=30: patches of 2 px and windows of 4 over 4 stages cannot tile it; sizes that work: ",
@@ -324,7 +325,9 @@ def test_a_bad_job_of_a_sweep_does_not_stop_the_others(
     typed = ["-m", *SHORT, "split=even", "split.modules=1,9,2", "output_dir=out"]
     assert call(monkeypatch, "run", *typed) == 2
     err = capsys.readouterr().err
-    assert re.fullmatch(r"error: job 1 \(.*split\.modules=9.*\): split\.modules=9: 9 local modules need .*\n", err)
+    each, end = err.splitlines()
+    assert re.fullmatch(r"error: job 1 \(.*split\.modules=9.*\): split\.modules=9: 9 local modules need .*", each)
+    assert re.fullmatch(r"error: 1 of 3 jobs failed: 1 \(.*split\.modules=9.*\)", end)
     assert sorted(path.parent.name for path in (here / "out").rglob("summary.json")) == ["0", "2"]
     assert sorted(path.name for path in (here / "out").glob("*/*/*")) == ["0", "2", "multirun.yaml"]
 

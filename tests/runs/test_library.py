@@ -41,6 +41,7 @@ def test_compose_gives_the_checked_configuration() -> None:
     [
         (["epoch=3"], "epoch: there is no such key; did you mean epochs?"),
         (["method=foo"], "method=foo: it is one of "),
+        (["epochs=abc"], "epochs=abc: it must be a whole number"),
         (["epochs=0"], "epochs=0: it must be at least 1"),
         (["split=cuts", "split.cutz=[1]"], "split.cutz: there is no such key; did you mean split.cuts?"),
         (["backbone=timm"], "backbone.name has to be given: backbone.name=<value>"),
@@ -52,6 +53,7 @@ def test_mistakes_are_the_lines_of_the_command(overrides: list[str], line: str) 
         with pytest.raises(UserError) as error:
             function(overrides)
         assert str(error.value).startswith(line)
+        assert error.value.__suppress_context__ and error.value.__cause__ is None  # a script's stack trace is short
 
 
 @pytest.mark.parametrize("overrides", ["seed=1", [1], None, ["-m", "seed=0,1"], ["--version"]])

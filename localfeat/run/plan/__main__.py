@@ -1,6 +1,6 @@
 """``python -m localfeat.run.plan``: see :mod:`localfeat.run.plan.command`."""
 
-from localfeat.run.plan.command import main
+from localfeat.run.command_line import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command("localfeat.run.plan.command")

@@ -1,6 +1,6 @@
 """``python -m localfeat.studies.probe``: see :mod:`localfeat.studies.probe.command`."""
 
-from localfeat.studies.probe.command import main
+from localfeat.run.command_line import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command("localfeat.studies.probe.command")

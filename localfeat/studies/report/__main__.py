@@ -1,6 +1,6 @@
 """``python -m localfeat.studies.report``: see :mod:`localfeat.studies.report.command`."""
 
-from localfeat.studies.report.command import main
+from localfeat.run.command_line import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command("localfeat.studies.report.command")

@@ -1,6 +1,6 @@
 """``python -m localfeat.studies.sweep``: see :mod:`localfeat.studies.sweep.command`."""
 
-from localfeat.studies.sweep.command import main
+from localfeat.run.command_line import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command("localfeat.studies.sweep.command")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from localfeat.run.command_line import arranged, explain, parse_arguments
+from localfeat.run.command_line import arranged, explain, parse_arguments, run_command
+from localfeat.run.composition import composed
 from tests.helpers.command_line import call
 from tests.helpers.whole_runs import SMALL
 
@@ -45,6 +48,35 @@ def test_home_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     there = f"run=~/{folder.relative_to(tmp_path)}"
     assert call(monkeypatch, "evaluate", there, "json=~/figures.json") == 0 and (tmp_path / "figures.json").is_file()
     assert parse_arguments("", {"images": ...}, ["images=~/here"]) == {"images": f"{tmp_path}/here"}
+
+
+def test_ctrl_c_while_a_command_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "interrupted_module.py").write_text("raise KeyboardInterrupt\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(SystemExit) as left:
+        run_command("interrupted_module")
+    assert (left.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
+def test_torch_says_nothing_of_its_caches_at_exit() -> None:
+    """By atexit it logs figures with level INFO, also after Ctrl-C."""
+    settings = composed([], hydra_too=True).hydra.job_logging
+    assert settings.root.level == "INFO" and settings.loggers.torch.level == "WARNING"
+
+
+def test_what_start_up_froze_is_collected_at_exit() -> None:
+    """Else nanobind, in triton, lists all it made as leaked."""
+    code = (
+        "import atexit, gc; from localfeat.run.quick_imports import quick_imports\n"
+        "atexit.register(lambda: print(gc.get_freeze_count()))\n"
+        "with quick_imports(): pass\n"
+        "print(gc.get_freeze_count() > 0)"
+    )
+    environment = {"PYTHONPATH": str(Path(__file__).parents[3])}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ended.stdout == "True\n0\n"
 
 
 def test_too_many_open_files_name_the_limit() -> None:
