@@ -41,7 +41,10 @@ def open_learner(folder: RunFolder, configuration: RunConfiguration, num_classes
         UserError: no such checkpoint, a damaged one, or one of another network.
     """
     file = folder.checkpoint(checkpoint)
-    state = read_checkpoint(file)["state_dict"]
+    try:
+        state = read_checkpoint(file)["state_dict"]
+    except UserError as error:
+        raise UserError(f"{error}{folder.instead_of(file)}") from error
     learner = build_learner(replace(configuration.without_initial_weights(), efficiency=Efficiency()), num_classes)
     try:
         learner.load_state_dict(state)

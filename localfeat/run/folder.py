@@ -55,11 +55,18 @@ class RunFolder:
         """
         if which not in ("best", "last"):
             raise UserError(f"checkpoint={which}: it is best or last")
-        files = [self.best, self.last] if which == "best" else [self.last]
-        found = next((file for file in files if file.is_file()), None)
-        if found is None:
-            raise UserError(f"there is no checkpoint {files[0]}")
-        return found
+        file = self.last if which == "last" or not (self.best.is_file() or self._validated()) else self.best
+        if not file.is_file():
+            raise UserError(f"there is no checkpoint {file}{self.instead_of(file)}")
+        return file
+
+    def instead_of(self, checkpoint: Path) -> str:
+        """Return the end of a message about ``best.ckpt``: the checkpoint that can be used instead of it."""
+        other = checkpoint == self.best and self.last.is_file()
+        return "; checkpoint=last takes the weights of the last epoch" if other else ""
+
+    def _validated(self) -> bool:
+        return self.has_ended() and self.read_summary().get("val_accuracy") is not None
 
     def read_config(self) -> dict[str, Any]:
         """Return the plain values of ``config.yaml``, with nothing resolved.

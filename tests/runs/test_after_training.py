@@ -68,6 +68,19 @@ def test_the_summary_says_what_was_typed(run: Path) -> None:
     assert summary["overrides"] == ["epochs=2", "trainer.limit_train_batches=6", "callbacks=ema", "callbacks.ema=0.5"]
 
 
+def test_without_its_best_checkpoint_a_run_asks_for_the_last(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    best, advice = tmp_path / "run/checkpoints/best.ckpt", "checkpoint=last takes the weights of the last epoch\n"
+    for damage in (lambda: best.write_text("half a file"), best.unlink):
+        damage()
+        assert call(monkeypatch, "evaluate", f"run={tmp_path}/run") == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith(advice)
+    assert call(monkeypatch, "evaluate", f"run={tmp_path}/run", "checkpoint=last") == 0
+
+
 def test_evaluate_reads_the_checkpoint_it_is_told_to(run: Path) -> None:
     assert {evaluate(run, "train", name)["images"] for name in ("best", "last")} == {1294}
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
