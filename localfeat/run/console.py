@@ -92,13 +92,20 @@ def epoch_line(trainer: lightning.Trainer) -> str:
     return "  ".join([epoch_number(trainer), *figures])
 
 
-def final_table(summary: RunSummary, folder: str | Path, console: Console | None = None) -> None:
-    """Print the run's main figures and its folder, leaving out figures that were not measured."""
+def final_table(summary: RunSummary, folder: str | Path, console: Console | None = None, *, scored: str = "") -> None:
+    """Print the run's main figures and its folder, leaving out figures that were not measured.
+
+    Args:
+        summary: the figures.
+        folder: the run's folder.
+        console: where to print; ``None`` for standard output.
+        scored: the part of the test set that was scored; empty for all of it.
+    """
     console = console or PatientConsole()
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim" if console.is_terminal else None)
     table.add_column(overflow="fold")
-    lines = summary_lines(summary)
+    lines = summary_lines(summary, scored)
     for label, text in lines:
         table.add_row(label, text)
     console.print(table, highlight=False, markup=False)
@@ -107,11 +114,11 @@ def final_table(summary: RunSummary, folder: str | Path, console: Console | None
     console.print(f"{label}{folder}", highlight=False, markup=False, soft_wrap=True)
 
 
-def summary_lines(summary: RunSummary) -> list[tuple[str, str]]:
+def summary_lines(summary: RunSummary, scored: str = "") -> list[tuple[str, str]]:
     """Return (label, text) of every figure that was measured. GiB are 1024³ bytes."""
-    parts = summary.parameters
+    parts, part = summary.parameters, f" ({scored})" if scored else ""
     lines = [
-        ("test accuracy", None if summary.test_accuracy is None else percent(summary.test_accuracy)),
+        ("test accuracy", None if summary.test_accuracy is None else percent(summary.test_accuracy) + part),
         ("val accuracy", None if summary.val_accuracy is None else percent(summary.val_accuracy)),
         ("images/s", None if summary.images_per_second is None else f"{summary.images_per_second:,.0f}"),
         ("peak memory", None if summary.peak_memory_bytes is None else memory_text(summary)),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import lightning
 import torch
@@ -234,6 +234,13 @@ def _summarise(
     )
 
 
+def _scored(trainer: lightning.Trainer, datamodule: ImageDataModule) -> str:
+    """Return ``"on 32 of 359 images"`` if only a part of the test set was scored, else nothing."""
+    images = len(cast(Sized, datamodule.ordered_loader("test").dataset))
+    scored = min(sum(trainer.num_test_batches) * datamodule.eval_batch_size, images)
+    return "" if scored == images else f"on {scored:,} of {images:,} images"
+
+
 def _write(
     configuration: RunConfiguration,
     folder: RunFolder,
@@ -257,5 +264,5 @@ def _write(
         write_summary(folder.summary, summary)
     remove_previous(folder)
     wandb_results.end(trainer.loggers, summary, images, reconstructions)
-    final_table(summary, folder.path)
+    final_table(summary, folder.path, scored=_scored(trainer, datamodule))
     return summary.to_dict()

@@ -334,7 +334,7 @@ def test_law_7_the_printed_figures_are_the_logged_ones(tmp_path: Path, capsys: p
     heaviest = max(by_module, key=by_module.get)
     source = "allocator accounting of one training batch"
     expected += [
-        f"test accuracy {100 * summary['test_accuracy']:.2f} %",
+        f"test accuracy {100 * summary['test_accuracy']:.2f} % (on 32 of 359 images)",
         f"val accuracy {100 * summary['val_accuracy']:.2f} %",
         f"images/s {summary['images_per_second']:,.0f}",
         f"peak memory {summary['peak_memory_bytes'] / 2**30:.3f} GiB, {heaviest} ({source})",

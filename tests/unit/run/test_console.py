@@ -91,6 +91,13 @@ def test_final_table_shows_the_figures_and_the_folder() -> None:
     ]
 
 
+def test_a_part_of_the_test_set_is_named() -> None:
+    text = io.StringIO()
+    console = Console(file=text, width=100)
+    final_table(a_summary(test_accuracy=0.5), "run", console, scored="on 32 of 359 images")
+    assert text.getvalue().splitlines()[0].rstrip() == "test accuracy  50.00 % (on 32 of 359 images)"
+
+
 @pytest.mark.parametrize(
     ("by_module", "expected"),
     [
