@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning
-from torch import Tensor
+from torch import Tensor, nn
 
 from localfeat.learner.inputs import check_batch
 from localfeat.methods.base import Method
@@ -25,6 +25,12 @@ class CheckedBatches(lightning.LightningModule):
 
     method: Method
     num_classes: int
+    _backbone: tuple[nn.Module]  # not registered: its parameters live in the local modules
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The timm model that is being trained."""
+        return self._backbone[0]
 
     @property
     def _prepares(self) -> Callable[..., tuple[Tensor, Tensor]] | None:
@@ -55,4 +61,5 @@ class CheckedBatches(lightning.LightningModule):
                 training=training,
                 values=number == 0 or self.device.type == "cpu",
                 at_least=2 if training and self.method.contrasts and number == 0 else 1,
+                backbone=self.backbone,
             )

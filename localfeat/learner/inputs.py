@@ -32,7 +32,15 @@ def number_of_classes(backbone: Any) -> int:
     return found
 
 
-def check_batch(batch: Any, num_classes: int, *, training: bool, values: bool = True, at_least: int = 1) -> None:
+def check_batch(
+    batch: Any,
+    num_classes: int,
+    *,
+    training: bool,
+    values: bool = True,
+    at_least: int = 1,
+    backbone: nn.Module | None = None,
+) -> None:
     """Check a batch of ``(images, labels)``.
 
     Args:
@@ -41,6 +49,7 @@ def check_batch(batch: Any, num_classes: int, *, training: bool, values: bool = 
         training: whether labels may be probabilities (B, num_classes), as mixup makes them.
         values: whether to look at the labels' values.
         at_least: the fewest images; 2 for a method that contrasts the images of a batch.
+        backbone: the timm model that the images are for; ``None`` leaves their channels and size unchecked.
 
     Raises:
         UserError: another structure, labels of a wrong type, shape or range, too few images to contrast.
@@ -49,7 +58,7 @@ def check_batch(batch: Any, num_classes: int, *, training: bool, values: bool = 
     if parts is None or len(parts) != 2 or not all(isinstance(part, Tensor) for part in batch):
         raise UserError(f"{_WANTED}; this one is {type(batch).__name__ if parts is None else ', '.join(parts)}")
     images, labels = batch
-    check_images(images)
+    check_images(images, backbone)
     if labels.ndim == 0 or len(labels) != len(images):
         raise UserError(f"labels of shape {list(labels.shape)} for {len(images)} images: {_WANTED}")
     if len(images) == 0:
@@ -67,11 +76,11 @@ def check_batch(batch: Any, num_classes: int, *, training: bool, values: bool = 
         raise UserError(f"a batch of {len(labels)}: this method contrasts the images of a batch, at least {at_least}")
 
 
-def check_images(images: Any) -> None:
-    """Check the images of a batch.
+def check_images(images: Any, backbone: nn.Module | None = None) -> None:
+    """Check the images of a batch, see :func:`check_batch`.
 
     Raises:
-        UserError: no float tensor of four dimensions.
+        UserError: no float tensor of four dimensions, or images that the backbone was not built for.
     """
     if not isinstance(images, Tensor):
         raise UserError(f"images are {type(images).__name__}: give a float tensor (B, 3, H, W)")
@@ -81,6 +90,16 @@ def check_images(images: Any) -> None:
         raise UserError("images are float64: give float32, images.float()")
     if images.ndim != 4:
         raise UserError(f"images have the shape {list(images.shape)}: give (B, 3, H, W)")
+    if backbone is not None and list(images.shape[1:]) != (wanted := _taken(backbone, images)):
+        raise UserError(f"images have the shape {list(images.shape)}: this backbone takes [B, {str(wanted)[1:]}")
+
+
+def _taken(backbone: nn.Module, images: Tensor) -> list[int]:
+    """Return the shape of one image that the backbone takes; of any size unless its patch embedding has a fixed one."""
+    first = next(module for module in backbone.modules() if isinstance(module, nn.Conv2d))
+    embed: Any = getattr(backbone, "patch_embed", None)
+    size = embed.img_size if getattr(embed, "strict_img_size", False) else images.shape[2:]
+    return [first.in_channels, *size]
 
 
 def _check_probabilities(labels: Tensor, num_classes: int, *, training: bool, values: bool) -> None:

@@ -22,7 +22,7 @@ from localfeat.learner.optimization import Optimization
 from localfeat.learner.stepping import ModulewiseSteps
 from localfeat.methods.base import Method
 from localfeat.methods.local_module import LocalModule, LocalOutput
-from localfeat.methods.objective import ClassifierObjective, Objective, Reconstruction
+from localfeat.methods.objective import ClassifierObjective, Reconstruction
 from localfeat.methods.parts.decoders import DecoderFactory, as_decoder
 from localfeat.methods.registry import as_method
 from localfeat.parallel.sequential import train_in_turn
@@ -206,7 +206,7 @@ class Learner(ModulewiseSteps):
         images = batch[0] if isinstance(batch, tuple | list) and batch else batch
         if self._prepares is not None:
             images, _ = self._prepares(images, torch.zeros(len(images), dtype=torch.int64), training=False)
-        check_images(images)
+        check_images(images, self.backbone)
         return self(images)
 
     @torch.no_grad()
@@ -217,7 +217,7 @@ class Learner(ModulewiseSteps):
         with evaluating(self.backbone), evaluating(self):
             for index, module in enumerate(self._modules_in_order, start=1):
                 inputs, x = module.body(x)
-                found.append(cast(Objective, module.objective).reconstruct(inputs, x, images, index))
+                found.append(module.objective.reconstruct(inputs, x, images, index))
         return [reconstruction for reconstruction in found if reconstruction is not None]
 
     def parameter_counts(self) -> dict[str, int]:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
@@ -31,14 +33,26 @@ class ModulewiseSteps(CheckedBatches):
     local_modules: nn.ModuleList
     optimization: Optimization
     nonfinite: NonFinite
-    _backbone: tuple[nn.Module]  # not registered: its parameters live in the local modules
     current_module: int
     _gradients: dict[str, Tensor]  # of a checkpoint, until training starts
 
-    @property
-    def backbone(self) -> nn.Module:
-        """The timm model that is being trained."""
-        return self._backbone[0]
+    def configure_callbacks(self) -> list[Callback]:
+        """Add none. Lightning calls this first, before it refuses the same settings without saying what to give.
+
+        Raises:
+            UserError: settings of the Trainer that are this learner's own, or several devices.
+        """
+        trainer = self.trainer
+        if trainer.state.fn == "fit" and isinstance(trainer.strategy, ParallelStrategy):
+            name = type(trainer.strategy).__name__
+            raise UserError(f"{name}: localfeat trains on one device for now, Trainer(devices=1) without a strategy")
+        clip, batches = trainer.gradient_clip_val, trainer.accumulate_grad_batches
+        given = "give the Learner optimization=localfeat.Optimization"
+        if clip:
+            raise UserError(f"Trainer(gradient_clip_val={clip}): {given}(gradient_clip={clip})")
+        if batches > 1:
+            raise UserError(f"Trainer(accumulate_grad_batches={batches}): {given}(accumulate={batches})")
+        return []
 
     def configure_optimizers(self) -> Sequence[OptimizerLRSchedulerConfig]:
         """Return one AdamW and one schedule per local module."""
@@ -114,7 +128,7 @@ class ModulewiseSteps(CheckedBatches):
         with torch.autocast(self.device.type, enabled=False):
             self.trainer.strategy.optimizer_step(optimizer, _nothing)
         optimizer.zero_grad(set_to_none=True)
-        cast(LocalModule, self.local_modules[module]).objective.after_step()  # type: ignore[operator]
+        cast(LocalModule, self.local_modules[module]).objective.after_step()
 
     def _restore_gradients(self) -> None:
         """Restore the gradients of a checkpoint within an accumulation window."""

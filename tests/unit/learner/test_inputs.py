@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -78,6 +79,42 @@ def test_batches(given: Any, line: str) -> None:
         check_batch(given, 3, training=True)
     for labels in (HARD, SOFT):
         check_batch((IMAGES, labels), 3, training=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "shape", "taken"),
+    [
+        ("swin", (4, 1, 32, 32), "3, 32, 32"),
+        ("swin", (4, 3, 32, 48), "3, 32, 32"),
+        ("vit", (4, 3, 16, 16), "3, 32, 32"),
+        ("resnet", (4, 4, 48, 48), "3, 48, 48"),
+        ("swin", (4, 3, 32, 32), None),
+        ("convnext", (4, 3, 48, 48), None),
+    ],
+)
+def test_images_fit_the_backbone(family: str, shape: tuple[int, ...], taken: str | None) -> None:
+    given = (torch.zeros(shape), HARD)
+    if taken is None:
+        check_batch(given, 3, training=True, backbone=backbone(family))
+        return
+    with pytest.raises(UserError, match=rf"images have the shape \[.*\]: this backbone takes \[B, {taken}\]"):
+        check_batch(given, 3, training=True, backbone=backbone(family))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"devices": 2}, r"DDPStrategy: localfeat trains on one device for now, Trainer\(devices=1\)"),
+        ({"gradient_clip_val": 1.0}, r"optimization=localfeat\.Optimization\(gradient_clip=1\.0\)"),
+        ({"accumulate_grad_batches": 2}, r"optimization=localfeat\.Optimization\(accumulate=2\)"),
+    ],
+)
+def test_settings_of_the_trainer(arguments: dict[str, Any], line: str) -> None:
+    model = learner("e2e", 1)
+    model.trainer = trainer(**arguments)
+    model.trainer.state.fn = TrainerFn.FITTING
+    with pytest.raises(UserError, match=line):
+        model.configure_callbacks()
 
 
 def test_what_a_stage_needs() -> None:
