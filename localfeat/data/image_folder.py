@@ -15,9 +15,11 @@ from localfeat.data.decode import IMAGE_SUFFIXES, common_size, read_images
 from localfeat.data.files import holds, image_paths, made_by_a_system, tell_others
 from localfeat.data.labelled import FileImages, LabelledImages, TensorImages, no_sound_image
 from localfeat.utils.errors import UserError
+from localfeat.utils.files import not_a
 from localfeat.utils.text import prints, shown
 
 MEMORY_LIMIT = 4 * 1024**3  # bytes of decoded pixels held in memory; never more than half of the machine's
+_SPLITS = ("train", "val", "test")
 LAYOUT = "train/<class>/<image> and test/<class>/<image> (val/<class>/<image> is optional)"
 
 
@@ -49,13 +51,12 @@ class ImageFolder:
         self.root = root
         self.store_size = round(image_size * 8 / 7)
         self._wanted_in_memory = in_memory
-        present = [split for split in ("train", "val", "test") if os.path.isdir(root / split)]
+        present = [split for split in _SPLITS if os.path.isdir(root / split)]
         self._bad = {split: BadFiles() if skip_bad else None for split in present}
         others = Counter[str]()
         self._files = {split: _scan(root / split, self._bad[split], others) for split in present}
         if absent := [split for split in ("train", "test") if split not in present]:
-            missing = " and no ".join(absent)
-            raise UserError(f"image_folder: {shown(root.absolute())} has no {missing} folder; expected {LAYOUT}")
+            raise UserError(_missing(root, absent))
         tell_others(root, others)
         _tell_loose_images(root, present)
         _check_classes(root, self._files)
@@ -114,6 +115,16 @@ class ImageFolder:
         fits = _fits(len(paths), *(self._native or (self.store_size, self.store_size)))
         self._in_memory = fits if self._wanted_in_memory is None else self._wanted_in_memory
         self._decided = True
+
+
+def _missing(root: Path, absent: Sequence[str]) -> str:
+    """Return the message for a folder without these splits; it names the folders that are there instead."""
+    if not os.path.isdir(root):
+        return f"image_folder: {shown(root.absolute())}: {not_a('folder', root)}"
+    with _readable(root):
+        others = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name not in _SPLITS)
+    only = f"; it has {', '.join(map(shown, others[:5]))}{', …' if len(others) > 5 else ''}" if others else ""
+    return f"image_folder: {shown(root.absolute())} has no {' and no '.join(absent)} folder{only}; expected {LAYOUT}"
 
 
 def _scan(split: Path, bad: BadFiles | None, others: Counter[str]) -> dict[str, list[Path]]:

@@ -18,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from localfeat.data.bad_files import BadImage
 from localfeat.run.command_line import arranged, exit_code, one_line_errors, report
 from localfeat.run.composition import AUTO, plain, register_resolvers
 from localfeat.run.conf_dir import conf_dir
@@ -107,6 +108,8 @@ def _train(
         return train(configuration, folder, resume=resume, notes=notes or {})
     except Diverged:  # a resumed run would diverge again
         raise
+    except BadImage as error:
+        raise BadImage(f"{error}, or leave such files out: dataset.skip_bad_images=true") from error
     except (RunFailed, Stopped) as end:
         way = (
             f"; resume with: python -m localfeat.run {as_argument('resume', str(folder.path))}"

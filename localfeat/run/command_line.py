@@ -88,7 +88,7 @@ def explain(error: Exception, arguments: Sequence[str] | None = None) -> str | N
 
     own = _own(error)
     if own is error or (own and isinstance(error, OmegaConfBaseException)):  # raised in a resolver that conf/ calls
-        return _own_line(str(own))
+        return _memory_line(str(own)) or _own_line(str(own))
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _hydra_line(error, sys.argv[1:] if arguments is None else arguments)
     if isinstance(error, OSError) and _while_hydra_prepares(error):
@@ -107,11 +107,21 @@ def _surroundings_line(error: Exception) -> str | None:
         return "too many open files: raise the limit (ulimit -n 4096), or lower dataset.num_workers"
     if isinstance(error, OSError) and error.errno is not None and not _while_hydra_prepares(error):
         return f"{error.filename or 'a file or pipe'}: {error.strerror}"
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+    if line := _memory_line(text):
+        return line
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return f"out of memory ({text.split('. ')[0] or 'in Python'}): localfeat plan shows what fits"
     if re.match(r"DataLoader worker \(pid.*\) (is killed|exited)", text):
         return f"{text.split('. ')[0]}: possibly out of memory (dataset.num_workers=0 starts no workers)"
     return None
+
+
+def _memory_line(text: str) -> str | None:
+    """Return one line for what torch says when the machine has no memory left, ``None`` for other texts."""
+    found = re.search(r"DefaultCPUAllocator.* allocate (\d+) bytes", text)
+    return (
+        f"out of memory ({int(found[1]) / 2**30:,.2f} GiB asked for): localfeat plan shows what fits" if found else None
+    )
 
 
 def _while_hydra_prepares(error: Exception) -> bool:
@@ -144,7 +154,8 @@ def _hydra_line(error: Exception, arguments: Sequence[str]) -> str:
         return _unknown_override(str(cause.full_key), arguments)
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}={choice}: it is one of {', '.join(error.options)}{meant(choice, error.options)}"
+        other = f"; another timm model: backbone=timm backbone.name={choice}" if group == "backbone" else ""
+        return f"{group}={choice}: it is one of {', '.join(error.options)}{meant(choice, error.options) or other}"
     if found := re.search(r"Ambiguous value for argument '(.*)'", text):
         key, _, values = found[1].partition("=")
         listed = "" if key in _groups() else f"; a list is '{key}=[{values}]'"
@@ -210,8 +221,8 @@ def arranged(arguments: Sequence[str]) -> list[str]:
         raise UserError("--resolve goes with --cfg job or --help")
     if len(commands) > 1:
         raise UserError(f"--{' and --'.join(commands)}: only one of them at a time")
-    for override in given.overrides:
-        _check_override(override)
+    for position, override in enumerate(given.overrides):
+        _check_override(override, [o for o in given.overrides[position + 1 :][:1] if "=" not in o])
     options = list(arguments)
     for override in given.overrides:
         options.remove(override)
@@ -237,23 +248,32 @@ def _with_quoted_path(override: str) -> str:
 
 
 def _refuse(message: str) -> NoReturn:
-    raise UserError(f"{message} (see --help)")
+    key_value = re.search(r"unrecognized arguments: --?([a-z][\w.]*=\S+)", message)
+    raise UserError(f"{message} ({f'write {key_value[1]}' if key_value else 'see --help'})")
 
 
 def _groups() -> set[str]:
     return {"method", *(path.name for path in conf_dir().iterdir() if path.is_dir())}
 
 
-def _check_override(override: str) -> None:
+def _choices(group: str) -> list[str]:
     from localfeat.methods.registry import METHODS
 
-    key, _, choice = override.partition("=")
+    return sorted(METHODS) if group == "method" else sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
+
+
+def _check_override(override: str, value: list[str]) -> None:
+    """Refuse what Hydra explains badly; ``value`` holds the next argument if that is no ``key=value`` either."""
+    key, equals, choice = override.partition("=")
     if override.startswith("~"):
         raise UserError(f"{override}: keys cannot be removed; give them another value")
     if not key:
         raise UserError(f"{override}: not key=value")
-    options = sorted(file.stem for file in (conf_dir() / key).glob("*.yaml")) if key in _groups() else []
-    options = sorted(METHODS) if key == "method" else options
+    if not equals:
+        typed = [f"{group}={key}" for group in sorted(_groups()) if key in _choices(group)]
+        typed += [f"{key}={text}" for text in [*value, "<value>"] if re.fullmatch(r"[a-z_.]+", key)]
+        raise UserError(f"{override}: not key=value{f'; write {typed[0]}' if typed else ' (see --help)'}")
+    options = _choices(key) if key in _groups() else []
     if options and (not re.match(r"['\"A-Za-z]", choice) or choice.lower() in ("null", "true", "false")):
         raise UserError(f"{override}: it is one of {', '.join(options)}")
 
@@ -275,7 +295,7 @@ def parse_arguments(usage: str, defaults: dict[str, Any], arguments: list[str] |
         if not equals:
             raise UserError(f"{argument}: arguments are key=value (see --help)")
         if key not in defaults:
-            raise UserError(unknown_key(key, list(defaults)))
+            raise UserError(unknown_key(key, list(defaults), see="--help"))
         values[key] = os.path.expanduser(value) if value.startswith("~") else value
     missing = [key for key, value in values.items() if value is ...]
     if missing:

@@ -125,12 +125,12 @@ def _flat(node: DictConfig, prefix: str = "") -> Iterator[str]:
             yield from _flat(typing.cast(DictConfig, node._get_node(name)), f"{prefix}{name}.")
 
 
-def unknown_key(key: str, known: list[str]) -> str:
-    """Return an error line for an unknown key, with the known keys that are most similar."""
+def unknown_key(key: str, known: list[str], see: str = "--cfg job") -> str:
+    """Return an error line for an unknown key, with the known keys that are most similar, else what shows all."""
     last = key.rsplit(".", 1)[-1]
     near = [name for name in known if name.rsplit(".", 1)[-1] == last]  # right name, wrong group: lr for optimizer.lr
     near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     near = near or [
         name for name in known if difflib.SequenceMatcher(None, name.rsplit(".", 1)[-1], last).ratio() > 0.8
     ]
-    return f"{key}: there is no such key" + (f"; did you mean {' or '.join(near[:3])}?" if near else " (see --cfg job)")
+    return f"{key}: there is no such key" + (f"; did you mean {' or '.join(near[:3])}?" if near else f" (see {see})")

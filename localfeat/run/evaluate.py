@@ -10,7 +10,8 @@ from localfeat.run.arguments import check_output
 from localfeat.run.command_line import one_line_errors, parse_arguments
 from localfeat.run.folder import RunFolder
 from localfeat.utils.errors import UserError
-from localfeat.utils.files import failing_in_one_line, write_whole
+from localfeat.utils.files import failing_in_one_line, not_a, write_whole
+from localfeat.utils.text import shown
 
 USAGE = """
 localfeat evaluate run=<folder> [split=test] [checkpoint=best] [root=<folder>] [json=<file>]
@@ -42,7 +43,11 @@ def evaluate(
     from localfeat.run.finished import open_learner, saved_configuration
 
     configuration = saved_configuration(run)
-    datamodule = build_datamodule(configuration if root is None else configuration.with_root(root))
+    configuration = configuration if root is None else configuration.with_root(root)
+    images = Path(configuration.dataset.root)
+    if configuration.dataset.source == "image_folder" and not images.is_dir():
+        raise UserError(f"the run's images were in {shown(images)}: {not_a('folder', images)}; give root=<folder>")
+    datamodule = build_datamodule(configuration)
     learner = open_learner(run, configuration, datamodule.num_classes, checkpoint)
     images_seen, right, loss = 0, 0, 0.0
     with torch.no_grad():

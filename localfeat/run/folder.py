@@ -10,7 +10,7 @@ from typing import Any
 from localfeat.run import trust
 from localfeat.run.literal import read_yaml
 from localfeat.utils.errors import UserError
-from localfeat.utils.files import read_object
+from localfeat.utils.files import not_a, read_object
 from localfeat.utils.text import shown
 
 _GROUPS = ("dataset", "backbone", "split", "method")
@@ -76,6 +76,8 @@ class RunFolder:
         Raises:
             UserError: not a run's folder, or a file that cannot be read.
         """
+        if not os.path.isdir(self.path):
+            raise UserError(f"{self} is not the folder of a run: {not_a('folder', self.path)}")
         if not self.config.is_file():
             raise UserError(f"{self} is not the folder of a run: it has no config.yaml")
         config = read_yaml(self.config)

@@ -42,10 +42,12 @@ def check_foreign(arguments: Sequence[str], own: Path) -> None:
         own: the folder of localfeat's own configuration.
 
     Raises:
-        UserError: see :func:`check_hydra`.
+        UserError: a chosen file ends in .yml; see also :func:`check_hydra`.
     """
+    from hydra import version
     from hydra._internal.utils import get_args_parser
 
+    version.setbase("1.3")  # as for the run itself, or Hydra would warn of what has changed since
     given = get_args_parser().parse_args(list(arguments))
     typed = [override.partition("=")[0] for override in given.overrides]
     elsewhere = given.config_dir or given.config_path or given.config_name
@@ -53,6 +55,9 @@ def check_foreign(arguments: Sequence[str], own: Path) -> None:
         return
     if given.config_dir is not None and not Path(given.config_dir).is_dir():
         return  # Hydra itself refuses it
+    for file in Path(given.config_dir or own).glob("*/*.yml"):
+        if f"{file.parent.name}={file.stem}" in given.overrides:
+            raise UserError(f"{file}: rename it to {file.stem}.yaml")
     for config in _composed(given, own):
         check_hydra(config)
 

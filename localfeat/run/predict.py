@@ -12,7 +12,7 @@ from localfeat.run.arguments import check_output, whole_number
 from localfeat.run.command_line import one_line_errors, parse_arguments
 from localfeat.run.folder import RunFolder
 from localfeat.utils.errors import RunFailed, UserError
-from localfeat.utils.files import failing_in_one_line, whole_file
+from localfeat.utils.files import failing_in_one_line, not_a, whole_file
 from localfeat.utils.text import shown
 
 USAGE = """
@@ -105,7 +105,7 @@ def main() -> None:
         batch_size = whole_number("batch_size", arguments["batch_size"], least=1)
         output = check_output("output", arguments["output"])
         if not Path(arguments["images"]).is_dir():  # before imports that take seconds
-            raise UserError(f"images={shown(arguments['images'])}: there is no such folder")
+            raise UserError(f"images={shown(arguments['images'])}: {not_a('folder', arguments['images'])}")
         bad = BadFiles()
         classes, rows = predict(arguments["run"], arguments["images"], arguments["checkpoint"], batch_size, bad)
         count = write_csv(output, classes, rows)

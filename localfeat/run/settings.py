@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from localfeat.run.construct import check_values, typed
 from localfeat.utils.errors import UserError
+from localfeat.utils.files import not_a
 from localfeat.utils.text import shown
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -245,10 +246,10 @@ def check_paths(values: Mapping[str, Any]) -> None:
     """
     dataset, backbone = _group(values, "dataset"), _group(values, "backbone")
     root, weights = dataset.get("root"), backbone.get("weights")
-    if dataset.get("source") == "image_folder" and not os.path.isdir(os.path.expanduser(str(root))):
-        raise UserError(f"dataset.root={shown(str(root))}: there is no such folder")
-    if isinstance(weights, str) and not os.path.isfile(os.path.expanduser(weights)):
-        raise UserError(f"backbone.weights={shown(weights)}: there is no such file")
+    if dataset.get("source") == "image_folder" and not os.path.isdir(folder := os.path.expanduser(str(root))):
+        raise UserError(f"dataset.root={shown(str(root))}: {not_a('folder', folder)}")
+    if isinstance(weights, str) and not os.path.isfile(file := os.path.expanduser(weights)):
+        raise UserError(f"backbone.weights={shown(weights)}: {not_a('file', file)}")
 
 
 def _group(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:

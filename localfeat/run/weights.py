@@ -205,7 +205,7 @@ def _content(path: str | Path) -> Any:
     except pickle.UnpicklingError:
         raise UserError(f"{path} needs code to be unpickled, which is refused: save a plain state dict") from None
     except Exception as error:  # for other files the readers raise anything, even IndexError
-        raise UserError(f"{path} is neither a safetensors nor a torch file ({type(error).__name__})") from None
+        raise UserError(f"{path} is neither a safetensors nor a torch file, or it is damaged") from error
 
 
 def check_uncompressed(file: Path) -> None:

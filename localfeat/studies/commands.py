@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+import localfeat
 from localfeat.run.command_line import one_line_errors, run_command
 from localfeat.utils.text import meant
 
@@ -28,6 +29,9 @@ def main() -> None:
     if name in COMMANDS:
         sys.argv = [f"localfeat {name}", *arguments]
         run_command(COMMANDS[name][0])
+        return
+    if name == "--version":
+        print(f"localfeat {localfeat.__version__}")
         return
     known = "\n".join(f"  {command:10} {what}" for command, (_, what) in COMMANDS.items())
     if name not in ("--help", "-h"):

@@ -68,6 +68,12 @@ def read_object(file: Path) -> dict[str, Any]:
     return content
 
 
+def not_a(wanted: str, path: str | Path) -> str:
+    """Say why ``path`` is not the ``wanted`` "file" or "folder": it is the other, or there is none."""
+    there = "folder" if os.path.isdir(path) else "file" if os.path.exists(path) else None
+    return f"it is a {there}, not a {wanted}" if there else f"there is no such {wanted}"
+
+
 def sync_folder(folder: Path) -> None:
     """Flush the names in ``folder`` to disk, where the file system supports it."""
     with suppress(OSError):

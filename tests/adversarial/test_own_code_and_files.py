@@ -21,6 +21,7 @@ FILES = {
     "method/listed": ("- a\n", "method=listed: its file is no key: value lines"),
     "method/based": ("defaults: [trgll]\n", "method=based: its defaults name method/trgll, which is no file"),
     "method/number": ("defaults: 3\n", "defaults must be a list"),
+    "backbone/old.yml": ("name: resnet18\n", "c/backbone/old.yml: rename it to old.yaml"),
     "backbone/empty": ("", "<value>, or name: <value> in the file of backbone=empty"),
     "backbone/other": ("nmae: resnet18\n", "<value>, or name: <value> in the file of backbone=other"),
 }
@@ -31,11 +32,11 @@ def test_a_configuration_file(
     file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, line = FILES[file]
-    path = tmp_path / "c" / f"{file}.yaml"
+    path = tmp_path / "c" / (file if "." in file else f"{file}.yaml")
     path.parent.mkdir(parents=True)
     path.write_text(text)
     monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, "run", "--config-dir", "c", file.replace("/", "=")) == 2
+    assert call(monkeypatch, "run", "--config-dir", "c", file.removesuffix(".yml").replace("/", "=")) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and line in err
 

@@ -94,6 +94,19 @@ def test_evaluate_reads_the_checkpoint_it_is_told_to(run: Path) -> None:
     assert found["loss"] == pytest.approx(2.302585, abs=1e-5)  # zero weights: log(10)
 
 
+def test_images_that_have_moved_are_asked_for(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    config = (run / "config.yaml").read_text().replace("source: digits", "source: image_folder\n  root: gone")
+    (tmp_path / "run/config.yaml").write_text(config.replace("  root: data\n", ""))
+    for typed, line in (([], "in gone: there is no such"), (["root={run}/config.yaml"], "is a file, not a folder")):
+        assert call(monkeypatch, "evaluate", f"run={tmp_path}/run", *(a.format(run=run) for a in typed)) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: the run's images were in ") and err.endswith("give root=<folder>\n")
+        assert line in err
+
+
 @pytest.mark.parametrize("size", [3, 10**30])
 def test_predict_writes_the_models_probabilities(
     size: int, run: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -115,7 +128,9 @@ def test_predict_writes_the_models_probabilities(
     ("module", "arguments", "line"),
     [
         ("evaluate", [], "run has to be given"),
-        ("evaluate", ["run=nowhere"], "nowhere is not the folder of a run: it has no config.yaml"),
+        ("evaluate", ["run=nowhere"], "nowhere is not the folder of a run: there is no such folder"),
+        ("evaluate", ["run={run}", "method=e2e"], "method: there is no such key (see --help)"),
+        ("predict", ["run={run}", "images={run}/config.yaml"], "config.yaml: it is a file, not a folder"),
         ("evaluate", ["run={run}", "split=all"], "split=all: it is train, val or test"),
         ("evaluate", ["run={run}", "checkpoint=first"], "checkpoint=first: it is best or last"),
         ("evaluate", ["run={run}", "spilt=val"], "spilt: there is no such key; did you mean split?"),

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from localfeat.efficiency.settings import Efficiency
 from localfeat.memory.accounting import step_memory
+from localfeat.memory.planner import Option
 from localfeat.methods.registry import METHODS
 from localfeat.run.build import build_datamodule, build_learner
 from localfeat.run.plan.command import parse_bytes
+from localfeat.run.plan.table import Plan
 from tests.adversarial.test_bad_input import HEAVY, python
 from tests.helpers.command_line import call
 from tests.helpers.whole_runs import TINY_SWIN, configured
@@ -148,6 +151,14 @@ def test_a_file_of_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     found = json.loads(file.read_text())
     assert "MiB" in shown and found["command"] in shown
     assert {"options", "recommended", "command", "confirmed_bytes", "budget", "batch_size"} <= found.keys()
+
+
+def test_the_table_is_whole_in_a_pipe(capsys: Any) -> None:
+    settings = Efficiency(recompute="checkpoint", blocks=(1,))
+    option = Option("feature_recon", "checkpoint", settings, tuple(range(1, 40)), 2**30, True, 128, 1.0, False)
+    Plan(128, "32-true", "cpu", "swin", 2**30, [option], None, None, None).show()  # type: ignore[arg-type]
+    row = capsys.readouterr().out.splitlines()[2]
+    assert " 1 block recomputed " in row and ",".join(map(str, range(1, 40))) in row and "…" not in row
 
 
 LINES = {

@@ -81,7 +81,7 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise UserError(f"{file} needs code to be unpickled, which is refused: it is not a run's checkpoint") from error
     except Exception as error:  # torch's readers raise anything for other files
-        raise UserError(f"{file} cannot be read ({type(error).__name__}): it is damaged") from error
+        raise UserError(f"{file} cannot be read: it is damaged") from error
     for key, kind in NEEDED.items():
         if not isinstance(content, Mapping) or not isinstance(content.get(key), kind):
             raise UserError(f"{file} is not a run's checkpoint: it has no {key}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
@@ -13,6 +14,7 @@ from localfeat.memory.emulation import Target
 from localfeat.memory.planner import Option
 
 MIB, GIB = 2**20, 2**30
+WIDTH_OF_A_PIPE = 1000  # columns: lines stay whole in files and pipes
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Plan:
 
     def show(self, *, everything: bool = False) -> None:
         """Print the table and the recommended command."""
-        console = Console(soft_wrap=True, highlight=False)
+        console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_A_PIPE)
         shown = self.options if everything else _most_useful(self.options)
         table = Table(box=None, header_style="bold", pad_edge=False)
         for name in ("method", "efficiency", "K", "cuts"):
@@ -94,7 +96,10 @@ def _cells(option: Option) -> list[str]:
 def _efficiency_text(option: Option) -> str:
     """Return the setting's name; for a search's result, the number of blocks it recomputes."""
     blocks = option.settings.blocks
-    return option.efficiency if blocks is None and not _changed(option) else f"{len(blocks or ())} blocks recomputed"
+    if blocks is None and not _changed(option):
+        return option.efficiency
+    count = len(blocks or ())
+    return f"{count} block{'' if count == 1 else 's'} recomputed"
 
 
 def _changed(option: Option) -> bool:

@@ -11,8 +11,11 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+import localfeat
 from localfeat.run.command_line import arranged, explain, parse_arguments, run_command
 from localfeat.run.composition import composed
+from localfeat.studies import commands
+from localfeat.utils.errors import UserError
 from tests.helpers.command_line import call
 from tests.helpers.whole_runs import SMALL
 
@@ -60,6 +63,12 @@ def test_ctrl_c_while_a_command_is_imported(
     assert (left.value.code, capsys.readouterr().err) == (130, "interrupted\n")
 
 
+def test_the_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["localfeat", "--version"])
+    commands.main()
+    assert capsys.readouterr().out == f"localfeat {localfeat.__version__}\n"
+
+
 def test_torch_says_nothing_of_its_caches_at_exit() -> None:
     """By atexit it logs figures with level INFO, also after Ctrl-C."""
     settings = composed([], hydra_too=True).hydra.job_logging
@@ -77,6 +86,13 @@ def test_what_start_up_froze_is_collected_at_exit() -> None:
     environment = {"PYTHONPATH": str(Path(__file__).parents[3])}
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert ended.stdout == "True\n0\n"
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, UserError])
+def test_torch_without_memory_is_one_line(kind: type[Exception]) -> None:
+    raw = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+    error = kind(f"{raw} allocate 1610612736 bytes. Error code 12 (Cannot allocate memory)")
+    assert explain(error) == "out of memory (1.50 GiB asked for): localfeat plan shows what fits"
 
 
 def test_too_many_open_files_name_the_limit() -> None:
