@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from localfeat.backbones.decompose import Decomposition, decompose
     from localfeat.backbones.split import Split
     from localfeat.data.datamodule import ImageDataModule
     from localfeat.efficiency.settings import Efficiency
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "BalancedSplit": "localfeat.memory.balanced_split",
+    "Decomposition": "localfeat.backbones.decompose",
     "DeconvDecoder": "localfeat.methods.parts.decoders",
     "Efficiency": "localfeat.efficiency.settings",
     "HeadAndDecoder": "localfeat.methods.head_and_decoder",
@@ -51,12 +53,14 @@ _HOMES = {
     "Stopped": "localfeat.utils.errors",
     "UserError": "localfeat.utils.errors",
     "compose": "localfeat.run.library",
+    "decompose": "localfeat.backbones.decompose",
     "step_memory": "localfeat.memory.accounting",
     "train": "localfeat.run.library",
 }
 __all__ = [
     "METHODS",
     "BalancedSplit",
+    "Decomposition",
     "DeconvDecoder",
     "Efficiency",
     "HeadAndDecoder",
@@ -74,6 +78,7 @@ __all__ = [
     "Stopped",
     "UserError",
     "compose",
+    "decompose",
     "step_memory",
     "train",
 ]

@@ -1,158 +1,155 @@
-"""A timm backbone as stem, indivisible blocks and tail, checked against the model itself.
+"""A backbone as stem, indivisible blocks and tail, found in its own forward pass and checked against it.
 
-Each family has one small adapter. To add a family, write a function ``model -> Decomposition`` and add its
-class to ``_ADAPTERS``; :func:`decompose` proves it correct (same output, every parameter in exactly one part).
+A cut lies where a single tensor computed from the images is alive and no parameter is needed on both sides. What
+depends on no image (position tables, masks, sizes) is computed again in every part that needs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import cast
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import groupby
+from typing import Any, cast
 
 import torch
-from timm.models.convnext import ConvNeXt
-from timm.models.resnet import ResNet
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.swin_transformer_v2 import SwinTransformerV2
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from localfeat.backbones.layout import FeatureShape, Layout
+from localfeat.backbones.blocks import Blocks
+from localfeat.backbones.cuts import find_cuts
+from localfeat.backbones.layout import FeatureShape
 from localfeat.backbones.modes import evaluating
+from localfeat.backbones.parts import Part, build_part
+from localfeat.backbones.split import Downsample
+from localfeat.backbones.tape import Result, Tape, Untraceable, record
+from localfeat.backbones.timm_models import channels_of, sides
 from localfeat.utils.errors import UserError
 
-_Run = Callable[[nn.Module, Tensor], Tensor]
 
+class Decomposition(nn.Module):
+    """A backbone in parts: ``tail(blocks[-1](… blocks[0](stem(images))))`` are the model's logits.
 
-class Part(nn.Module):
-    """A part of a backbone that is not a module there: some of the backbone's children and the function that runs them.
-
-    The children and parameters are the backbone's own objects, so training a part trains the backbone. The
-    backbone itself is deliberately not registered, as that would register the parameters of all other parts too.
+    Attributes:
+        stem, blocks, tail: the parts; their parameters are the backbone's own.
+        stage_depths: blocks per stage; a columnar network (ViT) has one block per stage.
+        shapes: ``shapes[i]`` is the input of block i, ``shapes[-1]`` the tail's.
     """
 
-    def __init__(self, model: nn.Module, names: list[str], run: _Run) -> None:
+    def __init__(self, parts: Sequence[nn.Module], stage_depths: Sequence[int], shapes: Sequence[FeatureShape]) -> None:
         super().__init__()
-        self._model = (model,)
-        self._run = run
-        for name in names:
-            member = getattr(model, name, None)
-            if isinstance(member, nn.Parameter):
-                self.register_parameter(name, member)
-            elif isinstance(member, nn.Module):
-                self.add_module(name, member)
+        self.stem, self.tail = parts[0], parts[-1]
+        self.blocks = nn.ModuleList(parts[1:-1])
+        self.stage_depths, self.shapes = list(stage_depths), list(shapes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._run(self._model[0], x)
-
-
-@dataclass
-class Decomposition:
-    """A backbone in parts: ``tail(blocks[-1](… blocks[0](stem(images))))`` are the model's logits."""
-
-    stem: nn.Module
-    blocks: list[nn.Module]
-    tail: nn.Module
-    layout: Layout
-    stage_depths: list[int]  # blocks per stage; a columnar network (ViT) has one block per stage
-    prefix_tokens: int = 0
-    grid: tuple[int, int] | None = None
-    shapes: list[FeatureShape] = field(default_factory=list)  # shapes[i]: input of block i; shapes[-1]: tail's
-
-    def __call__(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
         x = self.stem(images)
         for block in self.blocks:
             x = block(x)
         return cast(Tensor, self.tail(x))
 
 
-def _staged_blocks(stages: nn.Module) -> tuple[list[nn.Module], list[int]]:
-    """Return the blocks and the depths of stages; a stage's leading ``downsample`` joins its first block."""
-    blocks: list[nn.Module] = []
-    depths = []
-    for stage in stages.children():
-        own: list[nn.Module] = list(cast(nn.Sequential, stage.blocks))
-        if not isinstance(stage.downsample, nn.Identity):
-            own[0] = nn.Sequential(cast(nn.Module, stage.downsample), own[0])
-        blocks += own
-        depths.append(len(own))
-    return blocks, depths
-
-
-def _swin(model: nn.Module) -> Decomposition:
-    blocks, depths = _staged_blocks(cast(nn.Module, model.layers))
-    tail = Part(model, ["norm", "head"], lambda m, x: m.forward_head(m.norm(x)))  # type: ignore[operator]
-    return Decomposition(cast(nn.Module, model.patch_embed), blocks, tail, "NHWC", depths)
-
-
-def _convnext(model: nn.Module) -> Decomposition:
-    blocks, depths = _staged_blocks(cast(nn.Module, model.stages))
-    tail = Part(model, ["norm_pre", "head"], lambda m, x: m.forward_head(m.norm_pre(x)))  # type: ignore[operator]
-    return Decomposition(cast(nn.Module, model.stem), blocks, tail, "NCHW", depths)
-
-
-def _vit(model: nn.Module) -> Decomposition:
-    if not isinstance(model.patch_drop, nn.Identity):
-        raise UserError("patch_drop_rate above 0 leaves no grid of patches to reconstruct: build this ViT without it")
-    stem = Part(
-        model,
-        ["patch_embed", "cls_token", "reg_token", "pos_embed", "pos_drop", "patch_drop", "norm_pre"],
-        lambda m, x: m.norm_pre(m.patch_drop(m._pos_embed(m.patch_embed(x)))),  # type: ignore[operator]
-    )
-    tail = Part(
-        model,
-        ["norm", "attn_pool", "fc_norm", "head_drop", "head"],
-        lambda m, x: m.forward_head(m.norm(x)),  # type: ignore[operator]
-    )
-    blocks = list(cast(nn.Sequential, model.blocks))
-    grid = cast(tuple[int, int], tuple(model.patch_embed.grid_size))  # type: ignore[union-attr, arg-type]
-    prefix = cast(int, model.num_prefix_tokens)
-    return Decomposition(stem, blocks, tail, "NLC", [1] * len(blocks), prefix, grid)
-
-
-def _resnet(model: nn.Module) -> Decomposition:
-    stem = Part(
-        model,
-        ["conv1", "bn1", "act1", "maxpool"],
-        lambda m, x: m.maxpool(m.act1(m.bn1(m.conv1(x)))),  # type: ignore[operator]
-    )
-    stages = [list(cast(nn.Sequential, getattr(model, f"layer{i}"))) for i in range(1, 5)]
-    tail = Part(model, ["global_pool", "fc"], lambda m, x: m.forward_head(x))  # type: ignore[operator]
-    return Decomposition(stem, [b for s in stages for b in s], tail, "NCHW", [len(s) for s in stages])
-
-
-_ADAPTERS: dict[type[nn.Module], Callable[[nn.Module], Decomposition]] = {
-    SwinTransformer: _swin,
-    SwinTransformerV2: _swin,
-    VisionTransformer: _vit,
-    ConvNeXt: _convnext,
-    ResNet: _resnet,
-}
-
-
-def decompose(model: nn.Module, image_size: int) -> Decomposition:
+def decompose(
+    model: nn.Module,
+    image_size: int | Sequence[int] = 224,
+    *,
+    in_chans: int | None = None,
+    blocks: str | None = None,
+    downsample: Downsample = "next",
+) -> Decomposition:
     """Cut ``model`` into stem, blocks and tail and prove that nothing was lost.
 
     Run the model and its parts on one random image of ``image_size`` pixels (evaluation mode, no gradients, the
-    global random state untouched) to record the shapes between blocks and to compare the outputs; on the meta
-    device, which has no values, compare only their shapes.
+    global random state untouched) to compare the outputs; on the meta device, which has no values, compare only
+    their shapes.
+
+    Args:
+        model: any network that takes a batch of images (B, C, H, W) and returns logits.
+        image_size: side in pixels, or height and width.
+        in_chans: channels of the images; ``None`` takes those of the first convolution.
+        blocks: a regular expression that the names of blocks match as a whole, e.g. ``"layers\\.\\d+"``; ``None``
+            finds timm's.
+        downsample: whether layers between two blocks, as between stages, belong to the next block or the previous.
 
     Raises:
-        UserError: no adapter knows the model, or the parts do not add up to the model.
+        UserError: no place to cut is found, or the parts do not add up to the model.
     """
-    adapter = next((a for family, a in _ADAPTERS.items() if type(model) is family), None)
-    if adapter is None:
-        known = ", ".join(family.__name__ for family in _ADAPTERS)
-        raise UserError(f"cannot split a {type(model).__name__}: supported families are {known}")
+    kind = type(model).__name__
     if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
         raise UserError(
             "this backbone has grad_checkpointing set, which has no effect when blocks run one by one: "
             "call set_grad_checkpointing(False) first"
         )
-    pieces = adapter(model)
+    image = (in_chans or channels_of(model), *sides(image_size))
+    found = Blocks(model, blocks)
+    try:
+        pieces = _pieces(model, _recorded(model, found, image), found, image, downsample)
+    except Untraceable as error:
+        raise UserError(f"cannot split this {kind}: {error}") from error
     _check_parameters(model, pieces)
-    _check_output(model, pieces, image_size)
+    _check_output(model, pieces, image)
+    return pieces
+
+
+_TAPES: dict[Hashable, dict[bool, Tape]] = {}  # of the networks met last
+_KEPT = 32
+
+
+def _recorded(model: nn.Module, blocks: Blocks, image: tuple[int, int, int]) -> dict[bool, Tape]:
+    """Return the network's steps, from those of an equal network if there was one."""
+    key = (_structure(model), frozenset(blocks.holders), image)
+    if key not in _TAPES:
+        try:
+            tapes = record(model, blocks.holders, image)
+        except Untraceable:
+            raise
+        except Exception as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            size = f"{image[1]} x {image[2]} px with {image[0]} channels"
+            raise UserError(f"this backbone cannot take images of {size}: {reason}") from error
+        while len(_TAPES) >= _KEPT:
+            del _TAPES[next(iter(_TAPES))]
+        _TAPES[key] = tapes
+    return _TAPES[key]
+
+
+def _structure(model: nn.Module) -> Hashable:
+    """Return a key that is equal for networks whose forward passes are: classes, settings and sizes."""
+    modules = []
+    for name, module in model.named_modules():
+        settings = {key: value for key, value in vars(module).items() if not key.startswith("_") and key != "training"}
+        modules.append((name, type(module), repr(sorted((key, _plain(value)) for key, value in settings.items()))))
+    return tuple(modules), tuple((n, tuple(t.shape), t.dtype) for n, t in model.state_dict(keep_vars=True).items())
+
+
+def _plain(value: Any) -> str:
+    """Return the text of a setting, without addresses."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)}"
+    return repr(value) if type(value).__module__ in ("builtins", "torch") else type(value).__qualname__
+
+
+def _pieces(
+    model: nn.Module, tapes: Mapping[bool, Tape], blocks: Blocks, image: tuple[int, int, int], downsample: Downsample
+) -> Decomposition:
+    cuts = {mode: find_cuts(model, tape, blocks, image, downsample) for mode, tape in tapes.items()}
+    if [cut[1:] for cut in cuts[True]] != [cut[1:] for cut in cuts[False]]:
+        raise Untraceable("its training differs from its evaluation in more than layers")
+    edges: dict[bool, list[Any]] = {
+        mode: [Result(0), *(cut.at for cut in cuts[mode]), tape.output] for mode, tape in tapes.items()
+    }
+    count = len(cuts[False]) + 1
+    parts = [
+        build_part(
+            model,
+            {mode: (tape, edges[mode][number], edges[mode][number + 1]) for mode, tape in tapes.items()},
+            named=number in (0, count - 1),
+        )
+        for number in range(count)
+    ]
+    stages = [len(list(group)) for _, group in groupby(cut.stage for cut in cuts[False][1:])]
+    depths = [1] * sum(stages) if len(stages) == 1 else stages
+    pieces = Decomposition(parts, depths, [cut.shape for cut in cuts[False]])
+    for part in (pieces, *(part for part in parts if isinstance(part, Part))):
+        part.training = model.training
     return pieces
 
 
@@ -165,25 +162,37 @@ def _check_parameters(model: nn.Module, pieces: Decomposition) -> None:
 
 
 @torch.no_grad()
-def _check_output(model: nn.Module, pieces: Decomposition, image_size: int) -> None:
+def _check_output(model: nn.Module, pieces: Decomposition, image: tuple[int, int, int]) -> None:
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, 3, image_size, image_size, generator=generator).to(device)
-    with evaluating(model):
-        try:
-            expected = model(image)
-        except (AssertionError, RuntimeError) as error:
-            raise UserError(f"this backbone cannot take images of {image_size} px: {error}") from error
-        x = pieces.stem(image)
-        pieces.shapes = [_shape(pieces, x)]
-        for block in pieces.blocks:
-            x = block(x)
-            pieces.shapes.append(_shape(pieces, x))
-        logits = pieces.tail(x)
+    images = torch.randn(1, *image, generator=generator).to(device)
+    with evaluating(nn.ModuleList([model, pieces])):
+        expected = model(images)
+        logits = pieces(images)
         same = logits.shape == expected.shape if device.type == "meta" else torch.equal(logits, expected)
         if not same:
             raise UserError(f"cannot split this {type(model).__name__}: its parts give different logits from the whole")
+        if device.type != "meta" and not _in_place(pieces.stem, pieces.shapes[0], images):
+            raise UserError(
+                f"cannot split this {type(model).__name__}: its features do not lie where they are in the image, as "
+                "decoders need"
+            )
 
 
-def _shape(pieces: Decomposition, x: Tensor) -> FeatureShape:
-    return FeatureShape.of(x, pieces.layout, prefix_tokens=pieces.prefix_tokens, grid=pieces.grid)
+def _in_place(stem: nn.Module, shape: FeatureShape, images: Tensor) -> bool:
+    """Return whether a change in a corner of the image changes the features in the same corner the most."""
+    before = shape.to_nchw(stem(images))
+    height, width = images.shape[2:]
+    for vertical, horizontal in ((False, True), (True, False)):  # top right, bottom left
+        changed = images.clone()
+        rows = slice(height * 7 // 8, None) if vertical else slice(0, max(height // 8, 1))
+        columns = slice(width * 7 // 8, None) if horizontal else slice(0, max(width // 8, 1))
+        changed[:, :, rows, columns] += 1
+        moved = (shape.to_nchw(stem(changed)) - before).abs().sum(1)[0]  # (h, w)
+        for axis, far in ((1, vertical), (0, horizontal)):
+            weights = moved.sum(axis).cpu()
+            centre = float(weights @ torch.arange(len(weights), dtype=weights.dtype) / weights.sum())  # may be NaN
+            from_corner = len(weights) - 1 - centre if far else centre
+            if from_corner > max(0.5, len(weights) / 4):
+                return False
+    return True

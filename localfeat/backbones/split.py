@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from localfeat.utils.errors import UserError
 
+Downsample = Literal["next", "previous"]
+
 
 @dataclass(frozen=True)
 class Split:
@@ -18,11 +20,14 @@ class Split:
     K=4 one stage per module; in a ViT every block counts as a stage). ``by="blocks"`` divides the blocks as
     equally as possible; the last modules, whose features are the smallest in a hierarchical network, get one
     more where K does not divide them. ``cuts`` lists the cuts themselves: a cut c lies after the c-th block.
+    ``downsample`` says to which of the two blocks around them layers between stages belong: the ``next``, as in timm,
+    or the ``previous``, as in the paper, whose cuts come after them.
     """
 
     modules: int | None = None
     by: Literal["stages", "blocks"] = "stages"
     cuts: Sequence[int] | None = None
+    downsample: Downsample = "next"
 
     def __post_init__(self) -> None:
         if (self.modules is None) == (self.cuts is None):
@@ -31,6 +36,7 @@ class Split:
             raise UserError(f"split.modules={self.modules}: a network has at least 1 local module")
         if self.by not in ("stages", "blocks"):
             raise UserError(f"split.by={self.by}: it must be stages or blocks")
+        check_downsample(self.downsample)
 
     def blocks_per_module(self, stage_depths: Sequence[int]) -> list[int]:
         """Return the number of blocks in each local module, first to last, for stages of the given depths."""
@@ -54,11 +60,24 @@ class Split:
         return [sum(stage_depths[i : i + size]) for i in range(0, len(stage_depths), size)]
 
 
+def check_downsample(downsample: str) -> None:
+    """Raise a :class:`UserError` for an unknown place of the layers between stages."""
+    if downsample not in ("next", "previous"):
+        raise UserError(f"split.downsample={downsample}: it must be next or previous")
+
+
+def downsample_of(split: Any) -> Downsample:
+    """Return where a split leaves the layers between stages; the shorthands leave them to the next block."""
+    return split.downsample if isinstance(split, Split) else "next"
+
+
 @runtime_checkable
 class ResolvableSplit(Protocol):
     """A split that depends on the backbone, the method and the efficiency settings."""
 
-    def resolve(self, backbone: Any, method: Any, decoder: Any, *, image_size: int | None, efficiency: Any) -> Split:
+    def resolve(
+        self, backbone: Any, method: Any, decoder: Any, *, image_size: int | Sequence[int] | None, efficiency: Any
+    ) -> Split:
         """Return the split for a backbone, a method, a decoder factory and efficiency settings."""
         ...
 

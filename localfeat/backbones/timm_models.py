@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,7 +27,7 @@ def build_backbone(
     name: str,
     num_classes: int,
     *,
-    image_size: int | None = None,
+    image_size: int | Sequence[int] | None = None,
     variants: Mapping[int, str] | None = None,
     pretrained: bool = False,
     drop_path_rate: float | None = None,
@@ -38,7 +38,7 @@ def build_backbone(
     Args:
         name: a timm model name, e.g. ``swin_tiny_patch4_window7_224``.
         num_classes: number of the classifier's outputs.
-        image_size: side of the square input in pixels; ``None`` keeps the model's default.
+        image_size: side of the input in pixels, or height and width; ``None`` keeps the model's default.
         variants: image size -> the timm model to use instead of ``name`` at that size.
         pretrained: whether to download timm's ImageNet weights (the classifier is new if its size differs).
         drop_path_rate: rate of stochastic depth; ``None`` keeps the model's default.
@@ -55,12 +55,10 @@ def build_backbone(
     options: dict[str, Any] = {**(arguments or {}), "num_classes": num_classes}
     if drop_path_rate is not None:
         options["drop_path_rate"] = drop_path_rate
-    if image_size is not None and _takes_img_size(name):
-        options["img_size"] = image_size
     try:
         with warnings.catch_warnings(), _hub_offline_without_network() if pretrained else nullcontext():
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # a refusal is one line
-            model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+            model = _created(name, pretrained, options, image_size)
     except Exception as error:
         explained = _explained(error, name, pretrained, bool(arguments))
         if explained is None:
@@ -71,13 +69,13 @@ def build_backbone(
     return model
 
 
-def model_name(name: str, image_size: int | None, variants: Mapping[int, str] | None = None) -> str:
+def model_name(name: str, image_size: int | Sequence[int] | None, variants: Mapping[int, str] | None = None) -> str:
     """Return the timm model for an image size: the variant for that size, else ``name``.
 
     Raises:
         UserError: timm has no such model.
     """
-    chosen = (variants or {}).get(image_size or 0, name)
+    chosen = (variants or {}).get(image_size, name) if isinstance(image_size, int) else name
     architecture, _, tag = chosen.partition(".")  # a tag names pretrained weights; hf-hub:… and paths are refused
     if not timm.is_model(architecture) or (tag and chosen not in timm.list_pretrained(f"{architecture}.*")):
         suggestion = meant(chosen, timm.list_models(), cutoff=0.6) or " (see timm.list_models())"
@@ -116,9 +114,17 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
             )
 
 
-def _takes_img_size(name: str) -> bool:
-    """Return whether the model fixes its input size when built, as transformers do; convolutional networks do not."""
-    return timm.models.get_arch_name(name).startswith(("swin", "vit", "deit"))
+def _created(name: str, pretrained: bool, options: dict[str, Any], image_size: int | Sequence[int] | None) -> nn.Module:
+    """Return timm's model, built for the image size if it asks for one, as transformers do."""
+    if image_size is not None and "img_size" not in options:
+        height, width = sides(image_size)
+        try:
+            sized = {**options, "img_size": height if height == width else (height, width)}
+            return timm.create_model(name, pretrained=pretrained, **sized)
+        except TypeError as error:
+            if "'img_size'" not in str(error):
+                raise
+    return timm.create_model(name, pretrained=pretrained, **options)
 
 
 @contextmanager
@@ -155,56 +161,88 @@ def _explained(error: Exception, name: str, pretrained: bool, arguments: bool) -
 def _check_windows(model: SwinTransformer | SwinTransformerV2) -> None:
     """Refuse sizes at which timm would silently pad windows or lose pixels."""
     embed: Any = model.patch_embed
-    (size, _), (patch, _) = embed.img_size, embed.patch_size
+    size, (patch, _) = embed.img_size, embed.patch_size
     stages: list[Any] = list(model.layers)
     if not all(len(stage.blocks) for stage in stages):
         raise UserError(
             f"backbone.arguments.depths={[len(s.blocks) for s in stages]}: every stage needs at least one block"
         )
-    if size < patch:
-        raise UserError(f"image_size={size}: it is smaller than a patch of {patch} px")
-    window = max(stage.blocks[0].window_size[0] for stage in stages)  # a stage smaller than the window is one window
+    if min(size) < patch:
+        raise UserError(f"image_size={as_size(size)}: it is smaller than a patch of {patch} px")
+    windows = [max(stage.blocks[0].window_size[axis] for stage in stages) for axis in (0, 1)]
 
-    def fits(candidate: int) -> bool:
+    def fits(candidate: int, window: int) -> bool:  # a stage smaller than the window is one window
         side, rest = divmod(candidate, patch * 2 ** (len(stages) - 1))
-        sides = [side * 2**stage for stage in range(len(stages))]
-        return side > 0 and not rest and all(s % min(window, s) == 0 for s in sides)
+        all_sides = [side * 2**stage for stage in range(len(stages))]
+        return side > 0 and not rest and all(s % min(window, s) == 0 for s in all_sides)
 
-    if fits(size):
-        return
-    below = next((c for c in range(size, 0, -1) if fits(c)), None)
-    above = next(c for c in range(size, 4 * size + 4 * patch * window * 2 ** len(stages)) if fits(c))
-    raise UserError(
-        f"image_size={size}: patches of {patch} px and windows of {window} over {len(stages)} stages cannot tile it; "
-        f"sizes that work: {', '.join(str(c) for c in (below, above) if c)}"
-    )
+    for side, window in zip(size, windows, strict=True):
+        if not fits(side, window):
+            below = next((c for c in range(side, 0, -1) if fits(c, window)), None)
+            above = next(c for c in range(side, 4 * side + 4 * patch * window * 2 ** len(stages)) if fits(c, window))
+            what = "it" if size[0] == size[1] else f"{side} px"
+            raise UserError(
+                f"image_size={as_size(size)}: patches of {patch} px and windows of {window} over {len(stages)} stages "
+                f"cannot tile {what}; sizes that work: {', '.join(str(c) for c in (below, above) if c)}"
+            )
 
 
-def image_size_of(backbone: nn.Module, wanted: int | None = None) -> int:
-    """Return the side in pixels of the square images that a timm model is trained on.
+def image_size_of(backbone: nn.Module, wanted: int | Sequence[int] | None = None) -> tuple[int, int]:
+    """Return height and width in pixels of the images that a model is trained on.
 
-    A transformer's size is fixed when it is built. A convolutional network takes any size: ``wanted`` if given, else
-    the size of its pretrained weights.
+    Some transformers' size is fixed when they are built. Any other network takes any size: ``wanted`` if given, else
+    the size of its pretrained weights, else 224.
+
+    Args:
+        wanted: side in pixels, or height and width.
 
     Raises:
-        UserError: ``wanted`` differs from the fixed size, or the model's images are not square.
+        UserError: ``wanted`` differs from the fixed size.
     """
     embed: Any = getattr(backbone, "patch_embed", None)
-    fixed = getattr(embed, "img_size", None)
+    fixed = getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", True) else None
     if fixed is None and wanted is not None:
-        return wanted
+        return sides(wanted)
     height, width = fixed or _pretrained_config(backbone).get("input_size", (3, 224, 224))[1:]
-    if height != width:
-        raise UserError(f"this backbone takes {height} x {width} images: only square ones are supported")
-    if wanted not in (None, height):
-        raise UserError(f"image_size={wanted}: this backbone was built for {height} px")
-    return int(height)
+    if wanted is not None and sides(wanted) != (height, width):
+        raise UserError(f"image_size={as_size(wanted)}: this backbone was built for {as_size((height, width))} px")
+    return int(height), int(width)
+
+
+def sides(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """Return height and width for a side, or for height and width.
+
+    Raises:
+        UserError: they are not one or two positive numbers.
+    """
+    given = [image_size, image_size] if isinstance(image_size, int) else list(image_size)
+    if len(given) != 2 or min(given) < 1:
+        raise UserError(f"image_size={as_size(image_size)}: give a side, or [height,width], of at least 1 pixel")
+    return given[0], given[1]
+
+
+def as_size(image_size: int | Sequence[int]) -> str:
+    """Return an image size as it is typed: ``224`` for a square, else ``[64,96]``."""
+    given = [image_size] if isinstance(image_size, int) else list(image_size)
+    return str(given[0]) if len(set(given)) == 1 else f"[{','.join(map(str, given))}]"
+
+
+def channels_of(backbone: nn.Module) -> int:
+    """Return the channels of the images that a network takes: those of its first convolution, 3 if it has none."""
+    return next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 3)
 
 
 def normalisation_of(backbone: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the mean and standard deviation per channel (pixels in [0, 1]) that normalise a timm model's input."""
-    config = _pretrained_config(backbone)
-    return tuple(config.get("mean", IMAGENET_MEAN)), tuple(config.get("std", IMAGENET_STD))
+    """Return the mean and standard deviation per channel (pixels in [0, 1]) that normalise a timm model's input.
+
+    With other than three channels each gets the averages, as the pretrained weights know nothing of them.
+    """
+    config, channels = _pretrained_config(backbone), channels_of(backbone)
+    found = tuple(config.get("mean", IMAGENET_MEAN)), tuple(config.get("std", IMAGENET_STD))
+    if channels == len(found[0]):
+        return found
+    mean, std = (sum(values) / len(values) for values in found)
+    return (mean,) * channels, (std,) * channels
 
 
 def _pretrained_config(backbone: nn.Module) -> dict[str, Any]:

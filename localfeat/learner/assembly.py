@@ -8,8 +8,8 @@ from typing import cast
 from torch import nn
 
 from localfeat.backbones.decompose import Decomposition, decompose
-from localfeat.backbones.split import Split, as_split
-from localfeat.backbones.timm_models import image_size_of, normalisation_of
+from localfeat.backbones.split import Split, as_split, downsample_of
+from localfeat.backbones.timm_models import channels_of, image_size_of, normalisation_of
 from localfeat.efficiency.fused_mlp import fuse_mlps
 from localfeat.efficiency.recompute import BlockRunner, block_runners
 from localfeat.efficiency.settings import Efficiency
@@ -27,7 +27,7 @@ def build_local_modules(
     split: Split | int | Sequence[int],
     decoder: DecoderFactory,
     *,
-    image_size: int | None = None,
+    image_size: int | Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     efficiency: Efficiency | None = None,
@@ -41,7 +41,7 @@ def build_local_modules(
         UserError: an unknown family, an impossible split, or a target that the decoder cannot reach.
     """
     size = image_size_of(backbone, image_size)
-    pieces = decompose(backbone, size)
+    pieces = decompose(backbone, size, downsample=downsample_of(split))
     lengths = as_split(split, pieces.stage_depths).blocks_per_module(pieces.stage_depths)
     if not method.local:
         lengths = [sum(lengths)]
@@ -58,6 +58,7 @@ def build_local_modules(
             index=index,
             modules=len(lengths),
             image_size=size,
+            in_chans=channels_of(backbone),
             num_classes=cast(int, backbone.num_classes),
             efficiency=efficiency,
             mean=expected[0] if mean is None else mean,
@@ -65,7 +66,7 @@ def build_local_modules(
         )
         stem = pieces.stem if index == 0 else None
         objective = build_objective(method, site, decoder)
-        modules.append(LocalModule(stem, pieces.blocks[start:stop], objective, runners[start:stop]))
+        modules.append(LocalModule(stem, list(pieces.blocks[start:stop]), objective, runners[start:stop]))
         start = stop
     return modules
 
@@ -76,7 +77,7 @@ def prepare_blocks(backbone: nn.Module, pieces: Decomposition, efficiency: Effic
         fuse_window_attention(backbone)
     if efficiency.fused_mlp:
         fuse_mlps(backbone)
-    return block_runners(pieces.blocks, efficiency)
+    return block_runners(list(pieces.blocks), efficiency)
 
 
 def site_of(
@@ -85,7 +86,8 @@ def site_of(
     *,
     index: int,
     modules: int,
-    image_size: int,
+    image_size: tuple[int, int],
+    in_chans: int,
     num_classes: int,
     efficiency: Efficiency,
     mean: Sequence[float] = IMAGENET_MEAN,
@@ -99,6 +101,7 @@ def site_of(
         inputs=pieces.shapes[start],
         outputs=pieces.shapes[stop],
         image_size=image_size,
+        in_chans=in_chans,
         num_classes=num_classes,
         mean=mean,
         std=std,

@@ -44,8 +44,8 @@ class Learner(ModulewiseSteps):
             one module.
         decoder: ``interp``, ``one_layer``, ``deconv`` or a factory ``(in_channels, out_channels, upscale) -> module``.
         optimization: settings of every module's optimizer.
-        image_size: side of the square images in pixels, for backbones that accept any size (convolutional networks);
-            ``None`` takes that of the pretrained weights.
+        image_size: side of the images in pixels, or height and width, for backbones that accept any size
+            (convolutional networks); ``None`` takes that of the pretrained weights.
         mean, std: the images' normalisation, per channel, for pixels in [0, 1]; ``None``
             takes what the backbone's pretrained weights expect. Only ``image_recon`` needs them, for its target.
         efficiency: settings that change time and memory only.
@@ -62,7 +62,7 @@ class Learner(ModulewiseSteps):
         decoder: str | DecoderFactory = "one_layer",
         *,
         optimization: Optimization | None = None,
-        image_size: int | None = None,
+        image_size: int | Sequence[int] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         efficiency: Efficiency | None = None,

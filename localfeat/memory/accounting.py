@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from localfeat.backbones.timm_models import channels_of, sides
 from localfeat.learner.optimization import undecayed_parameters
 from localfeat.memory.bare import bare_tensors
 from localfeat.memory.emulation import AUTOCAST_DTYPES, Emulation, Precision, Target
@@ -26,7 +27,7 @@ def step_memory(
     learner: Learner,
     *,
     batch_size: int,
-    image_size: int,
+    image_size: int | Sequence[int],
     target: Target,
     precision: Precision,
     source_shape: tuple[int, int] | None = None,
@@ -43,7 +44,7 @@ def step_memory(
     Args:
         learner: on any device, the meta device included; it stays as it is.
         batch_size: images per batch.
-        image_size: side in pixels of the square images that the network sees.
+        image_size: side in pixels of the images that the network sees, or height and width.
         target: ``cuda`` or ``cpu``.
         precision: ``32-true``, ``bf16-mixed`` or ``16-mixed``, for which Lightning takes ``bf16-mixed`` on a CPU.
         source_shape: height and width in pixels of the uint8 images that are sent to the device and stay there for
@@ -57,7 +58,7 @@ def step_memory(
         UserError: a size below 1, or an unknown precision or target.
     """
     accumulate = learner.optimization.accumulate if accumulate is None else accumulate
-    for name, value in (("batch_size", batch_size), ("image_size", image_size), ("accumulate", accumulate)):
+    for name, value in (("batch_size", batch_size), ("accumulate", accumulate)):
         if value < 1:
             raise UserError(f"{name}={value}: it must be at least 1")
     if target not in ("cuda", "cpu"):
@@ -65,7 +66,8 @@ def step_memory(
     if precision not in AUTOCAST_DTYPES:
         raise UserError(f"precision={precision}: memory is predicted for {', '.join(AUTOCAST_DTYPES)}")
     precision = "bf16-mixed" if (target, precision) == ("cpu", "16-mixed") else precision
-    batch = _Batch(batch_size, image_size, source_shape, learner.num_classes if soft_labels else None)
+    shape = channels_of(learner.backbone), *sides(image_size)
+    batch = _Batch(batch_size, shape, source_shape, learner.num_classes if soft_labels else None)
     with Emulation(target, precision):
         step = _Step(on_meta(learner), batch, accumulate, scaled=precision == "16-mixed")
         step.run(updates=True)
@@ -88,7 +90,7 @@ class _Batch:
     """Make batches without data: send them to the device, and turn them into float images there."""
 
     size: int
-    image_size: int
+    shape: tuple[int, int, int]  # channels, height and width of the images that the network sees
     source_shape: tuple[int, int] | None
     soft_classes: int | None
 
@@ -96,13 +98,13 @@ class _Batch:
         labels = torch.empty(self.size, dtype=torch.int64, device="meta")
         if self.source_shape is None:
             return self._images(), self._soft(labels)
-        return torch.empty(self.size, 3, *self.source_shape, dtype=torch.uint8, device="meta"), labels
+        return torch.empty(self.size, self.shape[0], *self.source_shape, dtype=torch.uint8, device="meta"), labels
 
     def prepare(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return (images, labels) if self.source_shape is None else (self._images(), self._soft(labels))
 
     def _images(self) -> Tensor:
-        return torch.empty(self.size, 3, self.image_size, self.image_size, device="meta")
+        return torch.empty(self.size, *self.shape, device="meta")
 
     def _soft(self, labels: Tensor) -> Tensor:
         return labels if self.soft_classes is None else torch.empty(self.size, self.soft_classes, device="meta")

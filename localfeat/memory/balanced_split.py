@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from localfeat.backbones.split import Split
+from localfeat.backbones.split import Downsample, Split, check_downsample
 from localfeat.efficiency.settings import Efficiency
 from localfeat.memory.balance import balanced_cuts
 from localfeat.memory.bare import without_data
@@ -29,12 +30,14 @@ class BalancedSplit:
         batch_size: images per step.
         precision: the training's precision, as in Lightning.
         device: type of the device whose memory counts; any machine finds the same cuts.
+        downsample: see :class:`Split`.
     """
 
     k: int = 4
     batch_size: int = 128
     precision: Precision = "32-true"
     device: Target = "cuda"
+    downsample: Downsample = "next"
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -44,6 +47,7 @@ class BalancedSplit:
         for key, known in (("precision", tuple(AUTOCAST_DTYPES)), ("device", ("cuda", "cpu"))):
             if getattr(self, key) not in known:
                 raise UserError(f"split.{key}={getattr(self, key)}: it is one of {', '.join(known)}")
+        check_downsample(self.downsample)
 
     def resolve(
         self,
@@ -51,7 +55,7 @@ class BalancedSplit:
         method: Method,
         decoder: DecoderFactory,
         *,
-        image_size: int | None = None,
+        image_size: int | Sequence[int] | None = None,
         efficiency: Efficiency | None = None,
     ) -> Split:
         """Return the cuts for a backbone (on any device, left unchanged), a method and a decoder.
@@ -71,12 +75,13 @@ class BalancedSplit:
             efficiency=efficiency,
             image_size=image_size,
             keeping=Keeping(fused_optimizer=(self.device, self.precision) != ("cuda", "16-mixed")),
+            downsample=self.downsample,
         )
         costs = ModuleCosts(without_data(backbone), setting)
         self.check_blocks(costs.blocks)
         if not method.local:
-            return Split(1, by="blocks")
-        return Split(cuts=tuple(balanced_cuts(costs.module, costs.blocks, self.k)))
+            return Split(1, by="blocks", downsample=self.downsample)
+        return Split(cuts=tuple(balanced_cuts(costs.module, costs.blocks, self.k)), downsample=self.downsample)
 
     def check_blocks(self, blocks: int) -> None:
         """Refuse a backbone with too few blocks.

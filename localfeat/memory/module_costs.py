@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from localfeat.backbones.decompose import Decomposition, decompose
-from localfeat.backbones.timm_models import image_size_of
+from localfeat.backbones.split import Downsample
+from localfeat.backbones.timm_models import channels_of, image_size_of
 from localfeat.efficiency.settings import Efficiency
 from localfeat.learner.assembly import build_objective, prepare_blocks, site_of
 from localfeat.memory.costs import PieceCost, measure_objective, measure_piece, signature
@@ -37,11 +38,12 @@ class Setting:
         batch_size: images per step.
         device: see :data:`Device`.
         efficiency: how blocks and losses are computed.
-        image_size: side in pixels, for backbones that accept any size.
+        image_size: side in pixels, or height and width, for backbones that accept any size.
         source_bytes: bytes of one image from the loader, alive for the whole step; 0 if the loader yields the images
             that the network reads.
         soft_labels: whether labels are probabilities (mixup, cutmix).
         keeping: which tensors are persistent.
+        downsample: to which block layers between stages belong.
     """
 
     method: Method
@@ -49,10 +51,11 @@ class Setting:
     batch_size: int
     device: Device
     efficiency: Efficiency = field(default_factory=Efficiency)
-    image_size: int | None = None
+    image_size: int | Sequence[int] | None = None
     source_bytes: int = 0
     soft_labels: bool = False
     keeping: Keeping = field(default_factory=Keeping)
+    downsample: Downsample = "next"
 
 
 class _Objective(NamedTuple):
@@ -80,7 +83,10 @@ class ModuleCosts:
         self.backbone = backbone.train()
         self.size = image_size_of(backbone, setting.image_size)
         self._shared = {} if known is None else known
-        self.pieces: Decomposition = self._once(("pieces", id(backbone)), lambda: decompose(backbone, self.size))
+        self.pieces: Decomposition = self._once(
+            ("pieces", id(backbone), setting.downsample),
+            lambda: decompose(backbone, self.size, downsample=setting.downsample),
+        )
         self.runners = prepare_blocks(backbone, self.pieces, setting.efficiency)
         self._modules: dict[tuple[int, int], ModuleCost] = {}
 
@@ -149,7 +155,7 @@ class ModuleCosts:
         return rounded(self.setting.source_bytes * size) + rounded(self._labels().nbytes)
 
     def _images(self) -> Tensor:
-        return torch.empty(self.setting.batch_size, 3, self.size, self.size, device="meta")
+        return torch.empty(self.setting.batch_size, channels_of(self.backbone), *self.size, device="meta")
 
     def _labels(self) -> Tensor:
         if self.setting.soft_labels:
@@ -193,6 +199,7 @@ class ModuleCosts:
             index=1 if last else 0,
             modules=2,
             image_size=self.size,
+            in_chans=channels_of(self.backbone),
             num_classes=cast(int, self.backbone.num_classes),
             efficiency=self.setting.efficiency,
         )

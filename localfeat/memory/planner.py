@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from localfeat.backbones.split import Split
+from localfeat.backbones.split import Downsample, Split
 from localfeat.efficiency.settings import Efficiency
 from localfeat.memory.balance import balanced_cuts
 from localfeat.memory.emulation import Emulation, Precision, Target
@@ -48,11 +48,12 @@ class Workload:
         decoder: the decoder of methods that reconstruct.
         batch_size: the wanted number of images per step.
         target, precision: the device type and precision of the training.
-        image_size: side in pixels, for backbones that accept any size.
+        image_size: side in pixels, or height and width, for backbones that accept any size.
         source_bytes: bytes of one image from the loader.
         accumulate: batches per optimizer step.
         ema: whether a moving average of the weights is kept on the device.
         soft_labels: whether labels are probabilities (mixup, cutmix).
+        downsample: to which block layers between stages belong, see :class:`localfeat.Split`.
     """
 
     backbone: Callable[[], nn.Module]
@@ -60,11 +61,12 @@ class Workload:
     batch_size: int
     target: Target = "cuda"
     precision: Precision = "32-true"
-    image_size: int | None = None
+    image_size: int | Sequence[int] | None = None
     source_bytes: int = 0
     accumulate: int = 1
     ema: bool = False
     soft_labels: bool = False
+    downsample: Downsample = "next"
 
 
 @dataclass(frozen=True)
@@ -281,6 +283,7 @@ class Planner:
                 work.source_bytes,
                 work.soft_labels,
                 Keeping((work.target, work.precision) != ("cuda", "16-mixed"), work.accumulate > 1, work.ema),
+                work.downsample,
             )
             fused = efficiency.fused_attention, efficiency.fused_mlp
             if fused not in self._backbones:

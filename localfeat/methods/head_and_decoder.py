@@ -11,6 +11,8 @@ from localfeat.methods.site import Site
 from localfeat.utils.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from localfeat.methods.objective import Objective
     from localfeat.methods.parts.decoders import DecoderFactory
     from localfeat.methods.parts.targets import FeatureTarget, ImageTarget
@@ -82,7 +84,7 @@ class HeadAndDecoder(Method):
             auxiliary=AuxiliaryBlock(site.outputs, self.width),
             head=PooledHead(self.width, self.projection_dim if contrast else site.num_classes),
             supervision=self.supervision,
-            decoder=None if self.target is None else decoder(self.width, *self._decoded(site)),
+            decoder=self._decoder(site, decoder),
             target=self._target(site),
             reconstruction_loss=self.reconstruction_loss,
             weights=weights,
@@ -91,14 +93,17 @@ class HeadAndDecoder(Method):
             loss_slices=site.loss_slices,
         )
 
-    def _decoded(self, site: Site) -> tuple[int, int]:
-        """Return the target's channels and its scale relative to the auxiliary features."""
-        from localfeat.methods.parts.decoders import upscale_factor
+    def _decoder(self, site: Site, factory: DecoderFactory) -> nn.Module | None:
+        """Return the decoder from the auxiliary features to the target."""
+        from localfeat.methods.parts.decoders import build_decoder
 
-        source = (site.outputs.height, site.outputs.width)
+        if self.target is None:
+            return None
+        source, inputs = site.outputs, site.inputs
+        channels, size = inputs.channels, (inputs.height, inputs.width)
         if self.target == "image":
-            return 3, upscale_factor(source, (site.image_size, site.image_size))
-        return site.inputs.channels, upscale_factor(source, (site.inputs.height, site.inputs.width))
+            channels, size = site.in_chans, site.image_size
+        return build_decoder(factory, self.width, channels, (source.height, source.width), size)
 
     def _target(self, site: Site) -> FeatureTarget | ImageTarget | None:
         from localfeat.methods.parts.targets import FeatureTarget, ImageTarget

@@ -27,8 +27,9 @@ class Site:
     modules: int  # K; the last one has the final classifier
     inputs: FeatureShape  # patch embeddings for module 0
     outputs: FeatureShape
-    image_size: int
+    image_size: tuple[int, int]  # height and width in pixels
     num_classes: int
+    in_chans: int = 3  # channels of the images
     mean: Sequence[float] = IMAGENET_MEAN  # of the normalisation that the images went through
     std: Sequence[float] = IMAGENET_STD
     loss_slices: int = 1  # slices of the batch in which the reconstruction loss is computed

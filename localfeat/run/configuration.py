@@ -130,8 +130,9 @@ class RunConfiguration(PlainSettings):
 
     def with_cuts(self, cuts: Sequence[int]) -> RunConfiguration:
         """Return a copy cut after these numbers of blocks, so that the cuts are not searched for again."""
-        values = {**self.values, "split": {"_target_": "localfeat.Split", "cuts": list(cuts)}}
-        return replace(self, split=Split(cuts=tuple(cuts)), values=values)
+        split = Split(cuts=tuple(cuts), downsample=self.split.downsample)
+        own = {"_target_": "localfeat.Split", "cuts": list(cuts), "downsample": split.downsample}
+        return replace(self, split=split, values={**self.values, "split": own})
 
 
 def _logger(values: Mapping[str, Any], key: str) -> Part | None:

@@ -92,11 +92,15 @@ def _same_place(had: Any, has: Any) -> bool:
 
 
 def _comparable(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return ``saved`` with the requested split, if its cuts are the result of the same search."""
-    cuts = saved["split"].get("cuts")
-    if "k" in asked["split"] and isinstance(cuts, list | tuple) and len(cuts) + 1 == asked["split"]["k"]:
-        return {**saved, "split": asked["split"]}
-    return saved
+    """Return ``saved`` with the requested split, if its cuts are the result of the same search.
+
+    Runs that are older than ``split.downsample`` have cut before the layers between stages.
+    """
+    split = {**({"downsample": "next"} if "downsample" in asked["split"] else {}), **saved["split"]}
+    cuts, alike = split.get("cuts"), split.get("downsample") == asked["split"].get("downsample")
+    if alike and "k" in asked["split"] and isinstance(cuts, list | tuple) and len(cuts) + 1 == asked["split"]["k"]:
+        split = asked["split"]
+    return {**saved, "split": split}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

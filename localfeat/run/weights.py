@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from localfeat.backbones.decompose import decompose
+from localfeat.backbones.split import Downsample
 from localfeat.backbones.timm_models import image_size_of
 from localfeat.utils.errors import UserError
 from localfeat.utils.text import shown
@@ -101,28 +102,32 @@ def _prefixes(state: Mapping[str, Tensor], own: set[str]) -> Counter[str]:
 
 def _of_local_modules(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Return the backbone's part of a learner's state under the backbone's own keys, whatever its split was."""
-    own = {id(value): key for key, value in model.state_dict(keep_vars=True).items()}
-    backbone = decompose(model, image_size_of(model))
-    parts = {"stem": backbone.stem, "objective.tail": backbone.tail}
-    parts |= {f"blocks.{index}": block for index, block in enumerate(backbone.blocks)}
-    own_names = {
-        f"{part}.{key}": own[id(value)]
-        for part, module in parts.items()
-        for key, value in module.state_dict(keep_vars=True).items()
-    }
     place = re.compile(r"local_modules\.(\d+)\.(?:blocks\.(\d+)\.(.+)|((?:stem|objective\.tail)\..+))")
     places = {key: match for key in state if (match := place.fullmatch(key))}
     depths = Counter[int]()  # local module -> its blocks
     for module, block, _, _ in (match.groups() for match in places.values()):
         if block:
             depths[int(module)] = max(depths[int(module)], int(block) + 1)
-    result = {}
+    names = {}
     for key, match in places.items():
         module, block, rest, end = match.groups()
         below = sum(depth for other, depth in depths.items() if other < int(module))
-        name = f"blocks.{below + int(block)}.{rest}" if block else end
-        result[own_names.get(name, key)] = state[key]
-    return result
+        names[key] = f"blocks.{below + int(block)}.{rest}" if block else end
+    either = (_names_in_parts(model, "next"), _names_in_parts(model, "previous"))
+    own = max(either, key=lambda known: len(known.keys() & {*names.values()}))
+    return {own.get(name, key): state[key] for key, name in names.items()}
+
+
+def _names_in_parts(model: nn.Module, downsample: Downsample) -> dict[str, str]:
+    """Return name in a learner's part -> name in the model, for every parameter and buffer."""
+    own = {id(value): key for key, value in model.state_dict(keep_vars=True).items()}
+    backbone = decompose(model, image_size_of(model), downsample=downsample)
+    parts = {"stem": backbone.stem, "objective.tail": backbone.tail, "blocks": backbone.blocks}
+    return {
+        f"{part}.{key}": own[id(value)]
+        for part, module in parts.items()
+        for key, value in module.state_dict(keep_vars=True).items()
+    }
 
 
 def _differences(state: Mapping[str, Tensor], own: Mapping[str, Tensor], ignored: set[str]) -> bool:

@@ -135,11 +135,13 @@ MUTANTS = [
         "4",
         "logits leave out the final norm",
         "localfeat/backbones/decompose.py",
-        {
-            "lambda m, x: m.forward_head(m.norm(x)))  # type: ignore[operator]\n    return Decomposition(cast": (
-                "lambda m, x: m.forward_head(x))\n    return Decomposition(cast"
-            ),
-            "if not same:": "if False:",
+        {"if not same:": "if False:", "if lost:": "if False:"},
+        elsewhere={
+            "localfeat/backbones/parts.py": {
+                "enumerate(zip(names, modules, strict=True)):": (
+                    "enumerate(list(zip(names, modules, strict=True))[named:]):"
+                )
+            }
         },
     ),
     Mutant(

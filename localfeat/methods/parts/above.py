@@ -9,7 +9,6 @@ from typing import cast
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from localfeat.backbones.decompose import Part
 from localfeat.methods.site import Site
 
 
@@ -36,14 +35,7 @@ def path(site: Site, chosen: Collection[int]) -> Iterator[nn.Module]:
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """Return a trainable copy of a block or of the classifier, initialised with the original weights.
-
-    A :class:`Part` runs a method of its backbone: its copy holds a backbone of the part's own children only.
-    """
-    if isinstance(module, Part):
-        module, shell = copy.copy(module), copy.copy(module._model[0])
-        shell._modules, shell._parameters, shell._buffers = dict(module._modules), dict(module._parameters), {}
-        module._model = (shell,)
+    """Return a trainable copy of a block or of the classifier, initialised with the original weights."""
     return copy.deepcopy(module).requires_grad_()
 
 

@@ -1,6 +1,6 @@
 """Three decoders: auxiliary features (B, C_in, h, w) -> the target's shape (B, C_out, H, W).
 
-The output is linear (logits for binary cross entropy). ``upscale`` is H / h: 1 or 2 per stage crossed for
+The output is linear (logits for binary cross entropy). ``upscale`` is H / h, rounded up: 1 or 2 per stage crossed for
 feature targets, up to 32 for images.
 """
 
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from localfeat.utils.errors import UserError
 
@@ -83,12 +84,44 @@ def as_decoder(decoder: str | DecoderFactory) -> DecoderFactory:
     return DECODERS[decoder]
 
 
-def upscale_factor(source: tuple[int, int], target: tuple[int, int]) -> int:
-    """Return H / h for feature maps (h, w) and a target (H, W): a whole number, equal to W / w."""
-    factor = max(target[0] // source[0], 1)
-    if (source[0] * factor, source[1] * factor) != target:
-        raise UserError(f"a decoder enlarges by a whole number: {source} features cannot become a {target} target")
-    return factor
+class FittedDecoder(nn.Module):
+    """A decoder whose output is brought to the target's height and width.
+
+    Where strides have rounded sizes up (7 pixels from 13), the decoder's output is up to a stride too large at the
+    right and at the bottom, and is cut there. Any other difference is interpolated bilinearly.
+
+    Args:
+        decoder: enlarges by ``upscale``.
+        target: height and width.
+    """
+
+    def __init__(self, decoder: nn.Module, upscale: int, target: tuple[int, int]) -> None:
+        super().__init__()
+        self.decoder, self.upscale, self.target = decoder, upscale, target
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, C_in, h, w) -> (B, C_out, *target)."""
+        decoded: Tensor = self.decoder(features)
+        height, width = self.target
+        if 0 <= max(decoded.shape[2] - height, decoded.shape[3] - width) < self.upscale:
+            return decoded[:, :, :height, :width]
+        return F.interpolate(decoded, self.target, mode="bilinear", align_corners=False)
+
+
+def build_decoder(
+    factory: DecoderFactory, in_channels: int, out_channels: int, source: tuple[int, int], target: tuple[int, int]
+) -> nn.Module:
+    """Return a decoder from feature maps (h, w) to a target (H, W), at least as large.
+
+    Raises:
+        UserError: the target is smaller than the feature maps.
+    """
+    if target[0] < source[0] or target[1] < source[1]:
+        raise UserError(f"a decoder enlarges: {source} features cannot become a {target} target")
+    upscale = max(-(-target[0] // source[0]), -(-target[1] // source[1]))
+    decoder = factory(in_channels, out_channels, upscale)
+    exact = (source[0] * upscale, source[1] * upscale) == target
+    return decoder if exact else FittedDecoder(decoder, upscale, target)
 
 
 def _factors(upscale: int) -> list[int]:

@@ -127,11 +127,12 @@ def _changes(option: Option, typed: set[str], workload: Workload) -> list[str]:
     found = [] if "method" in typed else [f"method={option.method}"]
     # split=balanced finds the same cuts only for the same batch size and persistent memory.
     alike = option.fits and workload.accumulate == 1 and not workload.ema and workload.precision != "16-mixed"
+    downsample = [] if workload.downsample == "next" else [f"split.downsample={workload.downsample}"]
     if option.balanced and option.cuts and alike:
-        found += ["split=balanced", f"split.k={option.modules}"]
+        found += ["split=balanced", f"split.k={option.modules}", *downsample]
         found += [] if workload.target == "cuda" else [f"split.device={workload.target}"]
     elif option.cuts and (option.balanced or "split" not in typed):
-        found += ["split=cuts", f"split.cuts=[{','.join(map(str, option.cuts))}]"]
+        found += ["split=cuts", f"split.cuts=[{','.join(map(str, option.cuts))}]", *downsample]
     if "efficiency" not in typed:
         found += _efficiency_overrides(option)
     if not option.fits:
@@ -194,6 +195,7 @@ def workload_of(configuration: RunConfiguration, device: Target) -> Workload:
         accumulate=configuration.optimizer.accumulate,
         ema=_averages(configuration, device),
         soft_labels=configuration.dataset.mixes,
+        downsample=configuration.split.downsample,
     )
 
 

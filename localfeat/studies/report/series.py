@@ -133,7 +133,7 @@ def _weights(run: Run) -> tuple[tuple[float, ...] | None, tuple[float, ...]] | N
     if type(method) is not HeadAndDecoder or not method.local:
         return None
     shape = FeatureShape("NCHW", 1, 1, 1)  # weights do not depend on it
-    sites = [Site(index, modules, shape, shape, run.config["image_size"], 2) for index in range(modules - 1)]
+    sites = [Site(index, modules, shape, shape, (1, 1), 2) for index in range(modules - 1)]
     gamma = tuple(site.interpolate(*method.supervision_weight) for site in sites)
     if method.target is None:
         return None, gamma

@@ -65,6 +65,7 @@ def settings(run: Run) -> Settings:
     found["dataset.classes"] = tuple(run.summary.get("classes", ()))
     found["split.of.accuracy"] = run.split
     found[BLOCKS] = run.blocks
+    found["split.downsample"] = flat(run.config).get("split.downsample", "next")
     return found
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from typing import Any, cast
 
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from localfeat.backbones import decompose as blocks_module
+from localfeat.backbones import decompose as decompose_module
 from localfeat.backbones.decompose import decompose
 from localfeat.backbones.layout import FeatureShape
-from localfeat.backbones.timm_models import image_size_of
+from localfeat.backbones.parts import Part
+from localfeat.backbones.timm_models import build_backbone, image_size_of, sides
 from localfeat.learner.assembly import build_local_modules
 from localfeat.methods.parts.decoders import OneLayerDecoder
 from localfeat.methods.registry import METHODS
@@ -98,40 +101,216 @@ def test_decomposing_disturbs_nothing() -> None:
     assert all(p.grad is None for p in network.parameters())
 
 
-@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "mlp_mixer", "efficientnet_b0"])
-def test_unknown_families_are_refused_in_one_line(name: str) -> None:
-    name = {"mlp_mixer": "mixer_s32_224"}.get(name, name)
-    network = timm.create_model(name, num_classes=CLASSES)
-    with pytest.raises(
-        UserError, match=rf"^cannot split a {type(network).__name__}: supported families are Swin"
-    ) as error:
-        decompose(network, 224)
-    assert "\n" not in str(error.value)
+OTHERS: dict[str, tuple[str, dict[str, Any], list[int], str]] = {  # name, arguments, stages, layout of the last map
+    "class tokens enter late": ("cait_xxs24_224", {"depth": 3, "embed_dim": 16, "num_heads": 2}, [1, 1, 1], "NLC"),
+    "rotary tables": ("eva02_tiny_patch14_224", {"depth": 3, "embed_dim": 48, "num_heads": 2}, [1, 1, 1], "NLC"),
+    "sizes as arguments": ("xcit_nano_12_p16_224", {"depth": 3, "embed_dim": 16}, [1, 1, 1], "NLC"),
+    "tokens without a class": ("mixer_s32_224", {"mlp_ratio": (0.1, 0.1)}, [1] * 8, "NLC"),
+    "blocks by number": ("efficientnet_b0", {}, [1, 2, 2, 3, 3, 4, 1], "NCHW"),
+    "another graph in training": ("ghostnet_050", {}, [1, 1, 1, 1, 1, 1, 5, 1, 4], "NCHW"),
+    "odd sizes": ("levit_128s", {}, [2, 3, 4], "NLC"),
+    "layers without blocks": ("vgg11", {"mlp_ratio": 0.01}, [1, 2, 2, 2], "NCHW"),
+}
 
 
-def test_a_wrong_adapter_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = blocks_module._ADAPTERS[timm.models.VisionTransformer]
+@pytest.mark.parametrize("case", OTHERS)
+def test_networks_of_every_kind_are_cut_exactly(case: str) -> None:
+    name, arguments, stages, layout = OTHERS[case]
+    torch.manual_seed(0)
+    plain = disturbed(timm.create_model(name, num_classes=CLASSES, **arguments))
+    split = copy.deepcopy(plain)
+    parts = decompose(split, 224)
+    assert (parts.stage_depths, parts.shapes[-1].layout) == (stages, layout)
+    images = torch.randn(2, 3, 224, 224)
+    for training in (False, True):
+        plain.train(training)
+        parts.train(training)
+        results = []
+        for function in (plain, parts):
+            torch.manual_seed(7)
+            logits = function(images)
+            logits.square().sum().backward()
+            results.append(logits.detach())
+        assert torch.equal(*results)
+    expected = gradients(plain)
+    assert all(torch.equal(found, expected[key]) for key, found in gradients(split).items())
+    assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), split.buffers(), strict=True))
 
-    def without_norm(model: nn.Module) -> blocks_module.Decomposition:
-        parts = right(model)
-        parts.tail = blocks_module.Part(model, ["norm", "head"], lambda m, x: m.forward_head(x))
-        return parts
 
-    def without_head(model: nn.Module) -> blocks_module.Decomposition:
-        parts = right(model)
-        parts.tail = blocks_module.Part(model, ["norm"], lambda m, x: m.forward_head(m.norm(x)))
-        return parts
+def test_parts_survive_copies_pickles_and_the_loss_of_the_backbone() -> None:
+    network = timm.create_model("eva02_tiny_patch14_224", num_classes=CLASSES, depth=2, embed_dim=48, num_heads=2)
+    parts = decompose(network.eval(), 224)
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        expected = network(images)
+        del network
+        for again in (copy.deepcopy(parts), pickle.loads(pickle.dumps(parts)), parts):
+            assert torch.equal(again(images), expected)
 
-    monkeypatch.setitem(blocks_module._ADAPTERS, timm.models.VisionTransformer, without_norm)
+
+@pytest.mark.parametrize(("size", "channels"), [((64, 96), 1), ((32, 64), 13), (32, 4)])
+@pytest.mark.parametrize("family", ["vit", "convnext", "resnet"])
+def test_images_of_any_shape(family: str, size: Any, channels: int) -> None:
+    name, arguments = FAMILIES[family]
+    network = build_backbone(name, CLASSES, image_size=size, arguments={**arguments, "in_chans": channels}).eval()
+    parts = decompose(network, size)
+    height, width = sides(size)
+    first = parts.shapes[0]
+    assert first.height * width == first.width * height
+    images = torch.randn(2, channels, height, width)
+    with torch.no_grad():
+        assert torch.equal(parts(images), network(images))
+
+
+def test_downsampling_goes_with_the_next_block_or_the_previous() -> None:
+    following, previous = (decompose(backbone("swin"), IMAGE_SIZE, downsample=d) for d in ("next", "previous"))
+    assert [shape.height for shape in following.shapes] == [16, 16, 8, 4, 2]
+    assert [shape.height for shape in previous.shapes] == [16, 8, 4, 2, 2]
+    assert following.stage_depths == previous.stage_depths == [1, 1, 1, 1]
+    columnar = decompose(backbone("vit"), IMAGE_SIZE, downsample="previous")
+    assert columnar.shapes == decompose(backbone("vit"), IMAGE_SIZE).shapes
+
+
+def test_blocks_by_a_pattern() -> None:
+    network = Own()
+    with pytest.raises(UserError, match=r"^cannot split this Own: no blocks are found in it; name them by blocks=<pat"):
+        decompose(network, 32)
+    parts = decompose(network, 32, blocks=r"step_\d")
+    assert len(parts.blocks) == 2 and isinstance(parts.blocks[0], Part)  # its addition needs its input
+    assert parts.blocks[1] is network.step_2
+    assert [(s.channels, s.height) for s in parts.shapes] == [(4, 16), (4, 16), (4, 16)]
+    with pytest.raises(UserError, match="no blocks are found"):
+        decompose(network, 32, blocks="other")
+
+
+class Own(nn.Module):
+    """A network of a user's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.step_1 = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
+        self.step_2 = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
+        self.last = nn.Linear(4, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.first(images)
+        return cast(Tensor, self.last(self.step_2(self.step_1(x) + x).mean((2, 3))))
+
+
+class InPlace(Own):
+    """Its second step changes what the first gave."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.step_1(self.first(images))
+        x += 1
+        return cast(Tensor, self.last(self.step_2(x).mean((2, 3))))
+
+
+def test_no_cut_lies_before_a_change_in_place() -> None:
+    network = InPlace().eval()
+    parts = decompose(network, 32, blocks=r"step_\d")
+    x = torch.randn(1, 4, 16, 16)
+    expected = network.step_1(x) + 1
+    assert torch.equal(parts.blocks[0](x), expected) and parts.blocks[1] is network.step_2
+
+
+class TwoWays(Own):
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.first(images)
+        return cast(Tensor, self.last((self.step_2(x) + self.step_1(x)).mean((2, 3))))
+
+
+class Shared(Own):
+    def forward(self, images: Tensor) -> Tensor:
+        return cast(Tensor, self.last(self.step_2(self.step_1(self.step_2(self.first(images)))).mean((2, 3))))
+
+
+@pytest.mark.parametrize("kind", [TwoWays, Shared])
+def test_blocks_that_cannot_be_parted_are_one(kind: type[nn.Module]) -> None:
+    assert len(decompose(kind(), 32, blocks=r"step_\d").blocks) == 1
+
+
+class TwoStreams(Own):
+    def __init__(self) -> None:
+        super().__init__()
+        self.step_1 = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return cast(
+            Tensor, self.last((self.first(images) + self.step_2(self.step_1(images[:, :, ::2, ::2]))).mean((2, 3)))
+        )
+
+
+class Unregistered(Own):
+    def __init__(self) -> None:
+        super().__init__()
+        self.offsets = [torch.ones(1)]
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.step_1(self.first(images)) + self.offsets[0]
+        return cast(Tensor, self.last(self.step_2(x).mean((2, 3))))
+
+
+class Rolled(Own):
+    """Its features lie elsewhere than in the image."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.first(images).roll((8, 8), (2, 3))
+        return cast(Tensor, self.last(self.step_2(self.step_1(x)).mean((2, 3))))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (TwoStreams, "no two places are found in it at which a single feature map is alive"),
+        (Unregistered, "it uses a tensor that is no parameter or buffer"),
+        (Rolled, "its features do not lie where they are in the image, as decoders need"),
+    ],
+)
+def test_what_cannot_be_cut_says_why(kind: type[nn.Module], reason: str) -> None:
+    with pytest.raises(UserError, match=rf"^cannot split this {kind.__name__}: {reason}$"):
+        decompose(kind(), 32, blocks=r"step_\d")
+
+
+def test_tokens_out_of_order_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^cannot split this Hiera: its features do not lie where they are"):
+        decompose(timm.create_model("hiera_tiny_224", num_classes=CLASSES), 224)
+
+
+def test_a_second_time_takes_no_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
+    decompose(backbone("swin"), IMAGE_SIZE)
+    monkeypatch.setattr(decompose_module, "record", None)
+    decompose(backbone("swin", seed=1), IMAGE_SIZE)
+    with pytest.raises(UserError):
+        decompose(backbone("swin", depths=(1, 1, 2, 1)), IMAGE_SIZE)
+
+
+def test_a_wrong_part_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = decompose_module.build_part
+
+    def without(what: str) -> Any:
+        def build(model: nn.Module, spans: Any, *, named: bool) -> nn.Module:
+            part = right(model, spans, named=named)
+            if hasattr(part, what):
+                setattr(part, what, nn.Identity())
+            return part
+
+        return build
+
+    monkeypatch.setattr(decompose_module, "build_part", without("patch_drop"))
+    decompose(backbone("vit"), IMAGE_SIZE)
+    monkeypatch.setattr(decompose_module, "build_part", without("pos_drop"))
+    network = backbone("vit")
+    network.pos_drop = nn.Softmax(-1)
     with pytest.raises(UserError, match="different logits from the whole"):
-        decompose(backbone("vit"), IMAGE_SIZE)
-    monkeypatch.setitem(blocks_module._ADAPTERS, timm.models.VisionTransformer, without_head)
+        decompose(network, IMAGE_SIZE)
+    monkeypatch.setattr(decompose_module, "build_part", without("head"))
     with pytest.raises(UserError, match=r"head\.weight is not in exactly one part"):
         decompose(backbone("vit"), IMAGE_SIZE)
 
 
 def test_image_size_is_read_off_the_model() -> None:
-    assert image_size_of(backbone("swin")) == image_size_of(backbone("convnext")) == IMAGE_SIZE
-    assert image_size_of(timm.create_model("vit_tiny_patch16_224", img_size=64)) == 64
-    with pytest.raises(UserError, match="32 x 64 images: only square ones"):
-        image_size_of(timm.create_model("vit_tiny_patch16_224", img_size=(32, 64)))
+    assert image_size_of(backbone("swin")) == image_size_of(backbone("convnext")) == (IMAGE_SIZE, IMAGE_SIZE)
+    assert image_size_of(timm.create_model("vit_tiny_patch16_224", img_size=64)) == (64, 64)
+    assert image_size_of(timm.create_model("vit_tiny_patch16_224", img_size=(32, 64))) == (32, 64)

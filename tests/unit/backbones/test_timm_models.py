@@ -83,8 +83,8 @@ def test_sizes_at_which_a_stage_is_one_window_work() -> None:
 
 def test_image_size_is_the_backbones_own_where_it_has_one() -> None:
     swin = build_backbone("swin_tiny_patch4_window7_224", 3)
-    assert (image_size_of(swin), image_size_of(swin, 224)) == (224, 224)
+    assert (image_size_of(swin), image_size_of(swin, 224)) == ((224, 224), (224, 224))
     with pytest.raises(UserError, match="image_size=64: this backbone was built for 224 px"):
         image_size_of(swin, 64)
     convnext = build_backbone("convnext_atto", 3)
-    assert (image_size_of(convnext), image_size_of(convnext, 64)) == (224, 64)
+    assert (image_size_of(convnext), image_size_of(convnext, [64, 96])) == ((224, 224), (64, 96))

@@ -45,7 +45,7 @@ def objective(
     target: str | None = "image", loss: str = "bce", decoder: Any = "interp", slices: int = 1, **changes: Any
 ) -> LocalObjective:
     torch.manual_seed(0)
-    site = Site(0, 4, INPUTS, OUTPUTS, image_size=16, num_classes=5, loss_slices=slices)
+    site = Site(0, 4, INPUTS, OUTPUTS, image_size=(16, 16), num_classes=5, loss_slices=slices)
     settings = {"target": target, "reconstruction_loss": loss, "width": WIDTH, "projection_dim": 8, **changes}
     method = HeadAndDecoder("own", **settings)
     found = method.build(site, DECODERS.get(decoder, decoder))

@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localfeat.methods.parts.decoders import (
     DECODERS,
     DeconvDecoder,
+    FittedDecoder,
     InterpDecoder,
     OneLayerDecoder,
     as_decoder,
-    upscale_factor,
+    build_decoder,
 )
 from localfeat.utils.errors import UserError
 
@@ -146,11 +148,34 @@ def test_decoders_by_name_and_by_factory() -> None:
         as_decoder("linear")
 
 
-def test_upscale_factor() -> None:
-    assert upscale_factor((7, 7), (224, 224)) == 32
-    assert upscale_factor((4, 8), (8, 16)) == 2
-    assert upscale_factor((8, 8), (8, 8)) == 1
-    for source, target in [((3, 3), (8, 8)), ((8, 8), (4, 4)), ((2, 4), (4, 4))]:
-        with pytest.raises(UserError, match=r"whole number") as error:
-            upscale_factor(source, target)
-        assert "\n" not in str(error.value)
+@pytest.mark.parametrize("factory", [InterpDecoder, OneLayerDecoder, DeconvDecoder])
+@pytest.mark.parametrize(
+    ("source", "target", "upscale"),
+    [
+        ((7, 7), (224, 224), 32),
+        ((4, 8), (8, 16), 2),
+        ((8, 8), (8, 8), 1),
+        ((4, 6), (7, 12), 2),
+        ((27, 27), (224, 224), 9),
+    ],
+)
+def test_any_target_is_reached(factory: Any, source: tuple[int, int], target: tuple[int, int], upscale: int) -> None:
+    seen: list[int] = []
+    decoder = build_decoder(lambda *given: seen.append(given[2]) or factory(*given), 3, 5, source, target)
+    assert decoder(torch.randn(2, 3, *source)).shape == (2, 5, *target)
+    assert seen == [upscale]
+    assert isinstance(decoder, FittedDecoder) == ((source[0] * upscale, source[1] * upscale) != target)
+
+
+def test_what_rounding_up_added_is_cut_and_the_rest_interpolated() -> None:
+    features = torch.arange(4.0).view(1, 1, 1, 4).expand(1, 1, 4, 4)
+    repeat = nn.Upsample(scale_factor=2, mode="nearest")
+    cut = build_decoder(lambda *_: repeat, 1, 1, (4, 4), (7, 7))(features)
+    assert cut[0, 0, 0].tolist() == [0, 0, 1, 1, 2, 2, 3]
+    stretched = build_decoder(lambda *_: repeat, 1, 1, (4, 4), (5, 5))(features)
+    torch.testing.assert_close(stretched, F.interpolate(repeat(features), (5, 5), mode="bilinear"))
+
+
+def test_a_target_smaller_than_the_features_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^a decoder enlarges: \(8, 8\) features cannot become a \(4, 8\) target$"):
+        build_decoder(OneLayerDecoder, 3, 5, (8, 8), (4, 8))

@@ -11,7 +11,7 @@ from localfeat.methods.site import Site
 
 
 def test_loss_and_gradient_are_the_formulas() -> None:
-    site = Site(0, 2, FeatureShape("NHWC", 3, 4, 4), FeatureShape("NHWC", 6, 2, 2), 8, 3)
+    site = Site(0, 2, FeatureShape("NHWC", 3, 4, 4), FeatureShape("NHWC", 6, 2, 2), (8, 8), 3)
     objective = METHODS["greedy_linear"].build(site, OneLayerDecoder).double()
     h = (torch.arange(4 * 2 * 2 * 6, dtype=torch.float64) + 1).sin().reshape(4, 2, 2, 6).requires_grad_()
     labels, norm, fc = torch.tensor([0, 1, 1, 2]), objective.head.norm, objective.head.fc

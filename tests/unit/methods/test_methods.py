@@ -22,7 +22,7 @@ SHAPE = FeatureShape("NHWC", 16, 8, 8)
 
 
 def site(index: int, modules: int) -> Site:
-    return Site(index, modules, SHAPE, FeatureShape("NHWC", 32, 4, 4), 32, 5)
+    return Site(index, modules, SHAPE, FeatureShape("NHWC", 32, 4, 4), (32, 32), 5)
 
 
 def weights(index: int, modules: int, name: str = "feature_recon") -> tuple[float, float]:

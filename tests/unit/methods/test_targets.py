@@ -34,12 +34,6 @@ def test_feature_target_is_the_normalised_input_in_every_layout(layout: str, bou
     target = FeatureTarget(shape, bounded)(features_in(layout, maps), None)
     torch.testing.assert_close(target, expected)
     assert shape.to_nchw(features_in(layout, maps)).shape == maps.shape
-    assert (
-        FeatureShape.of(
-            features_in(layout, maps), shape.layout, prefix_tokens=shape.prefix_tokens, grid=(HEIGHT, WIDTH)
-        )
-        == shape
-    )
 
 
 def test_feature_target_has_no_gradient_and_is_float32() -> None:
