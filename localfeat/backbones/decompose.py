@@ -132,7 +132,7 @@ def _pieces(
 ) -> Decomposition:
     cuts = {mode: find_cuts(model, tape, blocks, image, downsample) for mode, tape in tapes.items()}
     if [cut[1:] for cut in cuts[True]] != [cut[1:] for cut in cuts[False]]:
-        raise Untraceable("its training differs from its evaluation in more than layers")
+        raise Untraceable("its features have other sizes in training than in evaluation")
     edges: dict[bool, list[Any]] = {
         mode: [Result(0), *(cut.at for cut in cuts[mode]), tape.output] for mode, tape in tapes.items()
     }

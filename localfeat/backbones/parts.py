@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -81,6 +82,18 @@ class Part(nn.Module):
         return "\n".join(f"{name_of(step.target)}{step.args}{dict(step.kwargs)}" for step in self._steps[False])
 
 
+class Chain(nn.Sequential):
+    """Modules of a backbone, one after the other.
+
+    Args:
+        reshaping: the numbers of those whose output has another shape than their input.
+    """
+
+    def __init__(self, reshaping: Sequence[int]) -> None:
+        super().__init__()
+        self.reshaping = tuple(reshaping)
+
+
 def _renamed(step: Step, names: Mapping[str, str]) -> Step:
     """Return the step with the part's own names of its members."""
 
@@ -130,7 +143,9 @@ def build_part(model: nn.Module, spans: Mapping[bool, tuple[Tape, Result, Any]],
     modules = [model.get_submodule(name) for name in names]
     if len(modules) == 1:
         return modules[0]
-    chain = nn.Sequential()
+    tape, start, _ = spans[False]
+    shapes = [tape.steps[start.step].shapes, *(step.shapes for step in cut[False][0])]
+    chain = Chain([number for number, (before, after) in enumerate(pairwise(shapes)) if before != after])
     for number, (name, module) in enumerate(zip(names, modules, strict=True)):
         chain.add_module(name.replace(".", "_") if named else str(number), module)
     return chain
@@ -155,7 +170,7 @@ def _between(tape: Tape, start: Result, stop: Any) -> tuple[list[Step], Any]:
         return Result(0) if mark == start else Result(numbers[mark.step], mark.path)
 
     chosen = (tape.steps[old] for old in sorted(wanted))
-    steps = [Step(s.target, mapped(renumbered, s.args), mapped(renumbered, s.kwargs)) for s in chosen]
+    steps = [Step(s.target, mapped(renumbered, s.args), mapped(renumbered, s.kwargs), s.shapes) for s in chosen]
     return steps, mapped(renumbered, stop)
 
 

@@ -15,6 +15,8 @@ import huggingface_hub as hub
 import timm
 from timm.data.constants import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
 from timm.data.constants import IMAGENET_DEFAULT_STD as IMAGENET_STD
+from timm.layers.space_to_depth import SpaceToDepth
+from timm.models.csatv2 import LearnableDct2d
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
@@ -229,7 +231,15 @@ def as_size(image_size: int | Sequence[int]) -> str:
 
 def channels_of(backbone: nn.Module) -> int:
     """Return the channels of the images that a network takes: those of its first convolution, 3 if it has none."""
-    return next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 3)
+    pixels = 1  # that a layer before it makes one of
+    for module in backbone.modules():
+        if isinstance(module, SpaceToDepth):
+            pixels = int(module.bs) ** 2
+        elif isinstance(module, LearnableDct2d):
+            return 3
+        elif isinstance(module, nn.Conv2d):
+            return module.in_channels // pixels
+    return 3
 
 
 def normalisation_of(backbone: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:

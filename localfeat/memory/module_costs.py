@@ -75,7 +75,7 @@ class ModuleCosts:
     Args:
         backbone: a timm model on the meta device; changed in place if attention or MLPs are fused.
         setting: everything else that costs depend on.
-        known: measurements of other instances with the same backbone, image size and device, to share.
+        known: measurements of other instances with the same backbone, image size, downsampling and device, to share.
     """
 
     def __init__(self, backbone: nn.Module, setting: Setting, known: dict[object, Any] | None = None) -> None:
@@ -84,7 +84,7 @@ class ModuleCosts:
         self.size = image_size_of(backbone, setting.image_size)
         self._shared = {} if known is None else known
         self.pieces: Decomposition = self._once(
-            ("pieces", id(backbone), setting.downsample),
+            ("pieces", id(backbone)),
             lambda: decompose(backbone, self.size, downsample=setting.downsample),
         )
         self.runners = prepare_blocks(backbone, self.pieces, setting.efficiency)

@@ -9,6 +9,7 @@ from typing import cast
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from localfeat.backbones.parts import Chain
 from localfeat.methods.site import Site
 
 
@@ -31,7 +32,7 @@ def path(site: Site, chosen: Collection[int]) -> Iterator[nn.Module]:
         if number in chosen:
             yield block
         elif site.shapes[number] != site.shapes[number + 1]:
-            yield block[0] if isinstance(block, nn.Sequential) else block
+            yield from (block[at] for at in block.reshaping) if isinstance(block, Chain) else (block,)
 
 
 def copied(module: nn.Module) -> nn.Module:

@@ -120,8 +120,8 @@ def open_network(folder: RunFolder, checkpoint: str, root: str | Path | None) ->
         configuration = configuration.with_root(root)
     datamodule = build_datamodule(configuration)
     learner = open_learner(folder, configuration, datamodule.num_classes, checkpoint)
-    size = image_size_of(learner.backbone, configuration.image_size)
-    pieces = decompose(learner.backbone, size, downsample=configuration.split.downsample).eval()
+    # Layers between stages go with the next block whatever the split, so that networks can be compared block by block.
+    pieces = decompose(learner.backbone, image_size_of(learner.backbone, configuration.image_size)).eval()
     return Network(folder, configuration, datamodule, learner, pieces)
 
 

@@ -122,7 +122,7 @@ def test_images_are_reconstructed_in_the_readers_own_normalisation() -> None:
 def test_networks_that_cannot_be_trained_are_refused() -> None:
     with pytest.raises(UserError, match="num_classes=0"):
         Learner(build_backbone("resnet18", 0), "e2e", 1)
-    with pytest.raises(UserError, match="patch_drop_rate"):
+    with pytest.raises(UserError, match="other sizes in training than in evaluation"):
         Learner(backbone("vit", patch_drop_rate=0.5), "feature_recon", 2)
     frozen = learner("greedy_ce", 2)
     frozen.local_modules[1].requires_grad_(False)

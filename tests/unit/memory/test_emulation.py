@@ -35,8 +35,8 @@ def exact_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 def forward_and_backward(family: str, device: str, context: AbstractContextManager[Any], recompute: bool) -> list[int]:
     """Live bytes after the forward pass, peak, and live bytes at the end."""
     network = backbone(family, drop_path_rate=0.1)
-    pieces = decompose(network, IMAGE_SIZE)
     network.train().to(device)
+    pieces = decompose(network, IMAGE_SIZE)
     x = torch.zeros(4, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
     labels = torch.zeros(4, dtype=torch.int64, device=device)
     with StorageTracker([*network.parameters(), *network.buffers(), x, labels]) as tracker, context:
