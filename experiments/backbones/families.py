@@ -31,6 +31,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from localfeat.backbones.bare import without_data
 from localfeat.backbones.decompose import Decomposition, decompose
 from localfeat.backbones.parts import Part
 from localfeat.backbones.split import Split
@@ -38,7 +39,6 @@ from localfeat.backbones.timm_models import channels_of
 from localfeat.learner.module import Learner
 from localfeat.memory import tracker
 from localfeat.memory.accounting import step_memory
-from localfeat.memory.bare import without_data
 from localfeat.memory.emulation import Emulation
 from localfeat.memory.module_costs import ModuleCosts, Setting
 from localfeat.methods.parts.decoders import OneLayerDecoder

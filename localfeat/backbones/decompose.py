@@ -31,13 +31,30 @@ class Decomposition(nn.Module):
         stem, blocks, tail: the parts; their parameters are the backbone's own.
         stage_depths: blocks per stage; a columnar network (ViT) has one block per stage.
         shapes: ``shapes[i]`` is the input of block i, ``shapes[-1]`` the tail's.
+        image: channels, height and width of the images.
+        num_classes: the number of logits.
     """
 
-    def __init__(self, parts: Sequence[nn.Module], stage_depths: Sequence[int], shapes: Sequence[FeatureShape]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        parts: Sequence[nn.Module],
+        stage_depths: Sequence[int],
+        shapes: Sequence[FeatureShape],
+        image: tuple[int, int, int],
+        num_classes: int,
+    ) -> None:
         super().__init__()
+        self._model = (model,)
+        self.image, self.num_classes = image, num_classes
         self.stem, self.tail = parts[0], parts[-1]
         self.blocks = nn.ModuleList(parts[1:-1])
         self.stage_depths, self.shapes = list(stage_depths), list(shapes)
+
+    @property
+    def model(self) -> nn.Module:
+        """The backbone itself."""
+        return self._model[0]
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits."""
@@ -55,7 +72,7 @@ def decompose(
     blocks: str | None = None,
     downsample: Downsample = "next",
 ) -> Decomposition:
-    """Cut ``model`` into stem, blocks and tail and prove that nothing was lost.
+    """Cut ``model`` into stem, blocks and tail and prove that nothing was lost; ``Learner`` takes the result, too.
 
     Run the model and its parts on one random image of ``image_size`` pixels (evaluation mode, no gradients, the
     global random state untouched) to compare the outputs; on the meta device, which has no values, compare only
@@ -147,10 +164,19 @@ def _pieces(
     ]
     stages = [len(list(group)) for _, group in groupby(cut.stage for cut in cuts[False][1:])]
     depths = [1] * sum(stages) if len(stages) == 1 else stages
-    pieces = Decomposition(parts, depths, [cut.shape for cut in cuts[False]])
+    shapes = [cut.shape for cut in cuts[False]]
+    pieces = Decomposition(model, parts, depths, shapes, image, _classes(tapes[False]))
     for part in (pieces, *(part for part in parts if isinstance(part, Part))):
         part.training = model.training
     return pieces
+
+
+def _classes(tape: Tape) -> int:
+    """Return the number of logits."""
+    shapes = tape.steps[tape.output.step].shapes if isinstance(tape.output, Result) else ()
+    if not shapes or len(shapes[0]) != 2:
+        raise Untraceable("it returns something else than logits (B, classes)")
+    return shapes[0][1]
 
 
 def _check_parameters(model: nn.Module, pieces: Decomposition) -> None:

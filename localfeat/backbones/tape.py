@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from localfeat.backbones.bare import without_data
+
 BATCHES = (2, 3)
 
 
@@ -118,7 +120,7 @@ def record(model: nn.Module, followed: Iterable[str], image: tuple[int, int, int
     """
     followed = {"", *followed}
     try:
-        return _record(_without_data(model), followed, image)
+        return _record(without_data(model), followed, image)
     except Untraceable:
         raise
     except Exception:  # what needs real values: a true error is raised by them, too
@@ -135,16 +137,6 @@ def _record(model: nn.Module, followed: set[str], image: tuple[int, int, int]) -
             half = _Recorder(copy.deepcopy(model).bfloat16(), followed).run(BATCHES[0], image)
         tapes[training] = _merged(two, three, half)
     return tapes
-
-
-def _without_data(model: nn.Module) -> nn.Module:
-    """Return a copy on the meta device, made without a copy of the data."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo)
 
 
 class _Recorder(TorchFunctionMode):

@@ -242,12 +242,12 @@ def channels_of(backbone: nn.Module) -> int:
     return 3
 
 
-def normalisation_of(backbone: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalisation_of(backbone: nn.Module, channels: int = 3) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the mean and standard deviation per channel (pixels in [0, 1]) that normalise a timm model's input.
 
     With other than three channels each gets the averages, as the pretrained weights know nothing of them.
     """
-    config, channels = _pretrained_config(backbone), channels_of(backbone)
+    config = _pretrained_config(backbone)
     found = tuple(config.get("mean", IMAGENET_MEAN)), tuple(config.get("std", IMAGENET_STD))
     if channels == len(found[0]):
         return found

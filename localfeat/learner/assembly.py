@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 from torch import nn
 
 from localfeat.backbones.decompose import Decomposition, decompose
-from localfeat.backbones.split import Split, as_split, downsample_of
-from localfeat.backbones.timm_models import channels_of, image_size_of, normalisation_of
+from localfeat.backbones.split import Downsample, Split, as_split, downsample_of
+from localfeat.backbones.timm_models import image_size_of, normalisation_of
 from localfeat.efficiency.fused_mlp import fuse_mlps
 from localfeat.efficiency.recompute import BlockRunner, block_runners
 from localfeat.efficiency.settings import Efficiency
@@ -18,11 +17,11 @@ from localfeat.methods.base import Method
 from localfeat.methods.local_module import LocalModule
 from localfeat.methods.objective import Objective
 from localfeat.methods.parts.decoders import DecoderFactory
-from localfeat.methods.site import IMAGENET_MEAN, IMAGENET_STD, Site
+from localfeat.methods.site import Site
 
 
 def build_local_modules(
-    backbone: nn.Module,
+    backbone: nn.Module | Decomposition,
     method: Method,
     split: Split | int | Sequence[int],
     decoder: DecoderFactory,
@@ -40,14 +39,13 @@ def build_local_modules(
     Raises:
         UserError: an unknown family, an impossible split, or a target that the decoder cannot reach.
     """
-    size = image_size_of(backbone, image_size)
-    pieces = decompose(backbone, size, downsample=downsample_of(split))
+    pieces = backbone if isinstance(backbone, Decomposition) else cut_for(backbone, image_size, downsample_of(split))
+    backbone = pieces.model
     lengths = as_split(split, pieces.stage_depths).blocks_per_module(pieces.stage_depths)
     if not method.local:
         lengths = [sum(lengths)]
     efficiency = efficiency or Efficiency()
     runners = prepare_blocks(backbone, pieces, efficiency)
-    expected = normalisation_of(backbone)
     modules = nn.ModuleList()
     start = 0
     for index, length in enumerate(lengths):
@@ -57,18 +55,22 @@ def build_local_modules(
             (start, stop),
             index=index,
             modules=len(lengths),
-            image_size=size,
-            in_chans=channels_of(backbone),
-            num_classes=cast(int, backbone.num_classes),
             efficiency=efficiency,
-            mean=expected[0] if mean is None else mean,
-            std=expected[1] if std is None else std,
+            mean=mean,
+            std=std,
         )
         stem = pieces.stem if index == 0 else None
         objective = build_objective(method, site, decoder)
         modules.append(LocalModule(stem, list(pieces.blocks[start:stop]), objective, runners[start:stop]))
         start = stop
     return modules
+
+
+def cut_for(
+    backbone: nn.Module, image_size: int | Sequence[int] | None, downsample: Downsample = "next"
+) -> Decomposition:
+    """Return the backbone in parts, at the image size that it is trained on."""
+    return decompose(backbone, image_size_of(backbone, image_size), downsample=downsample)
 
 
 def prepare_blocks(backbone: nn.Module, pieces: Decomposition, efficiency: Efficiency) -> list[BlockRunner]:
@@ -86,25 +88,23 @@ def site_of(
     *,
     index: int,
     modules: int,
-    image_size: tuple[int, int],
-    in_chans: int,
-    num_classes: int,
     efficiency: Efficiency,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Site:
     """Return the site of module ``index`` of ``modules``, with blocks ``span`` (end exclusive)."""
     start, stop = span
+    expected = normalisation_of(pieces.model, pieces.image[0])
     return Site(
         index=index,
         modules=modules,
         inputs=pieces.shapes[start],
         outputs=pieces.shapes[stop],
-        image_size=image_size,
-        in_chans=in_chans,
-        num_classes=num_classes,
-        mean=mean,
-        std=std,
+        image_size=pieces.image[1:],
+        in_chans=pieces.image[0],
+        num_classes=pieces.num_classes,
+        mean=expected[0] if mean is None else mean,
+        std=expected[1] if std is None else std,
         loss_slices=efficiency.loss_slices,
         blocks=tuple(pieces.blocks[start:stop]),
         above=tuple(pieces.blocks[stop:]),

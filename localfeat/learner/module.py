@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from localfeat.backbones.decompose import Decomposition
 from localfeat.backbones.modes import evaluating
 from localfeat.backbones.split import ResolvableSplit, Split
 from localfeat.efficiency.settings import Efficiency
@@ -37,8 +38,8 @@ class Learner(ModulewiseSteps):
     such a batch (on the device, inside the step, so that the float images can be freed before it ends).
 
     Args:
-        backbone: a timm model of a known family; its classifier sets the number of classes. It is trained
-            in place and stays a plain timm model.
+        backbone: a timm model; its classifier sets the number of classes. It is trained in place and stays a plain
+            timm model. For any other network, what :func:`decompose` makes of it.
         method: a name from ``METHODS`` or a :class:`Method`.
         split: K, a list of cuts, a :class:`Split` or a :class:`BalancedSplit`; ``e2e`` always trains
             one module.
@@ -56,7 +57,7 @@ class Learner(ModulewiseSteps):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: nn.Module | Decomposition,
         method: str | Method = "feature_recon",
         split: Split | ResolvableSplit | int | Sequence[int] = 4,
         decoder: str | DecoderFactory = "one_layer",
@@ -74,7 +75,7 @@ class Learner(ModulewiseSteps):
         self.method = as_method(method)
         self.optimization = optimization or Optimization()
         self.efficiency = efficiency or Efficiency()
-        self._backbone = (backbone,)
+        self._backbone = (backbone.model if isinstance(backbone, Decomposition) else backbone,)
         self.num_classes = number_of_classes(backbone)
         decode = as_decoder(decoder)
         if isinstance(split, ResolvableSplit):

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from localfeat.backbones.bare import bare_tensors
 from localfeat.backbones.timm_models import channels_of, sides
 from localfeat.learner.optimization import undecayed_parameters
-from localfeat.memory.bare import bare_tensors
 from localfeat.memory.emulation import AUTOCAST_DTYPES, Emulation, Precision, Target
 from localfeat.memory.step_watch import MemoryShares, StepMemory, StepWatch
 from localfeat.utils.errors import UserError

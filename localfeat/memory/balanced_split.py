@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from localfeat.backbones.bare import without_data
 from localfeat.backbones.split import Downsample, Split, check_downsample
 from localfeat.efficiency.settings import Efficiency
 from localfeat.memory.balance import balanced_cuts
-from localfeat.memory.bare import without_data
 from localfeat.memory.emulation import AUTOCAST_DTYPES, Emulation, Precision, Target
 from localfeat.memory.module_costs import ModuleCosts, Setting
 from localfeat.memory.persistent import Keeping

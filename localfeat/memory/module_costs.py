@@ -11,11 +11,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from localfeat.backbones.decompose import Decomposition, decompose
+from localfeat.backbones.decompose import Decomposition
 from localfeat.backbones.split import Downsample
-from localfeat.backbones.timm_models import channels_of, image_size_of
 from localfeat.efficiency.settings import Efficiency
-from localfeat.learner.assembly import build_objective, prepare_blocks, site_of
+from localfeat.learner.assembly import build_objective, cut_for, prepare_blocks, site_of
 from localfeat.memory.costs import PieceCost, measure_objective, measure_piece, signature
 from localfeat.memory.persistent import Keeping, Persistent
 from localfeat.memory.pieces import ModuleCost, ModulePieces
@@ -73,22 +72,25 @@ class ModuleCosts:
     modules: it is measured as the first module's. An objective that watches blocks is measured with each of them.
 
     Args:
-        backbone: a timm model on the meta device; changed in place if attention or MLPs are fused.
+        backbone: a model on the meta device, or its parts; changed in place if attention or MLPs are fused.
         setting: everything else that costs depend on.
         known: measurements of other instances with the same backbone, image size, downsampling and device, to share.
     """
 
-    def __init__(self, backbone: nn.Module, setting: Setting, known: dict[object, Any] | None = None) -> None:
+    def __init__(
+        self, backbone: nn.Module | Decomposition, setting: Setting, known: dict[object, Any] | None = None
+    ) -> None:
         self.setting = setting
-        self.backbone = backbone.train()
-        self.size = image_size_of(backbone, setting.image_size)
         self._shared = {} if known is None else known
-        self.pieces: Decomposition = self._once(
-            ("pieces", id(backbone)),
-            lambda: decompose(backbone, self.size, downsample=setting.downsample),
-        )
-        self.runners = prepare_blocks(backbone, self.pieces, setting.efficiency)
+        self.pieces: Decomposition = self._once(("pieces", id(backbone)), lambda: self._cut(backbone))
+        self.backbone = self.pieces.model.train()
+        self.runners = prepare_blocks(self.backbone, self.pieces.train(), setting.efficiency)
         self._modules: dict[tuple[int, int], ModuleCost] = {}
+
+    def _cut(self, backbone: nn.Module | Decomposition) -> Decomposition:
+        if isinstance(backbone, Decomposition):
+            return backbone
+        return cut_for(backbone, self.setting.image_size, self.setting.downsample)
 
     @property
     def blocks(self) -> int:
@@ -155,11 +157,11 @@ class ModuleCosts:
         return rounded(self.setting.source_bytes * size) + rounded(self._labels().nbytes)
 
     def _images(self) -> Tensor:
-        return torch.empty(self.setting.batch_size, channels_of(self.backbone), *self.size, device="meta")
+        return torch.empty(self.setting.batch_size, *self.pieces.image, device="meta")
 
     def _labels(self) -> Tensor:
         if self.setting.soft_labels:
-            return torch.empty(self.setting.batch_size, cast(int, self.backbone.num_classes), device="meta")
+            return torch.empty(self.setting.batch_size, self.pieces.num_classes, device="meta")
         return torch.empty(self.setting.batch_size, dtype=torch.int64, device="meta")
 
     def _stem(self) -> PieceCost:
@@ -198,9 +200,6 @@ class ModuleCosts:
             (start, stop),
             index=1 if last else 0,
             modules=2,
-            image_size=self.size,
-            in_chans=channels_of(self.backbone),
-            num_classes=cast(int, self.backbone.num_classes),
             efficiency=self.setting.efficiency,
         )
         with torch.random.fork_rng(devices=[]):  # the initial weights are never used

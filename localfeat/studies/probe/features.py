@@ -10,10 +10,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from localfeat.backbones.decompose import Decomposition, decompose
-from localfeat.backbones.timm_models import image_size_of
+from localfeat.backbones.decompose import Decomposition
 from localfeat.data.datamodule import ImageDataModule
 from localfeat.data.labelled import BatchLoader, LabelledImages, batch_loader
+from localfeat.learner.assembly import cut_for
 from localfeat.learner.module import Learner
 from localfeat.run.build import build_datamodule
 from localfeat.run.configuration import RunConfiguration
@@ -121,7 +121,7 @@ def open_network(folder: RunFolder, checkpoint: str, root: str | Path | None) ->
     datamodule = build_datamodule(configuration)
     learner = open_learner(folder, configuration, datamodule.num_classes, checkpoint)
     # Layers between stages go with the next block whatever the split, so that networks can be compared block by block.
-    pieces = decompose(learner.backbone, image_size_of(learner.backbone, configuration.image_size)).eval()
+    pieces = cut_for(learner.backbone, configuration.image_size).eval()
     return Network(folder, configuration, datamodule, learner, pieces)
 
 

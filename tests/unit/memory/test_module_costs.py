@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from localfeat.backbones.bare import without_data
 from localfeat.efficiency.settings import Efficiency
 from localfeat.learner.module import Learner
 from localfeat.memory.accounting import step_memory
-from localfeat.memory.bare import without_data
 from localfeat.memory.emulation import Emulation
 from localfeat.memory.module_costs import ModuleCosts, Setting
 from localfeat.memory.persistent import Keeping, Persistent

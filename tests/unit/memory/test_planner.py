@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from localfeat.backbones.bare import without_data
 from localfeat.efficiency.settings import Efficiency
 from localfeat.learner.module import Learner
 from localfeat.memory.accounting import step_memory
-from localfeat.memory.bare import without_data
 from localfeat.memory.fitted import fitted
 from localfeat.memory.planner import STEP, Option, Planner, Workload
 from localfeat.methods.parts.decoders import as_decoder
