@@ -13,6 +13,7 @@ from torch import nn
 
 from localfeat import Efficiency
 from localfeat.backbones.decompose import decompose
+from localfeat.backbones.split import Downsample, Split
 from localfeat.backbones.timm_models import build_backbone
 from localfeat.learner.module import Learner
 from localfeat.learner.optimization import Optimization
@@ -83,6 +84,7 @@ class Case:
     Args:
         cuts: numbers of the blocks after which the network is cut; empty for one module.
         accumulate: number of parts of the batch that share one optimizer step.
+        downsample: to which block layers between stages belong, next or previous.
     """
 
     method: str
@@ -90,13 +92,14 @@ class Case:
     efficiency: Efficiency = field(default_factory=Efficiency)
     decoder: str = "one_layer"
     accumulate: int = 1
+    downsample: Downsample = "next"
 
     def learner(self, network: Network) -> Learner:
         """Build the learner on torch's current default device."""
         return Learner(
             network.build(),
             self.method,
-            list(self.cuts) if self.cuts else 1,
+            Split(cuts=self.cuts, downsample=self.downsample) if self.cuts else 1,
             self.decoder,
             optimization=Optimization(accumulate=self.accumulate),
             efficiency=self.efficiency,
@@ -110,6 +113,7 @@ class Case:
             "decoder": self.decoder if self.method in ("image_recon", "feature_recon") else None,
             "cuts": list(self.cuts),
             "accumulate": self.accumulate,
+            "downsample": self.downsample,
             "efficiency": asdict(self.efficiency),
             "efficiency_name": described(self.efficiency),
         }
@@ -118,7 +122,8 @@ class Case:
     def key(self) -> str:
         """A short text that identifies the case."""
         parts = [self.method, self.decoder, "-".join(map(str, self.cuts)) or "uncut", described(self.efficiency)]
-        return ", ".join([*parts, *([f"accumulate {self.accumulate}"] if self.accumulate > 1 else [])])
+        parts += [f"accumulate {self.accumulate}"] if self.accumulate > 1 else []
+        return ", ".join([*parts, *(["downsampling first"] if self.downsample == "previous" else [])])
 
 
 def memory_row(network: Network, case: Case, precision: Precision) -> dict[str, Any]:

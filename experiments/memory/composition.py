@@ -15,6 +15,7 @@ from torch import nn
 
 from experiments.memory.cases import Case, Network
 from localfeat import Efficiency
+from localfeat.backbones.split import Downsample
 from localfeat.memory.balance import balanced_cuts
 from localfeat.memory.emulation import Emulation, Precision
 from localfeat.memory.module_costs import ModuleCosts, ModulePieces, Setting
@@ -40,7 +41,7 @@ class Composition:
 
     network: Network
     precision: Precision
-    _known: dict[object, Any] = field(default_factory=dict)
+    _known: dict[Downsample, dict[object, Any]] = field(default_factory=dict)
     _backbones: dict[tuple[bool, bool], nn.Module] = field(default_factory=dict)
     _costs: dict[str, ModuleCosts] = field(default_factory=dict)
 
@@ -56,9 +57,10 @@ class Composition:
                 lambda: Emulation("cuda", self.precision),
                 efficiency=case.efficiency,
                 source_bytes=3 * self.network.source_side**2,
+                downsample=case.downsample,
             )
-            backbone = self._backbone(case.efficiency)
-            self._costs[key] = ModuleCosts(backbone, setting, self._known)
+            known = self._known.setdefault(case.downsample, {})
+            self._costs[key] = ModuleCosts(self._backbone(case.efficiency), setting, known)
         return self._costs[key]
 
     def _backbone(self, efficiency: Efficiency) -> nn.Module:

@@ -37,12 +37,15 @@ def _cases(plan: Plan, composition: Composition, efficiency: str) -> Iterator[tu
     chosen = efficiencies()[efficiency]
     yield "none", Case("e2e", efficiency=chosen)
     ends = list(accumulate(plan.main.stage_depths()))
-    fixed = {"paper, K=2": ends[1:2], f"after block {ends[1] - 1}": [ends[1] - 1], "paper, K=4": ends[:3]}
+    stages: dict[str, list[int]] = {"K=2": ends[1:2], "K=4": ends[:3]}
     for decoder in plan.decoders:
         for method in METHODS:
             case = Case(method, efficiency=chosen, decoder=decoder)
-            for label, places in fixed.items():
-                yield label, replace(case, cuts=tuple(places))
+            for label, places in stages.items():
+                at = replace(case, cuts=tuple(places))
+                yield f"paper, {label}", replace(at, downsample="previous")
+                yield f"before downsampling, {label}", at
+            yield f"after block {ends[1] - 1}", replace(case, cuts=(ends[1] - 1,))
             for modules in (2, 4):
                 yield f"best, K={modules}", composition.balanced(case, modules)
 
