@@ -214,18 +214,23 @@ def _terms(module: Any, inputs: tuple[Tensor, ...], own: list[nn.Parameter]) -> 
 def _law_2(learner: Learner, images: Tensor, labels: Tensor) -> Iterator[str]:
     """When a module begins, nothing of the earlier ones is alive but its input."""
     alive: list[tuple[int, int]] = []
-    with _exact_bytes():
-        counted = tracker.StorageTracker([*learner.parameters(), *learner.buffers(), images, labels])
 
     def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         alive.append((counted.live_bytes, 0 if inputs[0] is images else inputs[0].nbytes))
 
+    def train() -> None:
+        learner.train_modules(lambda: (images, labels), lambda loss: loss.backward(), stepped)
+
     def stepped(number: int) -> None:
         learner.local_modules[number].zero_grad(set_to_none=True)
 
+    train()  # makes the copies of statistics that a non-finite step is undone with
+    persistent = [*learner.parameters(), *learner.buffers(), *learner.nonfinite.held, images, labels]
     hooks = [module.register_forward_pre_hook(look) for module in learner.local_modules]
-    with _exact_bytes(), counted:
-        learner.train_modules(lambda: (images, labels), lambda loss: loss.backward(), stepped)
+    with _exact_bytes():
+        counted = tracker.StorageTracker(persistent)
+        with counted:
+            train()
     for hook in hooks:
         hook.remove()
     for number, (found, entering) in enumerate(alive):
@@ -273,15 +278,16 @@ def _exact_bytes() -> Iterator[None]:
         tracker.BLOCK_BYTES = before
 
 
-def render(rows: dict[str, Row], peaks_of: dict[str, list[float]]) -> str:
+def render(known: Row) -> str:
     """Return the page."""
+    rows, peaks_of = dict(sorted(known["rows"].items())), known["peaks"]
     cut = {family: row for family, row in rows.items() if "blocks" in row}
     sound = [row for row in cut.values() if not row["problems"]]
     stepped = [row for row in cut.values() if row["steps"] == []]
     lines = [
         "# Backbones",
         "",
-        f"Made by `experiments/backbones/families.py` from timm {timm.__version__}, with the smallest network of each "
+        f"Made by `experiments/backbones/families.py` from timm {known['timm']}, with the smallest network of each "
         f"of its {len(rows)} pairs of module and class: **{len(sound)} are cut** and equal the network bit for bit, "
         f"{len(rows) - len(cut)} are refused. {len(stepped)} of them train with feature_recon and greedy_ce in two and "
         "four modules.",
@@ -340,8 +346,7 @@ def main() -> None:
 
 def _write(file: Path, known: Row) -> None:
     file.write_text(json.dumps(known, indent=1) + "\n")
-    rows = dict(sorted(known["rows"].items()))
-    file.with_suffix(".md").write_text(render(rows, known["peaks"]))
+    file.with_suffix(".md").write_text(render(known))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from localfeat.backbones.timm_models import channels_of
 from localfeat.utils.errors import UserError
 
 _WANTED = "a batch is (images, labels): float images (B, 3, H, W) and int64 class indices (B,)"
@@ -96,10 +97,9 @@ def check_images(images: Any, backbone: nn.Module | None = None) -> None:
 
 def _taken(backbone: nn.Module, images: Tensor) -> list[int]:
     """Return the shape of one image that the backbone takes; of any size unless its patch embedding has a fixed one."""
-    first = next(module for module in backbone.modules() if isinstance(module, nn.Conv2d))
     embed: Any = getattr(backbone, "patch_embed", None)
     size = embed.img_size if getattr(embed, "strict_img_size", False) else images.shape[2:]
-    return [first.in_channels, *size]
+    return [channels_of(backbone), *size]
 
 
 def _check_probabilities(labels: Tensor, num_classes: int, *, training: bool, values: bool) -> None:

@@ -94,7 +94,7 @@ def test_the_papers_table(results: Path) -> None:
     found = figures(results, "paper")["efficiency"]
     rows = found["none"]
     table = lines(results, "paper")
-    assert len(table) == len(rows) == 1 + 2 * 5
+    assert len(table) == len(rows) == 1 + 2 * 7
     by_group = {id(row): group for group in found.values() for row in group}
     for row, line in zip(rows, table, strict=True):
         group = by_group[id(row)]

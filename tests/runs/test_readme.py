@@ -119,7 +119,7 @@ def cut_short(run: Path) -> None:
 def test_the_call_from_python(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    call_it, _, _ = blocks("python")
+    call_it, *_ = blocks("python")
     monkeypatch.chdir(tmp_path)
     draw_nothing(monkeypatch)
     exec(compile(call_it, "README.md", "exec"), {})
@@ -130,7 +130,7 @@ def test_the_call_from_python(
 
 @pytest.mark.slow
 def test_library_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, example, _ = blocks("python")
+    _, example, *_ = blocks("python")
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
     monkeypatch.chdir(tmp_path)
     images = TensorDataset(torch.randn(2, 3, 224, 224), torch.tensor([0, 1]))
@@ -148,7 +148,7 @@ def test_library_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.timeout(600)
 def test_a_method_is_one_file_and_nothing_else(tmp_path: Path) -> None:
     """The README's example, put into a copy of the package, trains by its name with a value of its own."""
-    _, _, method = blocks("python")
+    _, _, method, _ = blocks("python")
     assert len(method.splitlines()) <= 60
     for name in ("localfeat", "conf"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
