@@ -236,7 +236,9 @@ def _summarise(
 
 def _scored(trainer: lightning.Trainer, datamodule: ImageDataModule) -> str:
     """Return ``"on 32 of 359 images"`` if only a part of the test set was scored, else nothing."""
-    images = len(cast(Sized, datamodule.ordered_loader("test").dataset))
+    if trainer.test_dataloaders is None:
+        return ""
+    images = len(cast(Sized, trainer.test_dataloaders.loader.dataset))
     scored = min(sum(trainer.num_test_batches) * datamodule.eval_batch_size, images)
     return "" if scored == images else f"on {scored:,} of {images:,} images"
 

@@ -140,6 +140,7 @@ KEYS = {
     "split.modules": _whole(_of(1, 2, 4), 0, -1, 5, HUGE),
     "split.by": _choice("stages", "blocks"),
     "split.cuts": Key(_of("[1]", "[2,3]", "[1,2,3]"), _of("[3,2]", "[0]", "[4]", "[a]", "3", "[1,1]", "null", "[1.5]")),
+    "split.downsample": _choice("next", "previous"),
     "split.k": _whole(_of(1, 2, 4), 0, -1, 5, HUGE),
     "split.batch_size": _whole(_of(4), 0, -1),
     "split.precision": _choice("32-true", "bf16-mixed", "16-mixed"),
