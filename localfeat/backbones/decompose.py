@@ -159,6 +159,7 @@ def _pieces(
             model,
             {mode: (tape, edges[mode][number], edges[mode][number + 1]) for mode, tape in tapes.items()},
             named=number in (0, count - 1),
+            tail=number == count - 1,
         )
         for number in range(count)
     ]

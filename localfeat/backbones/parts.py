@@ -123,13 +123,19 @@ def _in_order(model: nn.Module, steps: Sequence[Step]) -> list[str]:
     return [name for name, _ in everything if name in used]
 
 
-def build_part(model: nn.Module, spans: Mapping[bool, tuple[Tape, Result, Any]], *, named: bool) -> nn.Module:
-    """Return the part between two cuts.
+def build_part(
+    model: nn.Module, spans: Mapping[bool, tuple[Tape, Result, Any]], *, named: bool, tail: bool = False
+) -> nn.Module:
+    """Return the part between two cuts: one module of the backbone, a chain of them, or steps.
+
+    The names of its parameters stand in checkpoints: identities are left out of chains, and the tail is never a module
+    of its own.
 
     Args:
         model: the backbone.
         spans: per mode its tape, the part's input and its output.
         named: whether modules of a chain keep their names; otherwise they have numbers.
+        tail: whether it is the last part.
 
     Raises:
         Untraceable: the part needs more than its input.
@@ -140,13 +146,14 @@ def build_part(model: nn.Module, spans: Mapping[bool, tuple[Tape, Result, Any]],
     if names is None or names != chains[True]:
         steps, outputs = ({mode: found[at] for mode, found in cut.items()} for at in (0, 1))
         return Part(model, steps, outputs, named=named)
-    modules = [model.get_submodule(name) for name in names]
-    if len(modules) == 1:
-        return modules[0]
     tape, start, _ = spans[False]
-    shapes = [tape.steps[start.step].shapes, *(step.shapes for step in cut[False][0])]
-    chain = Chain([number for number, (before, after) in enumerate(pairwise(shapes)) if before != after])
-    for number, (name, module) in enumerate(zip(names, modules, strict=True)):
+    shapes = pairwise([tape.steps[start.step].shapes, *(step.shapes for step in cut[False][0])])
+    members = [(n, model.get_submodule(n), before != after) for n, (before, after) in zip(names, shapes, strict=True)]
+    members = [member for member in members if type(member[1]) is not nn.Identity] or members[:1]
+    if len(members) == 1 and not tail:
+        return members[0][1]
+    chain = Chain([number for number, (_, _, reshapes) in enumerate(members) if reshapes])
+    for number, (name, module, _) in enumerate(members):
         chain.add_module(name.replace(".", "_") if named else str(number), module)
     return chain
 

@@ -138,9 +138,7 @@ MUTANTS = [
         {"if not same:": "if False:", "if lost:": "if False:"},
         elsewhere={
             "localfeat/backbones/parts.py": {
-                "enumerate(zip(names, modules, strict=True)):": (
-                    "enumerate(list(zip(names, modules, strict=True))[named:]):"
-                )
+                "in enumerate(members):\n": "in enumerate(members[tail:]):\n",
             }
         },
     ),

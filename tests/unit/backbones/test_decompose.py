@@ -162,6 +162,22 @@ def test_images_of_any_shape(family: str, size: Any, channels: int) -> None:
         assert torch.equal(parts(images), network(images))
 
 
+KEYS = {  # the first of the stem, of the second stage's first block, and of the tail: they stand in checkpoints
+    "swin": ("proj.weight", "0.norm.weight", "norm.weight"),
+    "swinv2": ("proj.weight", "0.reduction.weight", "norm.weight"),
+    "vit": ("cls_token", "norm1.weight", "norm.weight"),
+    "convnext": ("0.weight", "0.0.weight", "head.norm.weight"),
+    "resnet": ("conv1.weight", "conv1.weight", "fc.weight"),
+}
+
+
+@pytest.mark.parametrize("family", KEYS)
+def test_names_in_checkpoints_stay(family: str) -> None:
+    parts = decompose(backbone(family), IMAGE_SIZE)
+    second = parts.blocks[parts.stage_depths[0]]
+    assert tuple(next(iter(part.state_dict())) for part in (parts.stem, second, parts.tail)) == KEYS[family]
+
+
 def test_downsampling_goes_with_the_next_block_or_the_previous() -> None:
     following, previous = (decompose(backbone("swin"), IMAGE_SIZE, downsample=d) for d in ("next", "previous"))
     assert [shape.height for shape in following.shapes] == [16, 16, 8, 4, 2]
@@ -290,8 +306,8 @@ def test_a_wrong_part_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     right = decompose_module.build_part
 
     def without(what: str) -> Any:
-        def build(model: nn.Module, spans: Any, *, named: bool) -> nn.Module:
-            part = right(model, spans, named=named)
+        def build(model: nn.Module, spans: Any, **how: bool) -> nn.Module:
+            part = right(model, spans, **how)
             if hasattr(part, what):
                 setattr(part, what, nn.Identity())
             return part
