@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any, NamedTuple, cast
 
 from torch import nn
@@ -96,7 +97,7 @@ def _spans(model: nn.Module, tape: Tape) -> list[tuple[int, int]]:
     through: dict[int, set[int]] = {}  # a step without features -> parameters in what it returns
     uses: dict[int, list[int]] = {}
     for number, step in enumerate(tape.steps):
-        own = {id(p) for name in step.members if isinstance(p := _member(model, name), nn.Parameter)}
+        own = {id(p) for name in step.members if isinstance(p := attrgetter(name)(model), nn.Parameter)}
         if isinstance(step.target, str):
             own |= {id(p) for p in model.get_submodule(step.target).parameters()}
         own = own.union(*(through.get(result.step, set()) for result in step.results))
@@ -106,8 +107,3 @@ def _spans(model: nn.Module, tape: Tape) -> list[tuple[int, int]]:
         else:
             through[number] = own
     return [(at[0], at[-1]) for at in uses.values()]
-
-
-def _member(model: nn.Module, name: str) -> Any:
-    owner, _, own = name.rpartition(".")
-    return getattr(model.get_submodule(owner), own)

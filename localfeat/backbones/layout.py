@@ -76,11 +76,12 @@ class ShapeReader:
 
     def _tokens(self, tokens: int, channels: int) -> FeatureShape | None:
         known = self.prefix if isinstance(self.prefix, int) else 0
-        for prefix in dict.fromkeys([known, *range(9)]):
+        prefixes = dict.fromkeys([known, *range(9)])
+        for prefix in prefixes:
             if self.grid is not None and math.prod(self.grid) == tokens - prefix:
                 rows, columns = self.grid
                 return FeatureShape("NLC", channels, rows, columns, prefix)
-        for prefix in dict.fromkeys([known, *range(9)]):
+        for prefix in prefixes:
             for height in range(self._tallest(tokens), 0, -1):
                 width, rest = divmod(tokens - prefix, height)
                 if not rest and self._fits(height, width):
