@@ -20,8 +20,9 @@ from localfeat.backbones.modes import evaluating
 from localfeat.backbones.parts import Part, build_part
 from localfeat.backbones.split import Downsample
 from localfeat.backbones.tape import Result, Tape, Untraceable, record
-from localfeat.backbones.timm_models import channels_of, sides
+from localfeat.backbones.timm_models import channels_of
 from localfeat.utils.errors import UserError
+from localfeat.utils.sizes import sides
 
 
 class Decomposition(nn.Module):

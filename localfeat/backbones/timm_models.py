@@ -22,6 +22,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
 
 from localfeat.utils.errors import UserError
+from localfeat.utils.sizes import as_size, sides
 from localfeat.utils.text import meant
 
 
@@ -209,24 +210,6 @@ def image_size_of(backbone: nn.Module, wanted: int | Sequence[int] | None = None
     if wanted is not None and sides(wanted) != (height, width):
         raise UserError(f"image_size={as_size(wanted)}: this backbone was built for {as_size((height, width))} px")
     return int(height), int(width)
-
-
-def sides(image_size: int | Sequence[int]) -> tuple[int, int]:
-    """Return height and width for a side, or for height and width.
-
-    Raises:
-        UserError: they are not one or two positive numbers.
-    """
-    given = [image_size, image_size] if isinstance(image_size, int) else list(image_size)
-    if len(given) != 2 or min(given) < 1:
-        raise UserError(f"image_size={as_size(image_size)}: give a side, or [height,width], of at least 1 pixel")
-    return given[0], given[1]
-
-
-def as_size(image_size: int | Sequence[int]) -> str:
-    """Return an image size as it is typed: ``224`` for a square, else ``[64,96]``."""
-    given = [image_size] if isinstance(image_size, int) else list(image_size)
-    return str(given[0]) if len(set(given)) == 1 else f"[{','.join(map(str, given))}]"
 
 
 def channels_of(backbone: nn.Module) -> int:

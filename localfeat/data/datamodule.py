@@ -57,7 +57,7 @@ class ImageDataModule(lightning.LightningDataModule):
         source: "digits", "cifar10", "cifar100", "stl10", "svhn" or "image_folder".
         root: folder of the files (not used by "digits"); for "image_folder" the one with train/ and test/.
         download: whether `prepare_data` downloads missing files.
-        image_size: side in pixels of the images that `prepare` returns.
+        image_size: side in pixels of the images that `prepare` returns, or height and width.
         batch_size: training images per batch and process.
         eval_batch_size: images per evaluation batch; None means ``batch_size``.
         augmentation, horizontal_flip, mixup, cutmix, mean, std: see `Preparation`.
@@ -80,7 +80,7 @@ class ImageDataModule(lightning.LightningDataModule):
         root: str | Path = "data",
         *,
         download: bool = True,
-        image_size: int = 32,
+        image_size: int | Sequence[int] = 32,
         batch_size: int = 128,
         eval_batch_size: int | None = None,
         augmentation: str = "light",
@@ -135,12 +135,13 @@ class ImageDataModule(lightning.LightningDataModule):
         Random parameters come from the global CPU generator, one set per image.
 
         Args:
-            images: uint8 (B, 3 or 1, h, w) on the device; non-square images are cropped to the central square.
+            images: uint8 (B, 3 or 1, h, w) on the device; the largest central part with the aspect of
+                ``image_size`` is used.
             labels: (B,) int64.
             training: whether to augment and mix as configured; otherwise only resize and normalise.
 
         Returns:
-            float32 (B, 3, image_size, image_size), normalised, and the labels: (B,) int64, or float32
+            float32 (B, 3, height, width), normalised, and the labels: (B,) int64, or float32
             (B, num_classes) when training with mixup or cutmix.
         """
         return self._preparation(images, labels, training=training)

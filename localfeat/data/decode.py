@@ -32,6 +32,7 @@ from torch import Tensor
 
 from localfeat.data.bad_files import BadFiles, BadImage
 from localfeat.utils.errors import RunFailed
+from localfeat.utils.sizes import central_part
 from localfeat.utils.text import shown
 
 IMAGE_SUFFIXES = frozenset(
@@ -55,12 +56,13 @@ _CHUNK = 256
 _Result = TypeVar("_Result")
 
 
-def read_image(path: Path, size: int | None = None) -> np.ndarray:
+def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """Decode ``path`` to a writable uint8 RGB array (H, W, 3), the picture that an image viewer shows.
 
-    With ``size`` the centre square is kept and resized (bicubic, antialiased) to (size, size, 3). The picture is turned
-    as its EXIF orientation says, transparency is composed onto white (``BEHIND_TRANSPARENCY``), of 12- and 16-bit
-    pixels the upper 8 bits are kept. Animations give their first frame; colour profiles are not applied.
+    With ``size`` (height, width) the largest central part of that aspect is kept and resized to it (bicubic,
+    antialiased). The picture is turned as its EXIF orientation says, transparency is composed onto white
+    (``BEHIND_TRANSPARENCY``), of 12- and 16-bit pixels the upper 8 bits are kept. Animations give their first frame;
+    colour profiles are not applied.
 
     Raises:
         BadImage: none of the ``FORMATS``, damaged, truncated, more than ``MAX_PIXELS``, pixels without a known range
@@ -68,11 +70,13 @@ def read_image(path: Path, size: int | None = None) -> np.ndarray:
         RunFailed: the system cannot read the file: missing, forbidden, a failing disk.
     """
     with _opened(path) as file:
-        turned = _orientation(file) > 1
-        image = file if size is None else _centre_square(file)  # first, as turning and composing copy all pixels
+        orientation = _orientation(file)
+        turned, swapped = orientation > 1, orientation > 4
+        stored = size if size is None or not swapped else size[::-1]
+        image = file if stored is None else _centre(file, stored)  # first, as turning and composing copy all pixels
         image = _to_rgb(ImageOps.exif_transpose(image) if turned else image, file)
-        if size is not None and image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.BICUBIC)
+        if size is not None and image.size != size[::-1]:
+            image = image.resize(size[::-1], Image.Resampling.BICUBIC)
         return np.array(image)
 
 
@@ -97,12 +101,12 @@ def read_images(
 ) -> tuple[Tensor, Tensor]:
     """Read files into one uint8 tensor (M, 3, height, width), and return it with their positions (M,) in ``paths``.
 
-    With ``resize`` each becomes a square of height == width; otherwise each must already have that size. Files that
+    With ``resize`` each is cut and resized, see `read_image`; otherwise each must already have that size. Files that
     cannot be decoded are left out and reported by ``bad``; without ``bad`` the first of them is an error.
     """
 
     def decoded(path: Path) -> np.ndarray:
-        pixels = read_image(path, height if resize else None)
+        pixels = read_image(path, (height, width) if resize else None)
         if pixels.shape != (height, width, 3):
             raise BadImage(f"{shown(path)} has {pixels.shape[1]} x {pixels.shape[0]} pixels, unlike its header")
         return pixels
@@ -192,10 +196,9 @@ def _upper_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
     return Image.fromarray(grey)
 
 
-def _centre_square(image: Image.Image) -> Image.Image:
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+def _centre(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    top, left, height, width = central_part(image.height, image.width, size)
+    return image.crop((left, top, left + width, top + height))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from localfeat.data.files import holds, image_paths, made_by_a_system, tell_othe
 from localfeat.data.labelled import FileImages, LabelledImages, TensorImages, no_sound_image
 from localfeat.utils.errors import UserError
 from localfeat.utils.files import not_a
+from localfeat.utils.sizes import sides
 from localfeat.utils.text import prints, shown
 
 MEMORY_LIMIT = 4 * 1024**3  # bytes of decoded pixels held in memory; never more than half of the machine's
@@ -28,7 +29,8 @@ class ImageFolder:
 
     Images are decoded once into one tensor if that fits into ``MEMORY_LIMIT`` and half of the machine's memory, else
     by the loader's workers for each batch. Images in memory that all share one size keep it. Otherwise the centre
-    square of each is resized (bicubic, antialiased) to the *store size*, 8/7 of ``image_size`` (256 for 224).
+    part of each with the aspect of ``image_size`` is resized (bicubic, antialiased) to the *store size*, 8/7 of it
+    (256 for 224).
 
     `image_paths` says which files are images. How many others there are, and how many images lie in no class folder,
     is told on stderr. Class names are compared and shown in Unicode's composed form (NFC).
@@ -38,7 +40,7 @@ class ImageFolder:
 
     Args:
         root: the folder with the splits.
-        image_size: side in pixels of the network's input.
+        image_size: side in pixels of the network's input, or height and width.
         in_memory: whether to hold the images in memory; None decides by size.
         skip_bad: whether to leave bad files out instead of ending with an error.
 
@@ -47,9 +49,12 @@ class ImageFolder:
             classes, a class whose name does not print; in `load`, a class whose files are all bad.
     """
 
-    def __init__(self, root: Path, image_size: int, in_memory: bool | None = None, skip_bad: bool = False) -> None:
+    def __init__(
+        self, root: Path, image_size: int | Sequence[int], in_memory: bool | None = None, skip_bad: bool = False
+    ) -> None:
         self.root = root
-        self.store_size = round(image_size * 8 / 7)
+        height, width = sides(image_size)
+        self.store_size = round(height * 8 / 7), round(width * 8 / 7)
         self._wanted_in_memory = in_memory
         present = [split for split in _SPLITS if os.path.isdir(root / split)]
         self._bad = {split: BadFiles() if skip_bad else None for split in present}
@@ -76,7 +81,7 @@ class ImageFolder:
     def image_shape(self) -> tuple[int, int]:
         """Height and width of the images as they are loaded; the first access reads every file's header."""
         self._decide()
-        return self._native if self._in_memory and self._native else (self.store_size, self.store_size)
+        return self._native if self._in_memory and self._native else self.store_size
 
     def prepare(self, download: bool) -> None:
         """Do nothing: the files were found at construction."""
@@ -97,7 +102,7 @@ class ImageFolder:
         bad = self._bad[split]
         if not self.in_memory:
             return FileImages(paths, labels, self.store_size, bad)
-        height, width = self._native or (self.store_size, self.store_size)
+        height, width = self._native or self.store_size
         images, kept = read_images(paths, height, width, resize=self._native is None, bad=bad)
         for members, count in zip(classes, torch.bincount(labels[kept], minlength=len(classes)), strict=True):
             if count == 0:
@@ -112,7 +117,7 @@ class ImageFolder:
         self._native = None if self._wanted_in_memory is False else common_size(paths, self._bad["train"] is not None)
         if self._native and not self._wanted_in_memory and not _fits(len(paths), *self._native):
             self._native = None
-        fits = _fits(len(paths), *(self._native or (self.store_size, self.store_size)))
+        fits = _fits(len(paths), *(self._native or self.store_size))
         self._in_memory = fits if self._wanted_in_memory is None else self._wanted_in_memory
         self._decided = True
 

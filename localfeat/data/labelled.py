@@ -63,7 +63,7 @@ class TensorImages(LabelledImages):
 
 
 class FileImages(LabelledImages):
-    """Image files decoded on demand, each resized and cropped to ``size`` x ``size`` pixels.
+    """Image files decoded on demand, each cropped and resized to ``size`` (height, width).
 
     With ``bad``, files that cannot be decoded are left out of their batches. That costs nothing and depends only on
     the files, so a resumed run sees the same batches; finding them before training would take a pass over all images
@@ -74,7 +74,9 @@ class FileImages(LabelledImages):
         RunFailed: when fetching: the system cannot read a file.
     """
 
-    def __init__(self, paths: Sequence[Path], labels: Tensor, size: int, bad: BadFiles | None = None) -> None:
+    def __init__(
+        self, paths: Sequence[Path], labels: Tensor, size: tuple[int, int], bad: BadFiles | None = None
+    ) -> None:
         self.paths = list(paths)
         self.labels = labels
         self.size = size

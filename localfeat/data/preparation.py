@@ -9,6 +9,7 @@ from localfeat.data import batched_transforms as batched
 from localfeat.data.mixing import mix
 from localfeat.data.randaugment import rand_augment
 from localfeat.utils.errors import UserError
+from localfeat.utils.sizes import sides
 
 AUGMENTATIONS = ("swin", "light", "none")
 SMALL_SIDE = 40  # px; up to this size "swin" pads and crops, as a random resized crop would leave too few pixels
@@ -20,13 +21,13 @@ class Preparation:
     Augmentations of training batches:
 
     - ``none``: resize and normalise only.
-    - ``light``: pad with zeros by an eighth of the side, crop randomly to the old size, flip; then as ``none``.
+    - ``light``: pad with zeros by an eighth of the shorter side, crop randomly to the old size, flip; then as ``none``.
     - ``swin``: the recipe of Swin (Liu et al. 2021, timm): random resized crop (``light``'s crop for sources of at most
       40 px), horizontal flip, RandAugment with 2 operations at magnitude 9 +- 0.5, normalise, random erasing with
       probability 0.25. RandAugment runs before small sources are resized, where it costs a fraction.
 
     Args:
-        image_size: side in pixels of the square result.
+        image_size: side in pixels of the result, or height and width.
         augmentation: one of the three names.
         horizontal_flip: whether to flip; off for classes that a mirror changes, such as digits.
         mixup, cutmix: parameters of the Beta distributions; 0 switches off. Labels become soft if either is on.
@@ -39,7 +40,7 @@ class Preparation:
 
     def __init__(
         self,
-        image_size: int,
+        image_size: int | Sequence[int],
         augmentation: str,
         horizontal_flip: bool,
         mixup: float,
@@ -49,14 +50,14 @@ class Preparation:
         std: Sequence[float],
     ) -> None:
         check_options(image_size, augmentation, mixup, cutmix, mean, std)
-        self.image_size, self.augmentation, self.horizontal_flip = image_size, augmentation, horizontal_flip
+        self.image_size, self.augmentation, self.horizontal_flip = sides(image_size), augmentation, horizontal_flip
         self.mixup, self.cutmix, self.num_classes = mixup, cutmix, num_classes
         self.mean, self.std = torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
         """Prepare a batch, see `ImageDataModule.prepare`."""
-        images = batched.centre_square(images.expand(-1, 3, -1, -1))
+        images = batched.centre(images.expand(-1, 3, -1, -1), self.image_size)
         with torch.autocast(images.device.type, enabled=False):
             images = self._augment(images) if training else images
             images = batched.normalise(batched.resize(images.float(), self.image_size), self.mean, self.std)
@@ -67,17 +68,17 @@ class Preparation:
         return images, labels
 
     def _augment(self, images: Tensor) -> Tensor:
-        """Augment uint8 (B, 3, h, h); return images in 0..255, of source or final size."""
+        """Augment uint8 (B, 3, h, w); return images in 0..255, of source or final size."""
         if self.augmentation == "none":
             return images
         flips = batched.draw_flips(len(images)) if self.horizontal_flip else None
-        side = images.shape[-1]
-        if self.augmentation == "light" or side <= SMALL_SIDE:
-            if side > self.image_size:  # crop at the smaller of the two sizes
+        height, width = images.shape[-2:]
+        if self.augmentation == "light" or min(height, width) <= SMALL_SIDE:
+            if height > self.image_size[0]:  # crop at the smaller of the two sizes
                 images = batched.resize(images.float(), self.image_size)
-            images = batched.padded_crop(images, max(1, images.shape[-1] // 8), flips)
+            images = batched.padded_crop(images, max(1, min(images.shape[-2:]) // 8), flips)
         else:
-            boxes = batched.draw_crops(len(images), side, side)
+            boxes = batched.draw_crops(len(images), height, width)
             images = batched.crop_and_resize(images.float(), boxes, self.image_size, flips)
         if self.augmentation == "swin":
             pixels = images if images.dtype == torch.uint8 else images.round().to(torch.uint8)
@@ -86,11 +87,15 @@ class Preparation:
 
 
 def check_options(
-    image_size: int, augmentation: str, mixup: float, cutmix: float, mean: Sequence[float], std: Sequence[float]
+    image_size: int | Sequence[int],
+    augmentation: str,
+    mixup: float,
+    cutmix: float,
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> None:
     """Raise ``UserError`` for values that `Preparation` does not accept."""
-    if image_size < 1:
-        raise UserError(f"image_size={image_size}: it must be at least 1 pixel")
+    sides(image_size)
     if augmentation not in AUGMENTATIONS:
         raise UserError(f"augmentation={augmentation}: it is one of {', '.join(AUGMENTATIONS)}")
     for name, value in (("mixup", mixup), ("cutmix", cutmix)):

@@ -1,6 +1,6 @@
 """Registry of data sources by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from localfeat.data import torchvision_sources
@@ -10,7 +10,7 @@ from localfeat.utils.errors import UserError
 
 
 def make_source(
-    name: str, root: str | Path, image_size: int, in_memory: bool | None, skip_bad_images: bool = False
+    name: str, root: str | Path, image_size: int | Sequence[int], in_memory: bool | None, skip_bad_images: bool = False
 ) -> Source:
     """Make the source called ``name`` with files below ``root``; the other arguments are for image folders only.
 

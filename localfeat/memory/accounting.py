@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from localfeat.backbones.bare import bare_tensors
-from localfeat.backbones.timm_models import channels_of, sides
+from localfeat.backbones.timm_models import channels_of
 from localfeat.learner.optimization import undecayed_parameters
 from localfeat.memory.emulation import AUTOCAST_DTYPES, Emulation, Precision, Target
 from localfeat.memory.step_watch import MemoryShares, StepMemory, StepWatch
 from localfeat.utils.errors import UserError
+from localfeat.utils.sizes import sides
 
 if TYPE_CHECKING:
     from localfeat.learner.module import Learner

@@ -90,7 +90,7 @@ class RunConfiguration(PlainSettings):
         super().__post_init__()
         for key in ("image_size", "batch_size", "seed"):
             own = self.dataset.values.get(key, getattr(self, key))
-            if own != getattr(self, key):
+            if (tuple(own) if isinstance(own, list) else own) != getattr(self, key):
                 raise UserError(f"dataset.{key}={own} differs from {key}={getattr(self, key)}: set only {key}")
         if self.method.contrasts:
             self._check_contrast()

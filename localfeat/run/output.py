@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from localfeat.utils.sizes import in_pixels
 from localfeat.utils.text import shown
 
 WIDTH = 80
@@ -46,10 +47,11 @@ def reader_may_leave() -> Iterator[None]:
 def intention(values: Mapping[str, Any]) -> str:
     """Return the line that says what a configuration will train, from its plain values."""
     network = values["backbone"]
-    at_this_size = (network.get("variants") or {}).get(values["image_size"], network.get("name"))
-    backbone = network.get("label") or at_this_size
+    size = values["image_size"]
+    variant = (network.get("variants") or {}).get(size) if isinstance(size, int) else None
+    backbone = network.get("label") or variant or network.get("name")
     method, dataset = values["method"].get("name"), values["dataset"].get("source")
-    return shown(f"{method} on {dataset}: {backbone} at {values['image_size']} px")
+    return shown(f"{method} on {dataset}: {backbone} at {in_pixels(size)}")
 
 
 def built(parameters: int, blocks: Sequence[int], images: int, device: str) -> str:

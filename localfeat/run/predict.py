@@ -13,6 +13,7 @@ from localfeat.run.command_line import one_line_errors, parse_arguments
 from localfeat.run.folder import RunFolder
 from localfeat.utils.errors import RunFailed, UserError
 from localfeat.utils.files import failing_in_one_line, not_a, whole_file
+from localfeat.utils.sizes import sides
 from localfeat.utils.text import shown
 
 USAGE = """
@@ -58,12 +59,12 @@ def predict(
         from localfeat.data.preparation import Preparation
 
         mean, std = normalisation_of(learner.backbone)
-        size = configuration.image_size
+        size = sides(configuration.image_size)
         prepare = Preparation(size, "none", False, 0.0, 0.0, len(classes), mean, std)
         count = 0
         for start in range(0, len(paths), batch_size):
             batch = paths[start : start + batch_size]
-            pixels, kept = read_images(batch, size, size, resize=True, bad=bad)
+            pixels, kept = read_images(batch, *size, resize=True, bad=bad)
             if not len(kept):
                 continue
             with torch.no_grad():

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from localfeat.run.construct import check_values, typed
 from localfeat.utils.errors import UserError
 from localfeat.utils.files import not_a
+from localfeat.utils.sizes import sides
 from localfeat.utils.text import shown
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -54,7 +55,7 @@ class BackboneSettings:
                     f"type backbone=timm backbone.name={self.name}"
                 )
 
-    def model_name(self, image_size: int) -> str:
+    def model_name(self, image_size: int | tuple[int, int]) -> str:
         """Return the name of the timm model for images of ``image_size`` pixels."""
         from localfeat.backbones.timm_models import model_name
 
@@ -195,7 +196,7 @@ class PlainSettings:
 
     Args:
         seed: the seed of weights, batches and validation split.
-        image_size: the side of the network's square input in pixels.
+        image_size: the side of the network's input in pixels, or height and width.
         batch_size: images per step.
         epochs: the number of epochs.
         trainer, callbacks: the configuration groups of the same name.
@@ -208,7 +209,7 @@ class PlainSettings:
     """
 
     seed: int
-    image_size: int
+    image_size: int | tuple[int, int]
     batch_size: int
     epochs: int
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
@@ -218,7 +219,8 @@ class PlainSettings:
     resume: str | None = None
 
     def __post_init__(self) -> None:
-        for key in ("image_size", "batch_size", "epochs"):
+        sides(self.image_size)
+        for key in ("batch_size", "epochs"):
             if getattr(self, key) < 1:
                 raise UserError(f"{key}={getattr(self, key)}: it must be at least 1")
         if not 0 <= self.seed < 2**32:

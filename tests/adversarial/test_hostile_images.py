@@ -191,7 +191,7 @@ def test_damaged_files_of_all_formats_are_read_or_named(tmp_path: Path) -> None:
             content[chance.randrange(min(60, len(content)))] = chance.choice([0, 255, 128, chance.randrange(256)])
         file.write_bytes(content)
         try:
-            pixels = read_image(file, 8)
+            pixels = read_image(file, (8, 8))
         except BadImage as error:
             named += 1
             assert str(error).isprintable() and str(file) in str(error)

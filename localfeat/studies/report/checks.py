@@ -11,7 +11,7 @@ NUMBER = (int, float)
 CONFIG: Kinds = {
     "seed": int,
     "batch_size": int,
-    "image_size": int,
+    "image_size": (int, list),
     "epochs": int,
     "dataset.source": str,
     "method.name": str,
@@ -57,8 +57,8 @@ def _fits(value: Any, kind: type | tuple[type, ...], key: str) -> bool:
     if value is None:
         return key in OPTIONAL
     if isinstance(value, list):  # numbers of blocks, names of classes, overrides
-        parts: type = int if key == "split" else str
-        return kind is list and all(isinstance(part, parts) for part in value)
+        parts: type = int if key in ("split", "image_size") else str
+        return list in (kind if isinstance(kind, tuple) else (kind,)) and all(isinstance(part, parts) for part in value)
     return isinstance(value, kind) and value == value  # NaN is not itself
 
 

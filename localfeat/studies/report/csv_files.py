@@ -11,6 +11,7 @@ from localfeat.studies.report.provenance import notes, provenance
 from localfeat.studies.report.rows import Row, Table
 from localfeat.studies.report.runs import Material, Run
 from localfeat.studies.report.words import command
+from localfeat.utils.sizes import as_size
 
 Line = dict[str, Any]
 
@@ -56,7 +57,7 @@ def _place(table: Table, row: Row) -> Line:
         "dataset": run.summary["dataset"],
         "split": table.split,
         "backbone": run.summary["backbone"],
-        "image_size": run.config["image_size"],
+        "image_size": as_size(run.config["image_size"]),
         "row": row.number,
         "label": row.label,
         "method": row.method,

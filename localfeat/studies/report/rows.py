@@ -23,6 +23,7 @@ from localfeat.studies.report.settings import (
     settings,
     varying,
 )
+from localfeat.utils.sizes import in_pixels
 
 NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "stl10": "STL-10", "svhn": "SVHN"}
 
@@ -229,7 +230,7 @@ def _title(row: Row) -> str:
     epochs = run.config["epochs"]
     parts = [
         NAMES.get(dataset, dataset.replace("image_folder ", "image folder ")),
-        f"{run.config['image_size']} px",
+        in_pixels(run.config["image_size"]),
         f"{epochs} epoch{'' if epochs == 1 else 's'}",
         f"{run.split} accuracy",
     ]

@@ -9,6 +9,7 @@ from torch import nn
 
 from localfeat.run.build import build_datamodule, build_model
 from localfeat.run.configuration import RunConfiguration
+from localfeat.utils.sizes import sides
 
 CPU_BATCH = 4
 STEPS = 3
@@ -23,11 +24,11 @@ def device_of(configuration: RunConfiguration) -> str:
 def images_per_second(configuration: RunConfiguration) -> float:
     """Return the speed of plain end-to-end training of the configuration's backbone here, from random weights."""
     device = device_of(configuration)
-    size, batch = configuration.image_size, configuration.batch_size if device == "cuda" else CPU_BATCH
+    batch = configuration.batch_size if device == "cuda" else CPU_BATCH
     classes = build_datamodule(configuration).num_classes
     model = build_model(configuration.without_initial_weights(), classes).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters())
-    images = torch.rand(batch, 3, size, size, device=device)
+    images = torch.rand(batch, 3, *sides(configuration.image_size), device=device)
     labels = torch.arange(batch, device=device) % classes
     mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(configuration.trainer.precision)
     times = [_step(model, optimizer, images, labels, mixed) for _ in range(1 + STEPS)]

@@ -15,11 +15,12 @@ from localfeat.backbones import decompose as decompose_module
 from localfeat.backbones.decompose import decompose
 from localfeat.backbones.layout import FeatureShape
 from localfeat.backbones.parts import Part
-from localfeat.backbones.timm_models import build_backbone, image_size_of, sides
+from localfeat.backbones.timm_models import build_backbone, image_size_of
 from localfeat.learner.assembly import build_local_modules
 from localfeat.methods.parts.decoders import OneLayerDecoder
 from localfeat.methods.registry import METHODS
 from localfeat.utils.errors import UserError
+from localfeat.utils.sizes import sides
 from tests.helpers.small import CLASSES, FAMILIES, IMAGE_SIZE, backbone, batch, disturbed, gradients
 
 DEPTHS = {name: [1, 1, 1, 1] for name in FAMILIES} | {"resnet": [2, 2, 2, 2]}

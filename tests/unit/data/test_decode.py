@@ -135,7 +135,7 @@ def test_pixels_without_a_range_are_refused(pixels: type, tmp_path: Path) -> Non
 def test_a_picture_of_one_line_needs_little_memory(tmp_path: Path) -> None:
     Image.new("RGB", (40_000, 1), (9, 9, 9)).save(tmp_path / "x.png")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert read_image(tmp_path / "x.png", 256).tolist() == np.full((256, 256, 3), 9).tolist()
+    assert read_image(tmp_path / "x.png", (256, 256)).tolist() == np.full((256, 256, 3), 9).tolist()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB
 
 
@@ -143,5 +143,5 @@ def test_the_centre_is_kept(tmp_path: Path) -> None:
     wide = np.zeros((10, 30, 3), np.uint8)
     wide[:, 10:20] = 200
     Image.fromarray(wide).save(tmp_path / "x.png")
-    assert read_image(tmp_path / "x.png", 5).tolist() == np.full((5, 5, 3), 200).tolist()
+    assert read_image(tmp_path / "x.png", (5, 5)).tolist() == np.full((5, 5, 3), 200).tolist()
     assert common_size([tmp_path / "x.png"]) == (10, 30)
