@@ -23,21 +23,21 @@ def pictures(count: int, height: int, width: int | None = None) -> Tensor:
     return torch.randint(0, 256, (count, 3, height, width or height), dtype=torch.uint8)
 
 
-def preparation(augmentation: str = "none", size: int = 16, **changes: object) -> Preparation:
+def preparation(augmentation: str = "none", size: int | tuple[int, int] = 16, **changes: object) -> Preparation:
     options = {"horizontal_flip": True, "mixup": 0.0, "cutmix": 0.0, "num_classes": 10}
     return Preparation(size, augmentation, **(options | changes), mean=[0.5] * 3, std=[0.25] * 3)  # type: ignore[arg-type]
 
 
 @settings(max_examples=30, deadline=None)
-@given(height=st.integers(1, 40), width=st.integers(1, 40), size=st.integers(1, 48))
-def test_resize_is_antialiased_bicubic(height: int, width: int, size: int) -> None:
+@given(height=st.integers(1, 40), width=st.integers(1, 40), size=st.tuples(st.integers(1, 48), st.integers(1, 48)))
+def test_resize_is_antialiased_bicubic(height: int, width: int, size: tuple[int, int]) -> None:
     images = pictures(2, height, width).float()
-    expected = reference.resize(images, [size, size], interpolation=BICUBIC, antialias=True).clamp(0, 255)
+    expected = reference.resize(images, list(size), interpolation=BICUBIC, antialias=True).clamp(0, 255)
     torch.testing.assert_close(batched.resize(images, size), expected, atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("size", [8, 16, 33])
-def test_crop_and_resize_of_each_image(size: int) -> None:
+@pytest.mark.parametrize("size", [(8, 8), (16, 20), (33, 16)])
+def test_crop_and_resize_of_each_image(size: tuple[int, int]) -> None:
     images = pictures(6, 24, 30).float()
     boxes = batched.draw_crops(6, 24, 30, scale=(0.05, 1.0))
     flips = torch.tensor([True, False] * 3)
@@ -45,7 +45,7 @@ def test_crop_and_resize_of_each_image(size: int) -> None:
     assert len({tuple(int(edge[i]) for edge in boxes) for i in range(6)}) == 6
     for i in range(6):
         box = [int(edge[i]) for edge in boxes]
-        expected = reference.resized_crop(images[i], *box, size=[size, size], interpolation=BICUBIC, antialias=True)
+        expected = reference.resized_crop(images[i], *box, size=list(size), interpolation=BICUBIC, antialias=True)
         expected = reference.horizontal_flip(expected) if flips[i] else expected
         torch.testing.assert_close(got[i], expected.clamp(0, 255), atol=2e-3, rtol=0)
 
@@ -105,6 +105,31 @@ def test_evaluation_only_resizes_and_normalises(augmentation: str) -> None:
     expected = reference.resize(square.float(), [16, 16], interpolation=BICUBIC, antialias=True).clamp(0, 255)
     torch.testing.assert_close(got, (expected / 255 - 0.5) / 0.25, atol=1e-4, rtol=0)
     assert same_labels is labels and torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("height", "width", "part"), [(20, 30, (20, 30)), (20, 40, (20, 30)), (40, 30, (20, 30))])
+def test_the_largest_central_part_of_the_network_s_aspect_is_taken(
+    height: int, width: int, part: tuple[int, int]
+) -> None:
+    images = pictures(2, height, width)
+    top, left = (height - part[0]) // 2, (width - part[1]) // 2
+    central = images[..., top : top + part[0], left : left + part[1]].float()
+    expected = reference.resize(central, [16, 24], interpolation=BICUBIC, antialias=True).clamp(0, 255)
+    got, _ = preparation(size=(16, 24))(images, torch.arange(2), training=False)
+    torch.testing.assert_close(got, (expected / 255 - 0.5) / 0.25, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("augmentation", ["light", "swin"])
+@pytest.mark.parametrize("source", [(20, 30), (60, 90)])
+def test_augmented_rectangles_have_the_network_s_size(augmentation: str, source: tuple[int, int]) -> None:
+    images, labels = pictures(8, *source), torch.arange(8)
+    got, _ = preparation(augmentation, size=(16, 24), cutmix=1.0)(images, labels, training=True)
+    assert got.shape == (8, 3, 16, 24) and got.isfinite().all()
+
+
+def test_crops_keep_the_image_s_aspect_on_average() -> None:
+    boxes = batched.draw_crops(4000, 40, 80)
+    assert float((boxes.width / boxes.height).log().mean().exp()) == pytest.approx(2, rel=0.03)
 
 
 def test_no_flip_when_switched_off() -> None:

@@ -64,6 +64,7 @@ def test_a_picture_is_turned_as_exif_says(orientation: int, suffix: str, tmp_pat
     assert image_size(tmp_path / f"x.{suffix}") == got.shape[:2] == (16, 32)
     inside = (slice(4, None, 8), slice(4, None, 8))  # away from edges, which JPEG blurs
     assert np.abs(got[inside].astype(int) - upright[inside]).max() < 40
+    np.testing.assert_array_equal(read_image(tmp_path / f"x.{suffix}", (16, 24)), got[:, 4:28])
 
 
 def test_damaged_exif_turns_nothing(tmp_path: Path) -> None:
