@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ class BackboneFile:
 
     architecture: str
     num_classes: int
-    img_size: int | None
+    img_size: int | tuple[int, int] | None
     arguments: dict[str, Any] = field(default_factory=dict)
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
@@ -39,7 +40,7 @@ def export_backbone(
     path: str | Path,
     *,
     architecture: str | None = None,
-    img_size: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
     arguments: Mapping[str, Any] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -50,7 +51,8 @@ def export_backbone(
         backbone: a model made by ``timm.create_model``, classifier included.
         path: the file to write; an existing one is replaced atomically.
         architecture: timm's name of the model; None to take it from the model.
-        img_size: the side of the training images in pixels; None to take it from the patch embedding, if any.
+        img_size: the side of the training images in pixels, or height and width, for models that are built for a
+            size; None to take it from the patch embedding, if any.
         arguments: further arguments given to ``timm.create_model``; they must be JSON values.
         mean: the channel means used to normalise; None to take them from the model.
         std: the channel standard deviations, likewise.
@@ -72,10 +74,18 @@ def export_backbone(
     return file
 
 
-def own_img_size(backbone: nn.Module) -> int | None:
-    """Return the image side that the patch embedding was built for; None for models that take any size."""
+def own_img_size(backbone: nn.Module) -> int | tuple[int, int] | None:
+    """Return the image size that the patch embedding was built for; None for models that take any size."""
     size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
-    return int(size[0]) if size else None
+    if not size:
+        return None
+    height, width = map(int, size)
+    return height if height == width else (height, width)
+
+
+def built_for_a_size(backbone: nn.Module) -> bool:
+    """Return whether timm builds models of this class for an image size."""
+    return "img_size" in inspect.signature(type(backbone).__init__).parameters
 
 
 def separate_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

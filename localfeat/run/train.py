@@ -26,7 +26,7 @@ from localfeat.run.checkpoints.callbacks import BestCheckpoint
 from localfeat.run.checkpoints.files import WholeCheckpointIO, read_checkpoint, remove_previous
 from localfeat.run.configuration import RunConfiguration
 from localfeat.run.console import final_table
-from localfeat.run.export import export_backbone
+from localfeat.run.export import built_for_a_size, export_backbone
 from localfeat.run.figures import learning_curves, reconstruction_grid
 from localfeat.run.folder import RunFolder
 from localfeat.run.output import built, tell
@@ -254,7 +254,8 @@ def _write(
     """Write the run's files, print the final table, and send both to W&B; return the summary."""
     learner.eval()
     with failing_in_one_line(folder.weights):
-        export_backbone(learner.backbone, folder.weights, arguments=configuration.backbone.arguments)
+        size = configuration.image_size if built_for_a_size(learner.backbone) else None
+        export_backbone(learner.backbone, folder.weights, img_size=size, arguments=configuration.backbone.arguments)
     images = {"learning_curves": folder.path / "learning_curves.png"}
     title = str(_names(configuration, folder)["name"])
     learning_curves(folder.metrics, images["learning_curves"], title=title)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from localfeat import Learner
+from localfeat.backbones.split import Split
 from localfeat.run.weights import load_backbone_weights
 from localfeat.utils.errors import UserError
 from tests.unit.run.test_export import micro_swin
@@ -103,10 +104,10 @@ def test_position_tables_are_resampled_as_timm_does(tmp_path: Path) -> None:
     assert same(model, expected.state_dict())
 
 
-@pytest.mark.parametrize("split", [1, 2])
-def test_a_run_s_own_checkpoint_is_loaded(split: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", [1, 2, Split(2, downsample="previous")], ids=str)
+def test_a_run_s_own_checkpoint_is_loaded(split: int | Split, tmp_path: Path) -> None:
     source = micro_swin(seed=1)
-    learner = Learner(source, "feature_recon" if split > 1 else "e2e", split)
+    learner = Learner(source, "e2e" if split == 1 else "feature_recon", split)
     torch.save({"state_dict": learner.state_dict(), "epoch": 1}, tmp_path / "best.ckpt")
     model = micro_swin(100, seed=2)
     notes = load_backbone_weights(model, tmp_path / "best.ckpt", reset_classifier=True)
