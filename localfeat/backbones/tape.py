@@ -124,7 +124,8 @@ def record(model: nn.Module, followed: Iterable[str], image: tuple[int, int, int
     except Untraceable:
         raise
     except Exception:  # what needs real values: a true error is raised by them, too
-        return _record(copy.deepcopy(model), followed, image)
+        with torch.random.fork_rng(devices=[]):
+            return _record(copy.deepcopy(model), followed, image)
 
 
 def _record(model: nn.Module, followed: set[str], image: tuple[int, int, int]) -> dict[bool, Tape]:
