@@ -145,7 +145,7 @@ def _step_memory(network: Network, case: Case, precision: Precision) -> StepMemo
         image_size=network.image_size,
         target="cuda",
         precision=precision,
-        source_shape=(side, side),
+        source=torch.empty(3, side, side, dtype=torch.uint8, device="meta"),
         accumulate=case.accumulate,
     )
 

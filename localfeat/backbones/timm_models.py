@@ -21,6 +21,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
 
+from localfeat.utils.channels import per_channel
 from localfeat.utils.errors import UserError
 from localfeat.utils.sizes import as_size, sides
 from localfeat.utils.text import meant
@@ -31,6 +32,7 @@ def build_backbone(
     num_classes: int,
     *,
     image_size: int | Sequence[int] | None = None,
+    in_chans: int = 3,
     variants: Mapping[int, str] | None = None,
     pretrained: bool = False,
     drop_path_rate: float | None = None,
@@ -42,6 +44,7 @@ def build_backbone(
         name: a timm model name, e.g. ``swin_tiny_patch4_window7_224``.
         num_classes: number of the classifier's outputs.
         image_size: side of the input in pixels, or height and width; ``None`` keeps the model's default.
+        in_chans: channels of the images; pretrained weights are adapted as timm does.
         variants: image size -> the timm model to use instead of ``name`` at that size.
         pretrained: whether to download timm's ImageNet weights (the classifier is new if its size differs).
         drop_path_rate: rate of stochastic depth; ``None`` keeps the model's default.
@@ -56,6 +59,8 @@ def build_backbone(
     if drop_path_rate is not None and not 0 <= drop_path_rate < 1:
         raise UserError(f"backbone.drop_path_rate={drop_path_rate}: it must lie in [0, 1)")
     options: dict[str, Any] = {**(arguments or {}), "num_classes": num_classes}
+    if in_chans != 3:
+        options["in_chans"] = in_chans
     if drop_path_rate is not None:
         options["drop_path_rate"] = drop_path_rate
     try:
@@ -230,12 +235,21 @@ def normalisation_of(backbone: nn.Module, channels: int = 3) -> tuple[tuple[floa
 
     With other than three channels each gets the averages, as the pretrained weights know nothing of them.
     """
-    config = _pretrained_config(backbone)
-    found = tuple(config.get("mean", IMAGENET_MEAN)), tuple(config.get("std", IMAGENET_STD))
-    if channels == len(found[0]):
-        return found
-    mean, std = (sum(values) / len(values) for values in found)
-    return (mean,) * channels, (std,) * channels
+    return _normalisation(_pretrained_config(backbone), channels)
+
+
+def normalisation_of_model(
+    name: str, channels: int = 3, arguments: Mapping[str, Any] | None = None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return `normalisation_of` of the timm model that is built by this name and arguments."""
+    known = timm.get_pretrained_cfg(name)
+    overlay = (arguments or {}).get("pretrained_cfg_overlay") or {}
+    return _normalisation({**(known.to_dict() if known else {}), **overlay}, channels)
+
+
+def _normalisation(config: Mapping[str, Any], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    mean, std = config.get("mean") or IMAGENET_MEAN, config.get("std") or IMAGENET_STD
+    return per_channel(mean, channels), per_channel(std, channels)
 
 
 def _pretrained_config(backbone: nn.Module) -> dict[str, Any]:

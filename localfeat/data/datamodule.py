@@ -10,9 +10,11 @@ from timm.data.constants import IMAGENET_DEFAULT_STD as IMAGENET_STD
 from torch import Tensor
 
 from localfeat.data.labelled import Batch, BatchLoader, LabelledImages, batch_loader
+from localfeat.data.pixels import Pixels
 from localfeat.data.preparation import Preparation, check_options
 from localfeat.data.registry import make_source
 from localfeat.data.sampling import EpochBatches, stratified_split
+from localfeat.utils.channels import per_channel
 from localfeat.utils.errors import UserError
 
 _ORDER = ("seed", "batch_size", "val_fraction")  # what the order of training batches depends on
@@ -47,7 +49,7 @@ class StageLoader:
 
 
 class ImageDataModule(lightning.LightningDataModule):
-    """Images of one source as uint8 batches, and `prepare`, which turns them into network inputs on the device.
+    """Batches of one source's images, and `prepare`, which turns them into network inputs on the device.
 
     Training batches are shuffled by a permutation that depends only on ``seed`` and epoch; an incomplete last batch is
     dropped. Evaluation batches come in fixed order and nothing is dropped. The test split is read only when a test
@@ -60,7 +62,7 @@ class ImageDataModule(lightning.LightningDataModule):
         image_size: side in pixels of the images that `prepare` returns, or height and width.
         batch_size: training images per batch and process.
         eval_batch_size: images per evaluation batch; None means ``batch_size``.
-        augmentation, horizontal_flip, mixup, cutmix, mean, std: see `Preparation`.
+        augmentation, horizontal_flip, mixup, cutmix: see `Preparation`.
         val_fraction: share of the training images held out for validation, stratified, drawn with ``seed``; 0 means
             no validation. An image folder's own val folder takes precedence.
         seed: seed of the validation split and of the order of training batches.
@@ -69,6 +71,11 @@ class ImageDataModule(lightning.LightningDataModule):
             which is faster.
         in_memory: image_folder only: whether to hold the images in memory; None decides by size, see `ImageFolder`.
         skip_bad_images: image_folder only: whether to leave out files that cannot be decoded, see `ImageFolder`.
+        in_chans: channels of the images that `prepare` returns; RGB sources give 3, or 1 in grey, an image folder any
+            number that its files have.
+        value_range: image_folder only: the values in ``.npy`` and TIFF files that are black and white, see `Pixels`.
+        mean, std: normalisation of pixels in [0, 1], a value per channel; None takes ImageNet's, for other than three
+            channels their averages.
 
     Raises:
         UserError: values out of range at construction; missing files in `prepare_data`.
@@ -93,17 +100,24 @@ class ImageDataModule(lightning.LightningDataModule):
         num_workers: int = 0,
         in_memory: bool | None = None,
         skip_bad_images: bool = False,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
+        in_chans: int = 3,
+        value_range: Sequence[float] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        pixels = Pixels(in_chans, value_range)
+        mean = per_channel(IMAGENET_MEAN, in_chans) if mean is None else mean
+        std = per_channel(IMAGENET_STD, in_chans) if std is None else std
+        if not len(mean) == len(std) == in_chans:
+            raise UserError(f"mean={list(mean)}, std={list(std)}: in_chans={in_chans} needs a value per channel")
         check_options(image_size, augmentation, mixup, cutmix, mean, std)
         _check_loading(batch_size, eval_batch_size, val_fraction, num_workers)
         self.download, self.batch_size, self.eval_batch_size = download, batch_size, eval_batch_size
         self.val_fraction, self.seed, self.num_workers = val_fraction, seed, num_workers
         self.shuffle = shuffle
-        self.source = make_source(source, root, image_size, in_memory, skip_bad_images)
+        self.source = make_source(source, root, image_size, in_memory, skip_bad_images, pixels)
         self.num_classes = self.source.num_classes
         if (count := self.source.size("train")) is not None:
             held_out = 0 if self.source.has_validation() else round(count * val_fraction)
@@ -135,13 +149,14 @@ class ImageDataModule(lightning.LightningDataModule):
         Random parameters come from the global CPU generator, one set per image.
 
         Args:
-            images: uint8 (B, 3 or 1, h, w) on the device; the largest central part with the aspect of
+            images: pixels (B, C, h, w) in 0..255 on the device, C as in the network's images, 1, or 3 for a
+                network of one channel; the largest central part with the aspect of
                 ``image_size`` is used.
             labels: (B,) int64.
             training: whether to augment and mix as configured; otherwise only resize and normalise.
 
         Returns:
-            float32 (B, 3, height, width), normalised, and the labels: (B,) int64, or float32
+            float32 (B, in_chans, height, width), normalised, and the labels: (B,) int64, or float32
             (B, num_classes) when training with mixup or cutmix.
         """
         return self._preparation(images, labels, training=training)

@@ -1,4 +1,4 @@
-"""Decode image files to uint8 RGB arrays; every bad file ends in one line that names it."""
+"""Decode image files to arrays of pixels; every bad file ends in one line that names it."""
 
 import errno
 import os
@@ -30,14 +30,17 @@ from PIL import (  # noqa: F401
 )
 from torch import Tensor
 
+from localfeat.data import arrays
 from localfeat.data.bad_files import BadFiles, BadImage
-from localfeat.utils.errors import RunFailed
+from localfeat.data.batched_transforms import centre, resize
+from localfeat.data.pixels import RGB, Pixels
+from localfeat.utils.errors import RunFailed, UserError
 from localfeat.utils.sizes import central_part
 from localfeat.utils.text import shown
 
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".mpo", ".bmp", ".dib", ".webp", ".gif"}
-    | {".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
+    | {".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".npy"}
 )
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
 """Formats that a file with one of these suffixes may have; JPEG includes MPO. PIL goes by content: it would hand an EPS
@@ -56,69 +59,100 @@ _CHUNK = 256
 _Result = TypeVar("_Result")
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Decode ``path`` to a writable uint8 RGB array (H, W, 3), the picture that an image viewer shows.
+def read_image(path: Path, size: tuple[int, int] | None = None, pixels: Pixels = RGB) -> np.ndarray:
+    """Decode ``path`` to a writable array (H, W, C) of ``pixels.dtype``, the picture that an image viewer shows.
 
     With ``size`` (height, width) the largest central part of that aspect is kept and resized to it (bicubic,
     antialiased). The picture is turned as its EXIF orientation says, transparency is composed onto white
-    (``BEHIND_TRANSPARENCY``), of 12- and 16-bit pixels the upper 8 bits are kept. Animations give their first frame;
-    colour profiles are not applied.
+    (``BEHIND_TRANSPARENCY``), of 12- and 16-bit pixels the upper 8 bits are kept, grey is ITU-R 601-2 luma. Animations
+    give their first frame; colour profiles are not applied. For ``.npy`` files and TIFF files with other than one or
+    three channels, or with a ``value_range``, see `arrays.read_array`.
 
     Raises:
-        BadImage: none of the ``FORMATS``, damaged, truncated, more than ``MAX_PIXELS``, pixels without a known range
-            (floating-point, signed and 32-bit TIFF), or not a regular file.
+        BadImage: none of the ``FORMATS``, damaged, truncated, more than ``MAX_PIXELS``, pixels without a known range,
+            another number of channels, or not a regular file.
         RunFailed: the system cannot read the file: missing, forbidden, a failing disk.
+        UserError: the file needs a package that is not installed.
     """
+    if arrays.holds_array(path, pixels):
+        return _read_array(path, size, pixels)
     with _opened(path) as file:
+        if pixels.channels not in (1, 3):
+            raise ValueError(f"in_chans={pixels.channels} needs .npy or TIFF files")
         orientation = _orientation(file)
         turned, swapped = orientation > 1, orientation > 4
         stored = size if size is None or not swapped else size[::-1]
         image = file if stored is None else _centre(file, stored)  # first, as turning and composing copy all pixels
         image = _to_rgb(ImageOps.exif_transpose(image) if turned else image, file)
+        if pixels.channels == 1:
+            image = image.convert("L")
         if size is not None and image.size != size[::-1]:
             image = image.resize(size[::-1], Image.Resampling.BICUBIC)
-        return np.array(image)
+        decoded = np.array(image).reshape(image.height, image.width, pixels.channels)
+        return decoded if pixels.dtype == torch.uint8 else decoded.astype(np.float32)
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def _read_array(path: Path, size: tuple[int, int] | None, pixels: Pixels) -> np.ndarray:
+    with _naming(path), _regular_file(path) as file:
+        values = pixels.of(arrays.read_array(file, path, pixels.channels))
+    if size is None or values.shape[:2] == size:
+        return values
+    part = centre(torch.from_numpy(values).permute(2, 0, 1)[None], size)
+    resized = resize(part.float(), size)[0].permute(1, 2, 0)
+    return (resized.round() if pixels.dtype == torch.uint8 else resized).to(pixels.dtype).numpy()
+
+
+def image_size(path: Path, pixels: Pixels = RGB) -> tuple[int, int]:
     """Return (height, width) of what `read_image` gives, from the file's header; raise as it does."""
+    if arrays.holds_array(path, pixels):
+        with _naming(path), _regular_file(path) as opened:
+            return arrays.array_size(opened, path, pixels.channels)
     with _opened(path) as file:
         return (file.width, file.height) if _orientation(file) > 4 else (file.height, file.width)
 
 
-def common_size(paths: Sequence[Path], skip_bad: bool = False) -> tuple[int, int] | None:
+def common_size(paths: Sequence[Path], skip_bad: bool = False, pixels: Pixels = RGB) -> tuple[int, int] | None:
     """Return the (height, width) that all files share, or None if they differ.
 
     With ``skip_bad``, ignore files whose header cannot be read.
     """
-    found = _in_threads(_keeping_errors(image_size) if skip_bad else image_size, paths)
+
+    def size(path: Path) -> tuple[int, int]:
+        return image_size(path, pixels)
+
+    found = _in_threads(_keeping_errors(size) if skip_bad else size, paths)
     sizes = {size for size in found if not isinstance(size, BadImage)}
     return sizes.pop() if len(sizes) == 1 else None
 
 
 def read_images(
-    paths: Sequence[Path], height: int, width: int, resize: bool, bad: BadFiles | None = None
+    paths: Sequence[Path],
+    size: tuple[int, int],
+    pixels: Pixels = RGB,
+    *,
+    resized: bool,
+    bad: BadFiles | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Read files into one uint8 tensor (M, 3, height, width), and return it with their positions (M,) in ``paths``.
+    """Read files into one tensor (M, C, height, width), and return it with their positions (M,) in ``paths``.
 
-    With ``resize`` each is cut and resized, see `read_image`; otherwise each must already have that size. Files that
+    With ``resized`` each is cut and resized, see `read_image`; otherwise each must already have that size. Files that
     cannot be decoded are left out and reported by ``bad``; without ``bad`` the first of them is an error.
     """
 
     def decoded(path: Path) -> np.ndarray:
-        pixels = read_image(path, (height, width) if resize else None)
-        if pixels.shape != (height, width, 3):
-            raise BadImage(f"{shown(path)} has {pixels.shape[1]} x {pixels.shape[0]} pixels, unlike its header")
-        return pixels
+        image = read_image(path, size if resized else None, pixels)
+        if image.shape[:2] != size:
+            raise BadImage(f"{shown(path)} has {image.shape[1]} x {image.shape[0]} pixels, unlike its header")
+        return image
 
-    images = torch.empty(len(paths), 3, height, width, dtype=torch.uint8)
+    images = torch.empty(len(paths), pixels.channels, *size, dtype=pixels.dtype)
     kept: list[int] = []
-    for index, pixels in enumerate(_in_threads(_keeping_errors(decoded) if bad else decoded, paths)):
-        if isinstance(pixels, np.ndarray):
-            images[len(kept)] = torch.from_numpy(pixels).permute(2, 0, 1)
+    for index, image in enumerate(_in_threads(_keeping_errors(decoded) if bad else decoded, paths)):
+        if isinstance(image, np.ndarray):
+            images[len(kept)] = torch.from_numpy(image).permute(2, 0, 1)
             kept.append(index)
         elif bad is not None:
-            bad.leave_out(pixels)
+            bad.leave_out(image)
     return images[: len(kept)], torch.tensor(kept, dtype=torch.int64)
 
 
@@ -204,12 +238,20 @@ def _centre(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """Open the image in ``path`` and check its header, without decoding its pixels; errors name the file."""
+    # PIL does not map a file object into memory: a mapped file truncated meanwhile would kill the process.
+    with _naming(path), _regular_file(path) as file, Image.open(file, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError
+        yield image
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn every error of a decoder into one line that names the file."""
     try:
-        # PIL does not map a file object into memory: a mapped file truncated meanwhile would kill the process.
-        with _regular_file(path) as file, Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            yield image
+        yield
+    except UserError:
+        raise
     except MemoryError as error:
         raise RunFailed(f"{shown(path)} cannot be decoded: memory has run out") from error
     except UnidentifiedImageError as error:

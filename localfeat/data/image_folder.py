@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from localfeat.data.bad_files import BadFiles
 from localfeat.data.decode import IMAGE_SUFFIXES, common_size, read_images
 from localfeat.data.files import holds, image_paths, made_by_a_system, tell_others
 from localfeat.data.labelled import FileImages, LabelledImages, TensorImages, no_sound_image
+from localfeat.data.pixels import RGB, Pixels
 from localfeat.utils.errors import UserError
 from localfeat.utils.files import not_a
 from localfeat.utils.sizes import sides
@@ -43,6 +45,7 @@ class ImageFolder:
         image_size: side in pixels of the network's input, or height and width.
         in_memory: whether to hold the images in memory; None decides by size.
         skip_bad: whether to leave bad files out instead of ending with an error.
+        pixels: what the files' pixels become.
 
     Raises:
         UserError: missing train or test folders, an empty class folder, a single class, splits with different
@@ -50,9 +53,14 @@ class ImageFolder:
     """
 
     def __init__(
-        self, root: Path, image_size: int | Sequence[int], in_memory: bool | None = None, skip_bad: bool = False
+        self,
+        root: Path,
+        image_size: int | Sequence[int],
+        in_memory: bool | None = None,
+        skip_bad: bool = False,
+        pixels: Pixels = RGB,
     ) -> None:
-        self.root = root
+        self.root, self.pixels = root, pixels
         height, width = sides(image_size)
         self.store_size = round(height * 8 / 7), round(width * 8 / 7)
         self._wanted_in_memory = in_memory
@@ -78,10 +86,13 @@ class ImageFolder:
         return self._in_memory
 
     @property
-    def image_shape(self) -> tuple[int, int]:
-        """Height and width of the images as they are loaded; the first access reads every file's header."""
+    def example(self) -> Tensor:
+        """One image as it is loaded (C, h, w), without data; the first access reads every file's header."""
         self._decide()
-        return self._native if self._in_memory and self._native else self.store_size
+        return self._image(self._native if self._in_memory and self._native else self.store_size)
+
+    def _image(self, size: tuple[int, int]) -> Tensor:
+        return torch.empty(self.pixels.channels, *size, dtype=self.pixels.dtype, device="meta")
 
     def prepare(self, download: bool) -> None:
         """Do nothing: the files were found at construction."""
@@ -101,9 +112,9 @@ class ImageFolder:
         labels = torch.cat([torch.full((len(members),), label) for label, members in enumerate(classes)])
         bad = self._bad[split]
         if not self.in_memory:
-            return FileImages(paths, labels, self.store_size, bad)
-        height, width = self._native or self.store_size
-        images, kept = read_images(paths, height, width, resize=self._native is None, bad=bad)
+            return FileImages(paths, labels, self.store_size, bad, self.pixels)
+        size = self._native or self.store_size
+        images, kept = read_images(paths, size, self.pixels, resized=self._native is None, bad=bad)
         for members, count in zip(classes, torch.bincount(labels[kept], minlength=len(classes)), strict=True):
             if count == 0:
                 raise UserError(no_sound_image(members[0], len(members)))
@@ -114,10 +125,11 @@ class ImageFolder:
         if self._decided:
             return
         paths = [path for classes in self._files.values() for members in classes.values() for path in members]
-        self._native = None if self._wanted_in_memory is False else common_size(paths, self._bad["train"] is not None)
-        if self._native and not self._wanted_in_memory and not _fits(len(paths), *self._native):
+        skips = self._bad["train"] is not None
+        self._native = None if self._wanted_in_memory is False else common_size(paths, skips, self.pixels)
+        if self._native and not self._wanted_in_memory and not _fits(len(paths) * self._image(self._native).nbytes):
             self._native = None
-        fits = _fits(len(paths), *(self._native or self.store_size))
+        fits = _fits(len(paths) * self._image(self._native or self.store_size).nbytes)
         self._in_memory = fits if self._wanted_in_memory is None else self._wanted_in_memory
         self._decided = True
 
@@ -191,6 +203,6 @@ def _check_classes(root: Path, files: dict[str, dict[str, list[Path]]]) -> None:
         raise UserError(f"image_folder: {where} has one class, {next(iter(train))}; a classifier needs two or more")
 
 
-def _fits(count: int, height: int, width: int) -> bool:
+def _fits(size: int) -> bool:
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return count * height * width * 3 <= min(MEMORY_LIMIT, machine // 2)
+    return size <= min(MEMORY_LIMIT, machine // 2)

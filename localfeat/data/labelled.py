@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from localfeat.data.bad_files import BadFiles, BadImage
 from localfeat.data.decode import read_image
+from localfeat.data.pixels import RGB, Pixels
 from localfeat.utils.errors import RunFailed, UserError
 from localfeat.utils.text import shown
 
@@ -29,7 +30,7 @@ class LabelledImages(Dataset[Batch]):
         return len(self.labels)
 
     def fetch(self, indices: Tensor) -> Batch:
-        """Return the images (B, 3, h, w) uint8 and labels (B,) int64 at ``indices`` (B,) int64."""
+        """Return the images (B, C, h, w) and labels (B,) int64 at ``indices`` (B,) int64."""
         raise NotImplementedError
 
     def subset(self, indices: Tensor) -> "LabelledImages":
@@ -52,7 +53,7 @@ class LabelledImages(Dataset[Batch]):
 
 
 class TensorImages(LabelledImages):
-    """All images as one uint8 tensor (N, 3, h, w); a batch is one indexing operation."""
+    """All images as one tensor (N, C, h, w); a batch is one indexing operation."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images = images
@@ -75,26 +76,32 @@ class FileImages(LabelledImages):
     """
 
     def __init__(
-        self, paths: Sequence[Path], labels: Tensor, size: tuple[int, int], bad: BadFiles | None = None
+        self,
+        paths: Sequence[Path],
+        labels: Tensor,
+        size: tuple[int, int],
+        bad: BadFiles | None = None,
+        pixels: Pixels = RGB,
     ) -> None:
         self.paths = list(paths)
         self.labels = labels
         self.size = size
         self.bad = bad
+        self.pixels = pixels
         self._sound: set[int] = set()  # classes with at least one file that could be decoded
 
     def fetch(self, indices: Tensor) -> Batch:
         images, kept = [], []
         for index in indices.tolist():
             try:
-                pixels = read_image(self.paths[index], self.size)
+                image = read_image(self.paths[index], self.size, self.pixels)
             except BadImage as error:
                 if self.bad is None:
                     raise
                 self._check_class(index)
                 self.bad.leave_out(error)
             else:
-                images.append(torch.from_numpy(pixels))
+                images.append(torch.from_numpy(image))
                 kept.append(index)
         if not images:
             example = shown(self.paths[int(indices[0])])
@@ -107,7 +114,7 @@ class FileImages(LabelledImages):
         if label in self._sound:
             return
         members = (self.labels == label).nonzero()[:, 0].tolist()
-        if not any(_is_sound(self.paths[index]) for index in members):
+        if not any(_is_sound(self.paths[index], self.pixels) for index in members):
             raise UserError(no_sound_image(self.paths[bad], len(members)))
         self._sound.add(label)
 
@@ -117,9 +124,9 @@ def no_sound_image(path: Path, count: int) -> str:
     return f"none of the {count} images of the class of {shown(path)} can be decoded; replace them or delete the class"
 
 
-def _is_sound(path: Path) -> bool:
+def _is_sound(path: Path, pixels: Pixels) -> bool:
     try:
-        read_image(path)
+        read_image(path, pixels=pixels)
     except BadImage:
         return False
     return True

@@ -1,4 +1,4 @@
-"""Turn uint8 batches into network inputs: augment, resize, normalise, mix; all on the batch's device."""
+"""Turn batches of images in 0..255 into network inputs: augment, resize, normalise, mix; all on the batch's device."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ SMALL_SIDE = 40  # px; up to this size "swin" pads and crops, as a random resize
 
 
 class Preparation:
-    """Callable that turns uint8 images into normalised float images, with fresh random parameters for each image.
+    """Callable that turns images in 0..255 into normalised float images, with fresh random parameters for each image.
 
     Augmentations of training batches:
 
@@ -24,7 +24,10 @@ class Preparation:
     - ``light``: pad with zeros by an eighth of the shorter side, crop randomly to the old size, flip; then as ``none``.
     - ``swin``: the recipe of Swin (Liu et al. 2021, timm): random resized crop (``light``'s crop for sources of at most
       40 px), horizontal flip, RandAugment with 2 operations at magnitude 9 +- 0.5, normalise, random erasing with
-      probability 0.25. RandAugment runs before small sources are resized, where it costs a fraction.
+      probability 0.25. RandAugment runs before small sources are resized, where it costs a fraction, and rounds pixels
+      to 8 bits.
+
+    Grey images are repeated for networks of more channels; RGB images become grey (ITU-R 601-2 luma) for those of one.
 
     Args:
         image_size: side in pixels of the result, or height and width.
@@ -32,7 +35,7 @@ class Preparation:
         horizontal_flip: whether to flip; off for classes that a mirror changes, such as digits.
         mixup, cutmix: parameters of the Beta distributions; 0 switches off. Labels become soft if either is on.
         num_classes: width of soft labels.
-        mean, std: three channel values for pixels in 0..1.
+        mean, std: one value for each channel of the network's images, for pixels in 0..1.
 
     Raises:
         UserError: values out of range.
@@ -57,7 +60,7 @@ class Preparation:
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
         """Prepare a batch, see `ImageDataModule.prepare`."""
-        images = batched.centre(images.expand(-1, 3, -1, -1), self.image_size)
+        images = batched.centre(with_channels(images, len(self.mean)), self.image_size)
         with torch.autocast(images.device.type, enabled=False):
             images = self._augment(images) if training else images
             images = batched.normalise(batched.resize(images.float(), self.image_size), self.mean, self.std)
@@ -68,7 +71,7 @@ class Preparation:
         return images, labels
 
     def _augment(self, images: Tensor) -> Tensor:
-        """Augment uint8 (B, 3, h, w); return images in 0..255, of source or final size."""
+        """Augment (B, C, h, w); return images in 0..255, of source or final size."""
         if self.augmentation == "none":
             return images
         flips = batched.draw_flips(len(images)) if self.horizontal_flip else None
@@ -101,5 +104,24 @@ def check_options(
     for name, value in (("mixup", mixup), ("cutmix", cutmix)):
         if not 0 <= value < float("inf"):
             raise UserError(f"{name}={value}: the parameter of its Beta distribution must be 0 (off) or positive")
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise UserError(f"mean={list(mean)}, std={list(std)}: each needs three values, and std must be above 0")
+    if not mean or len(mean) != len(std) or min(std) <= 0:
+        raise UserError(f"mean={list(mean)}, std={list(std)}: each needs a value per channel, and std must be above 0")
+
+
+def with_channels(images: Tensor, channels: int) -> Tensor:
+    """Return images (B, C, h, w) with so many channels: as they are, one repeated, or three as grey.
+
+    Raises:
+        UserError: any other number.
+    """
+    has = images.shape[1]
+    if has == channels:
+        return images
+    if has == 1:
+        return images.expand(-1, channels, -1, -1)
+    if has == 3 and channels == 1:
+        luma = (images.int() * torch.tensor([19595, 38470, 7471], device=images.device)[:, None, None]).sum(
+            1, keepdim=True
+        )
+        return ((luma + 2**15) >> 16).to(images.dtype)  # as PIL
+    raise UserError(f"in_chans={channels}: these images have {has} channels")

@@ -28,8 +28,8 @@ def rand_augment(
     """Apply ``num_ops`` random operations, one after the other.
 
     Args:
-        images: (B, 3, H, W) uint8.
-        fill: values 0..255 of the three channels for pixels that come from outside the image.
+        images: (B, C, H, W) uint8.
+        fill: values 0..255 of the channels for pixels that come from outside the image.
         num_ops: operations per image, drawn with replacement.
         magnitude, std: mean and standard deviation of the normal distribution of levels, which are clamped to 0..10.
         probability: chance that a drawn operation is applied at all.
@@ -58,7 +58,7 @@ def _apply_by_group(images: Tensor, choice: Tensor, drawn: Tensor, fill: Tensor)
     return torch.empty_like(images).index_copy_(0, back, torch.cat([*changed, groups[-1]]))
 
 
-# ---- operations: uint8 (n, 3, H, W), one magnitude per image (n,), fill (3,) -> uint8 (n, 3, H, W)
+# ---- operations: uint8 (n, C, H, W), one magnitude per image (n,), fill (C,) -> uint8 (n, C, H, W)
 
 
 def auto_contrast(images: Tensor, _: Tensor, fill: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def auto_contrast(images: Tensor, _: Tensor, fill: Tensor) -> Tensor:
 
 def equalize(images: Tensor, _: Tensor, fill: Tensor) -> Tensor:
     """Flatten each channel's histogram with PIL's rounding."""
-    flat = images.flatten(2).long()  # (n, 3, H * W)
+    flat = images.flatten(2).long()  # (n, C, H * W)
     histogram = torch.zeros(*flat.shape[:2], 256, dtype=torch.int64, device=images.device)
     histogram.scatter_add_(2, flat, torch.ones_like(flat))
     cumulative = histogram.cumsum(2)
@@ -126,7 +126,7 @@ def sharpness(images: Tensor, factor: Tensor, fill: Tensor) -> Tensor:
     x = images.float()
     kernel = torch.ones(3, 3, device=images.device)
     kernel[1, 1] = 5
-    inner = F.conv2d(x, (kernel / 13).expand(3, 1, 3, 3), groups=3).round()
+    inner = F.conv2d(x, (kernel / 13).expand(x.shape[1], 1, 3, 3), groups=x.shape[1]).round()
     smooth = x.clone()
     smooth[..., 1:-1, 1:-1] = inner
     return _blend(smooth, images, factor)
@@ -170,18 +170,20 @@ def _blend(other: Tensor, images: Tensor, factor: Tensor) -> Tensor:
 
 
 def _grey(images: Tensor) -> Tensor:
-    """Return the luma (ITU-R 601-2) as (n, 1, H, W) float, rounded down to whole numbers."""
-    weights = torch.tensor([0.2989, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)
-    return (images * weights).sum(1, keepdim=True).floor()
+    """Return the luma of RGB images, else the mean channel, as (n, 1, H, W) float in whole numbers."""
+    if images.shape[1] == 3:
+        weights = torch.tensor([0.2989, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)
+        return (images * weights).sum(1, keepdim=True).floor()
+    return images.float().mean(1, keepdim=True).round()
 
 
 def _affine(images: Tensor, matrix: list[Tensor], fill: Tensor) -> Tensor:
     """Sample bilinearly at x' = a x + b y + c, y' = d x + e y + f, in pixels measured from the upper left corner.
 
     Args:
-        images: (n, 3, H, W) uint8.
+        images: (n, C, H, W) uint8.
         matrix: a, b, c, d, e, f, each (n,).
-        fill: (3,) value of pixels outside the image.
+        fill: (C,) value of pixels outside the image.
     """
     height, width = images.shape[-2:]
     a, b, c, d, e, f = matrix
@@ -193,8 +195,8 @@ def _affine(images: Tensor, matrix: list[Tensor], fill: Tensor) -> Tensor:
         ],
         dim=1,
     )
-    grid = F.affine_grid(theta, [len(images), 3, height, width], align_corners=False)
-    outside = fill.view(1, 3, 1, 1)
+    grid = F.affine_grid(theta, [*images.shape], align_corners=False)
+    outside = fill.view(1, -1, 1, 1)
     sampled = F.grid_sample(images - outside, grid, padding_mode="zeros", align_corners=False)  # zero means fill
     return (sampled + outside).round_().clamp_(0, 255).to(torch.uint8)
 

@@ -22,8 +22,8 @@ class Source(Protocol):
         """Whether `load` returns images held in one tensor; image_folder reads its files' headers to decide."""
 
     @property
-    def image_shape(self) -> tuple[int, int]:
-        """Height and width of the images as they are loaded; image_folder reads its files' headers for it."""
+    def example(self) -> Tensor:
+        """One image as it is loaded (C, h, w), without data; image_folder reads its files' headers for it."""
 
     def prepare(self, download: bool) -> None:
         """Make sure that all files exist and are sound; raise ``UserError`` otherwise."""
@@ -50,7 +50,7 @@ class Digits:
 
     num_classes = 10
     in_memory = True
-    image_shape = (8, 8)
+    example = torch.empty(3, 8, 8, dtype=torch.uint8, device="meta")
 
     def prepare(self, download: bool) -> None:
         """Do nothing: the images are part of scikit-learn."""

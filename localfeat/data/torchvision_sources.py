@@ -51,7 +51,7 @@ class TorchvisionSource:
         name: name used in messages.
         root: folder that holds (or will hold) the files.
         num_classes: number of classes, checked against the labels and class names in the files.
-        image_shape: height and width of the images.
+        side: side of the images in pixels.
         files: function that returns the needed files.
         read: function that reads the arrays of split "train" or "test" from a root.
     """
@@ -59,11 +59,15 @@ class TorchvisionSource:
     name: str
     root: Path
     num_classes: int
-    image_shape: tuple[int, int]
+    side: int
     files: Callable[[], Files]
     read: Callable[[Path, str], Arrays]
     in_memory: bool = True
     _names: list[str] | None = field(default=None, repr=False)
+
+    @property
+    def example(self) -> Tensor:
+        return torch.empty(3, self.side, self.side, dtype=torch.uint8, device="meta")
 
     def prepare(self, download: bool) -> None:
         """Download missing or damaged files if ``download``; raise ``UserError`` if files stay missing.
@@ -149,24 +153,22 @@ class TorchvisionSource:
 
 def cifar10(root: Path) -> TorchvisionSource:
     """Return CIFAR-10: 50,000 + 10,000 images of 32 px in 10 classes."""
-    return TorchvisionSource("cifar10", root, 10, (32, 32), lambda: _cifar_files("CIFAR10"), _cifar_reader("CIFAR10"))
+    return TorchvisionSource("cifar10", root, 10, 32, lambda: _cifar_files("CIFAR10"), _cifar_reader("CIFAR10"))
 
 
 def cifar100(root: Path) -> TorchvisionSource:
     """Return CIFAR-100 with its fine labels: 50,000 + 10,000 images of 32 px in 100 classes."""
-    return TorchvisionSource(
-        "cifar100", root, 100, (32, 32), lambda: _cifar_files("CIFAR100"), _cifar_reader("CIFAR100")
-    )
+    return TorchvisionSource("cifar100", root, 100, 32, lambda: _cifar_files("CIFAR100"), _cifar_reader("CIFAR100"))
 
 
 def stl10(root: Path) -> TorchvisionSource:
     """Return the labelled part of STL-10: 5,000 + 8,000 images of 96 px in 10 classes, without the unlabelled file."""
-    return TorchvisionSource("stl10", root, 10, (96, 96), _stl10_files, _read_stl10)
+    return TorchvisionSource("stl10", root, 10, 96, _stl10_files, _read_stl10)
 
 
 def svhn(root: Path) -> TorchvisionSource:
     """Return SVHN's cropped digits: 73,257 + 26,032 images of 32 px in 10 classes, without the "extra" part."""
-    return TorchvisionSource("svhn", root, 10, (32, 32), _svhn_files, _read_svhn)
+    return TorchvisionSource("svhn", root, 10, 32, _svhn_files, _read_svhn)
 
 
 def _cifar_files(class_name: str) -> Files:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from localfeat.backbones.timm_models import channels_of
 from localfeat.utils.errors import UserError
 
-_WANTED = "a batch is (images, labels): float images (B, 3, H, W) and int64 class indices (B,)"
+_WANTED = "a batch is (images, labels): float images (B, C, H, W) and int64 class indices (B,)"
 
 
 def check_kind(name: str, value: Any, kind: type) -> None:
@@ -84,13 +84,13 @@ def check_images(images: Any, backbone: nn.Module | None = None) -> None:
         UserError: no float tensor of four dimensions, or images that the backbone was not built for.
     """
     if not isinstance(images, Tensor):
-        raise UserError(f"images are {type(images).__name__}: give a float tensor (B, 3, H, W)")
+        raise UserError(f"images are {type(images).__name__}: give a float tensor (B, C, H, W)")
     if not images.is_floating_point():
-        raise UserError(f"images are {_name(images.dtype)}: give normalised floats (B, 3, H, W)")
+        raise UserError(f"images are {_name(images.dtype)}: give normalised floats (B, C, H, W)")
     if images.dtype == torch.float64:
         raise UserError("images are float64: give float32, images.float()")
     if images.ndim != 4:
-        raise UserError(f"images have the shape {list(images.shape)}: give (B, 3, H, W)")
+        raise UserError(f"images have the shape {list(images.shape)}: give (B, C, H, W)")
     if backbone is not None and list(images.shape[1:]) != (wanted := _taken(backbone, images)):
         raise UserError(f"images have the shape {list(images.shape)}: this backbone takes [B, {str(wanted)[1:]}")
 

@@ -33,7 +33,7 @@ from localfeat.utils.errors import UserError
 class Learner(ModulewiseSteps):
     """Trains a timm model as a list of local modules under a plain ``lightning.Trainer``.
 
-    Batches are ``(images, labels)``: normalised float images (B, 3, H, W) and class indices (B,). A datamodule
+    Batches are ``(images, labels)``: normalised float images (B, C, H, W) and class indices (B,). A datamodule
     with a method ``prepare(images, labels, training=bool)`` may send anything that this method turns into
     such a batch (on the device, inside the step, so that the float images can be freed before it ends).
 
@@ -133,7 +133,7 @@ class Learner(ModulewiseSteps):
         return self.nonfinite.scaler_skips
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the plain timm model's logits (B, num_classes) of normalised images (B, 3, H, W)."""
+        """Return the plain timm model's logits (B, num_classes) of normalised images (B, C, H, W)."""
         x = images
         for module in self._modules_in_order:
             _, x = module.body(x)
@@ -212,7 +212,7 @@ class Learner(ModulewiseSteps):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> list[Reconstruction]:
-        """Return each decoder's reconstruction of normalised images (B, 3, H, W); empty without decoders."""
+        """Return each decoder's reconstruction of normalised images (B, C, H, W); empty without decoders."""
         found = []
         x = images
         with evaluating(self.backbone), evaluating(self):

@@ -31,7 +31,7 @@ def step_memory(
     image_size: int | Sequence[int],
     target: Target,
     precision: Precision,
-    source_shape: tuple[int, int] | None = None,
+    source: Tensor | None = None,
     accumulate: int | None = None,
     soft_labels: bool = False,
     ema: bool = False,
@@ -48,8 +48,8 @@ def step_memory(
         image_size: side in pixels of the images that the network sees, or height and width.
         target: ``cuda`` or ``cpu``.
         precision: ``32-true``, ``bf16-mixed`` or ``16-mixed``, for which Lightning takes ``bf16-mixed`` on a CPU.
-        source_shape: height and width in pixels of the uint8 images that are sent to the device and stay there for
-            the whole step; ``None`` for loaders of normalised float images.
+        source: one image (C, h, w) as the loader gives them, on the meta device; batches of them are sent to the device
+            and stay there for the whole step. ``None`` for loaders of normalised float images.
         accumulate: batches per optimizer step; ``None`` takes the learner's.
         soft_labels: labels are probabilities (B, classes), as under mixup.
         ema: the device holds a moving average of weights and buffers as well (Lightning's callback keeps it in main
@@ -68,7 +68,7 @@ def step_memory(
         raise UserError(f"precision={precision}: memory is predicted for {', '.join(AUTOCAST_DTYPES)}")
     precision = "bf16-mixed" if (target, precision) == ("cpu", "16-mixed") else precision
     shape = channels_of(learner.backbone), *sides(image_size)
-    batch = _Batch(batch_size, shape, source_shape, learner.num_classes if soft_labels else None)
+    batch = _Batch(batch_size, shape, source, learner.num_classes if soft_labels else None)
     with Emulation(target, precision):
         step = _Step(on_meta(learner), batch, accumulate, scaled=precision == "16-mixed")
         step.run(updates=True)
@@ -92,17 +92,17 @@ class _Batch:
 
     size: int
     shape: tuple[int, int, int]  # channels, height and width of the images that the network sees
-    source_shape: tuple[int, int] | None
+    source: Tensor | None
     soft_classes: int | None
 
     def send(self) -> tuple[Tensor, Tensor]:
         labels = torch.empty(self.size, dtype=torch.int64, device="meta")
-        if self.source_shape is None:
+        if self.source is None:
             return self._images(), self._soft(labels)
-        return torch.empty(self.size, self.shape[0], *self.source_shape, dtype=torch.uint8, device="meta"), labels
+        return self.source.new_empty(self.size, *self.source.shape), labels
 
     def prepare(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return (images, labels) if self.source_shape is None else (self._images(), self._soft(labels))
+        return (images, labels) if self.source is None else (self._images(), self._soft(labels))
 
     def _images(self) -> Tensor:
         return torch.empty(self.size, *self.shape, device="meta")

@@ -37,7 +37,7 @@ class Objective(nn.Module):
 
     ``inputs`` are the module's input features (detached), ``outputs`` its output features, both in the backbone's
     layout (``site.inputs.to_nchw`` and ``site.outputs.to_nchw`` make (B, C, H, W) of them); ``images`` the normalised
-    images (B, 3, H, W), ``None`` once no objective needs them; ``labels`` (B,) class indices, or (B, num_classes)
+    images (B, C, H, W), ``None`` once no objective needs them; ``labels`` (B,) class indices, or (B, num_classes)
     probabilities under mixup. ``terms`` are unweighted scalars; ``weights`` has a factor for each. ``logits`` come
     from the final classifier only.
 

@@ -31,7 +31,7 @@ def train_in_turn(
 
     Args:
         modules: the local modules in order; each takes the detached features of the one before.
-        batch: function that makes the normalised images (B, 3, H, W) and their labels. Only this loop may hold them:
+        batch: function that makes the normalised images (B, C, H, W) and their labels. Only this loop may hold them:
             it frees the images after the last module that needs them.
         backward: function that runs backward from one module's loss.
         update: function that steps the optimizer of a module (counted from 0) and frees its gradients, if it is due.

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import lightning
-import timm
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import Logger
@@ -24,7 +23,7 @@ from localfeat.run.callbacks.seeding import RandomStates, SeedEachBatch
 from localfeat.run.callbacks.stop_on_signal import StopOnSignal
 from localfeat.run.callbacks.throughput import Throughput
 from localfeat.run.checkpoints.callbacks import AveragedWeights, BestCheckpoint, LastCheckpoint
-from localfeat.run.configuration import RunConfiguration
+from localfeat.run.configuration import OF_RUN, RunConfiguration
 from localfeat.run.console import RunProgress
 from localfeat.run.folder import RunFolder
 from localfeat.run.loggers.metrics_csv import MetricsCsv
@@ -39,14 +38,12 @@ from localfeat.utils.text import shown
 
 def build_datamodule(configuration: RunConfiguration) -> ImageDataModule:
     """Return the datamodule, which normalises images as the backbone expects."""
-    known = timm.get_pretrained_cfg(configuration.model_name)
-    expected = {"mean": known.mean, "std": known.std} if known else {}
-    dataset = configuration.dataset
+    dataset, (mean, std) = configuration.dataset, configuration.normalisation
     try:
-        datamodule = dataset.build(**expected)
+        datamodule = replace(dataset, values={**dataset.values, "mean": mean, "std": std}).build()
     except UserError as error:
         key = str(error).partition("=")[0]
-        typed_there = key in dataset.values and key not in ("image_size", "batch_size", "seed")
+        typed_there = key in dataset.values and key not in OF_RUN
         raise UserError(f"dataset.{error}" if typed_there else str(error)) from error
     check_fits(datamodule, configuration.values.get("dataset", {}).get("_target_", dataset.target), "dataset")
     assert isinstance(datamodule, ImageDataModule)
@@ -56,7 +53,8 @@ def build_datamodule(configuration: RunConfiguration) -> ImageDataModule:
 def build_model(configuration: RunConfiguration, num_classes: int) -> nn.Module:
     """Return the backbone with the initial weights that the configuration names; tell how a file of them was read."""
     settings = {name: value for name, value in vars(configuration.backbone).items() if name not in ("weights", "label")}
-    model = build_backbone(num_classes=num_classes, image_size=configuration.image_size, **settings)
+    size, channels = configuration.image_size, configuration.in_chans
+    model = build_backbone(num_classes=num_classes, image_size=size, in_chans=channels, **settings)
     if configuration.backbone.weights:
         notes = load_backbone_weights(model, configuration.backbone.weights, reset_classifier=True)
         tell(f"initial weights: {shown(configuration.backbone.weights)}{', '.join(['', *notes])}")
@@ -65,6 +63,7 @@ def build_model(configuration: RunConfiguration, num_classes: int) -> nn.Module:
 
 def build_learner(configuration: RunConfiguration, num_classes: int) -> Learner:
     """Return the learner over a new backbone."""
+    mean, std = configuration.normalisation
     return Learner(
         build_model(configuration, num_classes),
         configuration.method,
@@ -72,6 +71,8 @@ def build_learner(configuration: RunConfiguration, num_classes: int) -> Learner:
         configuration.decoder,
         optimization=configuration.optimizer,
         image_size=configuration.image_size,
+        mean=mean,
+        std=std,
         efficiency=configuration.efficiency,
     )
 

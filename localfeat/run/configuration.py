@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from localfeat.backbones.split import Split
+from localfeat.backbones.timm_models import normalisation_of_model
 from localfeat.efficiency.settings import Efficiency
 from localfeat.learner.optimization import Optimization
 from localfeat.memory.balanced_split import BalancedSplit
@@ -39,6 +40,9 @@ _GROUPS = (
     "callbacks",
     "logger",
 )
+
+OF_RUN = ("image_size", "in_chans", "batch_size", "seed")
+"""Arguments of the datamodule that are settings of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +92,7 @@ class RunConfiguration(PlainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("image_size", "batch_size", "seed"):
+        for key in OF_RUN:
             own = self.dataset.values.get(key, getattr(self, key))
             if (tuple(own) if isinstance(own, list) else own) != getattr(self, key):
                 raise UserError(f"dataset.{key}={own} differs from {key}={getattr(self, key)}: set only {key}")
@@ -109,6 +113,14 @@ class RunConfiguration(PlainSettings):
     def model_name(self) -> str:
         """The name of the timm model that is trained."""
         return self.backbone.model_name(self.image_size)
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of every channel, for pixels in [0, 1]: the dataset's, else the backbone's."""
+        expected = normalisation_of_model(self.model_name, self.in_chans, self.backbone.arguments)
+        own = (self.dataset.values.get("mean"), self.dataset.values.get("std"))
+        mean, std = (tuple(own) if own else of_model for own, of_model in zip(own, expected, strict=True))
+        return mean, std
 
     @property
     def backbone_label(self) -> str:
@@ -141,7 +153,7 @@ def _logger(values: Mapping[str, Any], key: str) -> Part | None:
 
 _GROUP_MAKERS: dict[str, Any] = {
     "backbone": lambda values, key: typed(BackboneSettings, values, key),
-    "dataset": lambda values, key: DatasetSettings(*target_and_values(values, key, ("mean", "std"))),
+    "dataset": lambda values, key: DatasetSettings(*target_and_values(values, key)),
     "trainer": lambda values, key: typed(TrainerSettings, values, key),
     "callbacks": lambda values, key: typed(CallbackSettings, values, key),
     "logger": _logger,

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from localfeat.backbones.timm_models import channels_of
 from localfeat.run.weights import check_exists, check_keys, load_backbone_weights, read_state
 from localfeat.utils.errors import UserError
 from localfeat.utils.files import write_whole
@@ -33,6 +34,7 @@ class BackboneFile:
     arguments: dict[str, Any] = field(default_factory=dict)
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    in_chans: int = 3
 
 
 def export_backbone(
@@ -68,6 +70,7 @@ def export_backbone(
         arguments=dict(arguments or {}),
         mean=tuple(mean if mean is not None else own.get("mean", ())),
         std=tuple(std if std is not None else own.get("std", ())),
+        in_chans=channels_of(backbone),
     )
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in vars(file).items()}
     write_whole(path, save(separate_tensors(backbone.state_dict()), metadata={"format": "pt", **metadata}))
@@ -116,7 +119,8 @@ def read_backbone_file(path: str | Path) -> BackboneFile:
     if "architecture" not in metadata:
         raise UserError(f"{path} does not name its architecture: it was not written by export_backbone")
     try:
-        found = {name: json.loads(metadata[name]) for name in METADATA}
+        optional = {name: json.loads(metadata[name]) for name in ("in_chans",) if name in metadata}
+        found = {name: json.loads(metadata[name]) for name in METADATA} | optional
         return TypeAdapter(BackboneFile).validate_python({"architecture": metadata["architecture"], **found})
     except KeyError as error:
         raise UserError(f"{path} does not name its {error.args[0]}: it was not written by export_backbone") from None
@@ -150,7 +154,9 @@ def _plain_model(path: str | Path, file: BackboneFile) -> nn.Module:
 
     from localfeat.backbones.timm_models import check_arguments, model_name
 
-    sized = {} if file.img_size is None else {"img_size": file.img_size}
+    sized: dict[str, Any] = {} if file.img_size is None else {"img_size": file.img_size}
+    if file.in_chans != 3:
+        sized["in_chans"] = file.in_chans
     try:
         name = model_name(file.architecture, None)
         check_arguments(file.arguments)

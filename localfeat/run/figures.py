@@ -32,7 +32,7 @@ FEATURE_COLOURS = "features: the target's first three principal components as re
 class Reconstructed(Protocol):
     """One module's reconstruction: ``target`` and ``output`` are (B, C, H, W) in the same domain.
 
-    ``kind`` is "image" (3 channels, pixels in [0, 1]) or "features"; ``module`` counts from 1.
+    ``kind`` is "image" (pixels in [0, 1]) or "features"; ``module`` counts from 1.
     """
 
     @property
@@ -185,7 +185,7 @@ def reconstruction_grid(
 
     Args:
         reconstructions: one entry per module that reconstructs, for the same images.
-        images_pixels: the images (B, 3, H, W) in [0, 1].
+        images_pixels: the images (B, C, H, W) in [0, 1].
         png: the file to write.
         max_images: the largest number of columns.
         title: the run's name.
@@ -194,7 +194,7 @@ def reconstruction_grid(
         RunFailed: ``png`` cannot be written.
     """
     count = min(max_images, len(images_pixels))
-    rows: list[tuple[str, Tensor]] = [("input", images_pixels[:count])]
+    rows: list[tuple[str, Tensor]] = [("input", as_rgb(images_pixels[:count]))]
     for entry in reconstructions:
         target, output = as_pixels(entry, count)
         size = "×".join(str(n) for n in entry.target.shape[1:])
@@ -209,13 +209,18 @@ def as_pixels(entry: Reconstructed, count: int) -> tuple[Tensor, Tensor]:
     """Return target and output of the first ``count`` images as (count, 3, H, W) in [0, 1]."""
     target, output = entry.target[:count].detach().float().cpu(), entry.output[:count].detach().float().cpu()
     if entry.kind == "image":
-        return target.clamp(0, 1), output.clamp(0, 1)
+        return as_rgb(target.clamp(0, 1)), as_rgb(output.clamp(0, 1))
     mean, components = principal_components(target)
     target, output = project(target, mean, components), project(output, mean, components)
     per_component = target.transpose(0, 1).flatten(1)
     low, high = per_component.quantile(torch.tensor([0.01, 0.99]), dim=1)[:, :, None, None]
     span = (high - low).clamp_min(1e-12)
     return ((target - low) / span).clamp(0, 1), ((output - low) / span).clamp(0, 1)
+
+
+def as_rgb(images: Tensor) -> Tensor:
+    """Return (B, 3, H, W): the first three channels of the images, or the first one as grey if there are fewer."""
+    return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
 
 
 def principal_components(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Keys of a configuration that cannot change a result."""
+"""Keys of a configuration that cannot change a result, and those that earlier versions did not have."""
 
 NEUTRAL = (
     *("resume", "output_dir", "backbone.label"),
@@ -9,6 +9,13 @@ NEUTRAL_PARTS = ("logger", "callbacks.progress_bar", "callbacks.checkpoint_every
 
 OF_OWN_IMAGES = ("dataset.root", "dataset.in_memory")
 """Neutral keys, except for dataset=image_folder: there they choose the images and the size they are kept at."""
+
+EARLIER = {
+    "split.downsample": "next",
+    **{"in_chans": 3, "dataset.in_chans": 3},
+    **{"dataset.mean": None, "dataset.std": None, "dataset.value_range": None},
+}
+"""Key -> what it was in runs of versions that did not have it."""
 
 
 def is_neutral(key: str) -> bool:

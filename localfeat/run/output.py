@@ -51,7 +51,9 @@ def intention(values: Mapping[str, Any]) -> str:
     variant = (network.get("variants") or {}).get(size) if isinstance(size, int) else None
     backbone = network.get("label") or variant or network.get("name")
     method, dataset = values["method"].get("name"), values["dataset"].get("source")
-    return shown(f"{method} on {dataset}: {backbone} at {in_pixels(size)}")
+    channels = values.get("in_chans", 3)
+    of = {1: " in grey", 3: ""}.get(channels, f" of {channels} channels")
+    return shown(f"{method} on {dataset}: {backbone} at {in_pixels(size)}{of}")
 
 
 def built(parameters: int, blocks: Sequence[int], images: int, device: str) -> str:

@@ -54,21 +54,22 @@ def predict(
     def probabilities() -> Iterator[tuple[Path, list[float]]]:
         import torch
 
-        from localfeat.backbones.timm_models import normalisation_of
         from localfeat.data.decode import read_images
+        from localfeat.data.pixels import Pixels
         from localfeat.data.preparation import Preparation
 
-        mean, std = normalisation_of(learner.backbone)
+        mean, std = configuration.normalisation
+        pixels = Pixels(configuration.in_chans, configuration.dataset.values.get("value_range"))
         size = sides(configuration.image_size)
         prepare = Preparation(size, "none", False, 0.0, 0.0, len(classes), mean, std)
         count = 0
         for start in range(0, len(paths), batch_size):
             batch = paths[start : start + batch_size]
-            pixels, kept = read_images(batch, *size, resize=True, bad=bad)
+            decoded, kept = read_images(batch, size, pixels, resized=True, bad=bad)
             if not len(kept):
                 continue
             with torch.no_grad():
-                inputs, _ = prepare(pixels.to(learner.device), kept, training=False)
+                inputs, _ = prepare(decoded.to(learner.device), kept, training=False)
                 rows = learner(inputs).softmax(1).tolist()
             yield from zip((batch[position] for position in kept.tolist()), rows, strict=True)
             count += len(kept)

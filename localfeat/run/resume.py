@@ -13,7 +13,7 @@ import lightning
 from localfeat.run.checkpoints.files import newest_sound
 from localfeat.run.folder import RunFolder
 from localfeat.run.loggers.metrics_csv import MetricsCsv
-from localfeat.run.neutral import OF_OWN_IMAGES, is_neutral
+from localfeat.run.neutral import EARLIER, OF_OWN_IMAGES, is_neutral
 from localfeat.run.output import tell
 from localfeat.utils.errors import UserError
 from localfeat.utils.files import remove_parts
@@ -76,6 +76,7 @@ def _may_be(folder: RunFolder, asked: Mapping[str, Any]) -> bool:
 def difference(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:
     """Describe the first value that changes results and differs between a saved and a requested configuration."""
     had, has = _flat(_comparable(saved, asked)), _flat(asked)
+    had = {**{key: value for key, value in EARLIER.items() if key in has}, **had}
     own_images = has.get("dataset.source") == "image_folder"
     for key in {**has, **had}:
         if own_images and key == "dataset.root" and _same_place(had.get(key), has.get(key)):
@@ -92,12 +93,9 @@ def _same_place(had: Any, has: Any) -> bool:
 
 
 def _comparable(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return ``saved`` with the requested split, if its cuts are the result of the same search.
-
-    Runs that are older than ``split.downsample`` have cut before the layers between stages.
-    """
-    split = {**({"downsample": "next"} if "downsample" in asked["split"] else {}), **saved["split"]}
-    cuts, alike = split.get("cuts"), split.get("downsample") == asked["split"].get("downsample")
+    """Return ``saved`` with the requested split, if its cuts are the result of the same search."""
+    split, earlier = saved["split"], EARLIER["split.downsample"]
+    cuts, alike = split.get("cuts"), split.get("downsample", earlier) == asked["split"].get("downsample", earlier)
     if alike and "k" in asked["split"] and isinstance(cuts, list | tuple) and len(cuts) + 1 == asked["split"]["k"]:
         split = asked["split"]
     return {**saved, "split": split}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from localfeat.run.construct import check_values, typed
+from localfeat.utils.channels import check_channels
 from localfeat.utils.errors import UserError
 from localfeat.utils.files import not_a
 from localfeat.utils.sizes import sides
@@ -48,6 +49,8 @@ class BackboneSettings:
     def __post_init__(self) -> None:
         if self.weights and self.pretrained:
             raise UserError("backbone.pretrained and backbone.weights: initial weights come from one of them")
+        if "in_chans" in (self.arguments or {}):
+            raise UserError("backbone.arguments.in_chans: set in_chans, for the images and the backbone")
         for size, other in (self.variants or {}).items():
             if _network(other) != _network(self.name):
                 raise UserError(
@@ -197,6 +200,7 @@ class PlainSettings:
     Args:
         seed: the seed of weights, batches and validation split.
         image_size: the side of the network's input in pixels, or height and width.
+        in_chans: the channels of the images.
         batch_size: images per step.
         epochs: the number of epochs.
         trainer, callbacks: the configuration groups of the same name.
@@ -212,6 +216,7 @@ class PlainSettings:
     image_size: int | tuple[int, int]
     batch_size: int
     epochs: int
+    in_chans: int = 3
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     callbacks: CallbackSettings = field(default_factory=CallbackSettings)
     output_dir: str = "outputs"
@@ -220,6 +225,7 @@ class PlainSettings:
 
     def __post_init__(self) -> None:
         sides(self.image_size)
+        check_channels(self.in_chans)
         for key in ("batch_size", "epochs"):
             if getattr(self, key) < 1:
                 raise UserError(f"{key}={getattr(self, key)}: it must be at least 1")

@@ -255,7 +255,9 @@ def _write(
     learner.eval()
     with failing_in_one_line(folder.weights):
         size = configuration.image_size if built_for_a_size(learner.backbone) else None
-        export_backbone(learner.backbone, folder.weights, img_size=size, arguments=configuration.backbone.arguments)
+        mean, std = configuration.normalisation
+        arguments = configuration.backbone.arguments
+        export_backbone(learner.backbone, folder.weights, img_size=size, arguments=arguments, mean=mean, std=std)
     images = {"learning_curves": folder.path / "learning_curves.png"}
     title = str(_names(configuration, folder)["name"])
     learning_curves(folder.metrics, images["learning_curves"], title=title)

@@ -132,7 +132,7 @@ def results_table(summary: RunSummary) -> Table:
 def reconstructed(learner: Learner, datamodule: ImageDataModule) -> tuple[list[Any], Tensor]:
     """Return reconstructions of some validation images (training images without validation), and these images.
 
-    Test images are never used. The images (B, 3, H, W) lie in [0, 1].
+    Test images are never used. The images (B, C, H, W) lie in [0, 1].
     """
     split = "train" if datamodule.val_dataloader() == [] else "val"
     images, labels = next(iter(datamodule.ordered_loader(split)))

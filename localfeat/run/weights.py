@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from localfeat.backbones.decompose import decompose
@@ -32,7 +33,8 @@ def load_backbone_weights(model: nn.Module, path: str | Path, *, reset_classifie
     The file holds safetensors, or torch's format, read with ``weights_only=True``. Its state dict may be nested
     (``NESTED_UNDER``) and its keys may carry a wrapper's prefix (``module.``, ``_orig_mod.``, ``model.``, …) or be
     those of a localfeat checkpoint. Keys or shapes that then still differ go through timm's own
-    ``checkpoint_filter_fn`` of the model, which converts authors' layouts and resamples position tables.
+    ``checkpoint_filter_fn`` of the model, which converts authors' layouts and resamples position tables. With
+    ``reset_classifier`` the first convolution of RGB images is adapted to a model of other channels, as timm does.
 
     Args:
         model: a timm model.
@@ -54,6 +56,7 @@ def load_backbone_weights(model: nn.Module, path: str | Path, *, reset_classifie
     if _differences(state, own, ignored):
         state = _converted(state, model, notes)
     if reset_classifier:
+        state = _with_channels(state, model, notes)
         left_out = {key for key in state if key.startswith(classifier_prefixes(model))}
         notes += ["its classifier is left out"] if left_out else []
         state = {key: value for key, value in state.items() if key not in left_out}
@@ -128,6 +131,17 @@ def _names_in_parts(model: nn.Module, downsample: Downsample) -> dict[str, str]:
         for part, module in parts.items()
         for key, value in module.state_dict(keep_vars=True).items()
     }
+
+
+def _with_channels(state: dict[str, Tensor], model: nn.Module, notes: list[str]) -> dict[str, Tensor]:
+    """Return the state with its first convolutions, of three channels, for the channels of the model."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv") or ()
+    own, adapted = model.state_dict(), {}
+    for key in [f"{name}.weight" for name in ([names] if isinstance(names, str) else names)]:
+        if key in state and key in own and state[key].shape[1] == 3 != own[key].shape[1]:
+            adapted[key] = adapt_input_conv(own[key].shape[1], state[key])
+            notes.append(f"{key} adapted to {own[key].shape[1]} channels")
+    return {**state, **adapted}
 
 
 def _differences(state: Mapping[str, Tensor], own: Mapping[str, Tensor], ignored: set[str]) -> bool:

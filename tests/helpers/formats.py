@@ -57,6 +57,18 @@ def write_cifar100(root: Path, train: int = 300, test: int = 100) -> dict[str, S
     return splits
 
 
+def write_array_folder(root: Path, channels: int, size: tuple[int, int], per_class: int = 8) -> None:
+    """Write train/ and test/ with a dark and a bright class of uint16 arrays (channels, *size) in .npy files."""
+    for split in ("train", "test"):
+        for label in range(2):
+            folder = root / split / f"class_{label}"
+            folder.mkdir(parents=True)
+            generator = np.random.default_rng(label)
+            for number in range(per_class):
+                values = generator.integers(0, 5000, (channels, *size)) + 4999 * label
+                np.save(folder / f"{number}.npy", values.astype(np.uint16))
+
+
 def write_stl10(root: Path, train: int = 30, test: int = 20) -> dict[str, Split]:
     """Write the folder of stl10_binary.tar.gz without unlabeled_X.bin; pixels column by column, labels from 1."""
     folder = root / "stl10_binary"

@@ -87,6 +87,7 @@ WEIGHTS = Key(_of("[1,1]", "[0,2.5]", "[3.0,0]"), NO_PAIR)
 KEYS = {
     "seed": _whole(_of(0, 7, 2**32 - 1), -1, 2**32, HUGE),
     "image_size": _whole(_of(16, 32), 0, -16, 30, 17, 1),
+    "in_chans": _whole(_of(1, 3), 0, -1),
     "batch_size": _whole(_of(4, 8, 9), 0, -3),
     "epochs": _whole(_of(1), 0, -1),
     "test": FLAG,
@@ -116,6 +117,7 @@ KEYS = {
     "dataset.root": Key(_of("data", "'wo auch immer'"), _of("[a]", "{a:1}", "null")),
     "dataset.download": FLAG,
     "dataset.image_size": _whole(st.nothing(), 15, 0),
+    "dataset.in_chans": _whole(st.nothing(), 2, 0),
     "dataset.batch_size": _whole(st.nothing(), 15, 0),
     "dataset.eval_batch_size": _whole(_of(1, 8, 5000), 0, -1, null=True),
     "dataset.augmentation": _choice("swin", "light", "none"),
@@ -123,6 +125,8 @@ KEYS = {
     "dataset.mixup": _number(_of("0"), "-1"),
     "dataset.cutmix": _number(_of("0"), "-1"),
     "dataset.val_fraction": _number(_of("0", "0.1", "0.5"), "1", "-0.1", "1.5"),
+    "dataset.mean": Key(_of("null"), _of("3", "[a]", "[0.5,0.5]", "abc", "{a:1}", "[]")),
+    "dataset.std": Key(_of("null"), _of("3", "[a]", "[1]", "[0,0,0]", "[1,1,-1]", "abc", "{a:1}", "[]")),
     "dataset.seed": _whole(st.nothing(), 99),
     "dataset.num_workers": _whole(_of(0, 1), -1),  # not used for images in memory, so no process is started
     "method.name": Key(_of("mine", "e2e", "'a b'"), _of("[a]", "{a:1}", "null")),

@@ -18,6 +18,7 @@ from localfeat.learner.optimization import Optimization
 from localfeat.methods.registry import METHODS, as_method
 
 IMAGE_SIZE = 32
+RGB_IMAGE = torch.empty(3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8, device="meta")  # as a loader gives it
 CLASSES = 5
 LOCAL_METHODS = [name for name, method in METHODS.items() if method.local]
 

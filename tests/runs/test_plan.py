@@ -52,7 +52,7 @@ def check_command(found: dict[str, Any]) -> Any:
         image_size=config.image_size,
         target=found["device"],
         precision=config.trainer.precision,
-        source_shape=datamodule.source.image_shape,
+        source=datamodule.source.example,
     ).peak_bytes
     assert peak == found["confirmed_bytes"] <= found["budget"] + 16 * 1024  # scalars
     return config

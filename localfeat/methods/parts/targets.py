@@ -53,7 +53,7 @@ class ImageTarget(nn.Module):
 
     @torch.no_grad()
     def forward(self, features: Tensor, images: Tensor | None) -> Tensor:
-        """Return (B, 3, H, W) from the normalised images; the features are not used."""
+        """Return (B, C, H, W) from the normalised images; the features are not used."""
         assert images is not None
         return self._pixels(images).clamp(0, 1) if self.bounded else images.float()
 

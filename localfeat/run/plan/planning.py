@@ -178,7 +178,6 @@ def workload_of(configuration: RunConfiguration, device: Target) -> Workload:
     datamodule = build_datamodule(configuration)
     if configuration.efficiency.compile:
         raise UserError("efficiency.compile=true: the memory of a compiled step cannot be predicted; plan without it")
-    height, width = datamodule.source.image_shape
 
     def backbone() -> nn.Module:
         with torch.device("meta"):
@@ -191,7 +190,7 @@ def workload_of(configuration: RunConfiguration, device: Target) -> Workload:
         target=device,
         precision=configuration.trainer.precision,
         image_size=configuration.image_size,
-        source_bytes=3 * height * width,
+        source_bytes=datamodule.source.example.nbytes,
         accumulate=configuration.optimizer.accumulate,
         ema=_averages(configuration, device),
         soft_labels=configuration.dataset.mixes,
@@ -228,7 +227,7 @@ def _confirmed(configuration: RunConfiguration, device: Target) -> int:
         image_size=configuration.image_size,
         target=device,
         precision=configuration.trainer.precision,
-        source_shape=datamodule.source.image_shape,
+        source=datamodule.source.example,
         soft_labels=configuration.dataset.mixes,
         ema=_averages(configuration, device),
     ).peak_bytes

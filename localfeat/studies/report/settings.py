@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from localfeat.methods.registry import METHODS, settings_of
+from localfeat.run.neutral import EARLIER
 from localfeat.studies.report.runs import Run
 from localfeat.utils.text import as_typed
 
@@ -17,7 +18,7 @@ Settings = dict[str, Any]
 WITHOUT_EFFECT = (
     "seed", "dataset.seed", "output_dir", "resume", "test", "logger", "callbacks.progress_bar",
     "callbacks.checkpoint_every_n_epochs", "callbacks.checkpoint_every_n_batches", "dataset.root", "dataset.download",
-    "dataset.num_workers", "dataset.in_memory", "dataset.image_size", "dataset.batch_size",
+    "dataset.num_workers", "dataset.in_memory", "dataset.image_size", "dataset.in_chans", "dataset.batch_size",
     "trainer.log_every_n_steps", "trainer.num_sanity_val_steps", "trainer.detect_anomaly",
     "optimizer.stop_after_nonfinite", "split",
 )  # fmt: skip
@@ -25,7 +26,7 @@ WITHOUT_EFFECT = (
 
 OF_TABLE = (
     "dataset.source", "dataset.name", "dataset.classes", "dataset.val_fraction", "split.of.accuracy", "backbone",
-    "image_size", "epochs", "trainer.max_steps", "trainer.limit_train_batches", "trainer.limit_val_batches",
+    "image_size", "in_chans", "epochs", "trainer.max_steps", "trainer.limit_train_batches", "trainer.limit_val_batches",
     "trainer.limit_test_batches",
 )  # fmt: skip
 """Runs that differ in one of these belong to different tables."""
@@ -57,7 +58,7 @@ def below(key: str, keys: Sequence[str]) -> bool:
 
 def settings(run: Run) -> Settings:
     """Everything that can change the results of ``run`` but the seed; what its method does not use is left out."""
-    found = {key: value for key, value in flat(run.config).items() if not below(key, WITHOUT_EFFECT)}
+    found = {key: value for key, value in {**EARLIER, **flat(run.config)}.items() if not below(key, WITHOUT_EFFECT)}
     found = {key: _class(value) if key.endswith("_target_") else value for key, value in found.items()}
     for key in unused(found):
         del found[key]
@@ -65,7 +66,7 @@ def settings(run: Run) -> Settings:
     found["dataset.classes"] = tuple(run.summary.get("classes", ()))
     found["split.of.accuracy"] = run.split
     found[BLOCKS] = run.blocks
-    found["split.downsample"] = flat(run.config).get("split.downsample", "next")
+    found["split.downsample"] = flat(run.config).get("split.downsample", EARLIER["split.downsample"])
     return found
 
 

@@ -10,6 +10,8 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+from torch import Tensor
+
 from localfeat.data.datamodule import ImageDataModule
 from localfeat.efficiency.settings import Efficiency
 from localfeat.memory.balance import balanced_cuts
@@ -66,8 +68,10 @@ class Costs:
         return planner.work(costs.module(0, planner.blocks)) / configuration.batch_size
 
     def _planner(self, configuration: RunConfiguration) -> Planner:
-        classes, shape, _ = data_facts(_data(configuration), lambda: build_datamodule(configuration))
-        key = _key(_network(configuration), configuration.values["decoder"], classes, shape, target(configuration))
+        classes, image, _ = data_facts(_data(configuration), lambda: build_datamodule(configuration))
+        key = _key(
+            _network(configuration), configuration.values["decoder"], classes, image.nbytes, target(configuration)
+        )
         method = configuration.method
         if key not in self._planners:
             plain = replace(configuration, efficiency=replace(configuration.efficiency, compile=False))
@@ -115,6 +119,7 @@ def _network(configuration: RunConfiguration) -> dict[str, Any]:
             configuration.dataset.mixes,
         ],
         "image_size": configuration.image_size,
+        "in_chans": configuration.in_chans,
         "batch_size": configuration.batch_size,
     }
 
@@ -123,19 +128,21 @@ def _key(*parts: object) -> str:
     return json.dumps(parts, sort_keys=True, default=str)
 
 
-_FACTS: dict[str, tuple[int, tuple[int, int], int | None]] = {}
+_FACTS: dict[str, tuple[int, Tensor, int | None]] = {}
 
 
-def data_facts(key: str, make: Callable[[], ImageDataModule]) -> tuple[int, tuple[int, int], int | None]:
-    """Return classes, (height, width) and training images; cached, since an image folder must list its files."""
+def data_facts(key: str, make: Callable[[], ImageDataModule]) -> tuple[int, Tensor, int | None]:
+    """Return classes, an image without data and training images; cached, since an image folder must list its files."""
     if key not in _FACTS:
         made = make()
-        _FACTS[key] = made.num_classes, made.source.image_shape, made.source.size("train")
+        _FACTS[key] = made.num_classes, made.source.example, made.source.size("train")
     return _FACTS[key]
 
 
 def _data(configuration: RunConfiguration) -> str:
-    return _key(configuration.dataset.source, configuration.dataset.root, configuration.image_size)
+    return _key(
+        configuration.dataset.source, configuration.dataset.root, configuration.image_size, configuration.in_chans
+    )
 
 
 def images_to_train(configuration: RunConfiguration) -> int | None:

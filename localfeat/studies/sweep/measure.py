@@ -28,7 +28,7 @@ def images_per_second(configuration: RunConfiguration) -> float:
     classes = build_datamodule(configuration).num_classes
     model = build_model(configuration.without_initial_weights(), classes).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters())
-    images = torch.rand(batch, 3, *sides(configuration.image_size), device=device)
+    images = torch.rand(batch, configuration.in_chans, *sides(configuration.image_size), device=device)
     labels = torch.arange(batch, device=device) % classes
     mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(configuration.trainer.precision)
     times = [_step(model, optimizer, images, labels, mixed) for _ in range(1 + STEPS)]
@@ -42,7 +42,7 @@ def _step(
     labels: torch.Tensor,
     mixed: torch.dtype | None,
 ) -> float:
-    """Return the seconds of one step on images (B, 3, H, W) and labels (B,)."""
+    """Return the seconds of one step on images (B, C, H, W) and labels (B,)."""
     _wait(images.device)
     begun = time.perf_counter()
     with torch.autocast(images.device.type, dtype=mixed, enabled=mixed is not None):

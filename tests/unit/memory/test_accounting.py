@@ -20,7 +20,7 @@ from localfeat.methods.registry import METHODS, as_method
 from localfeat.run.callbacks.peak_memory import PeakMemory
 from localfeat.run.checkpoints.callbacks import AveragedWeights
 from localfeat.utils.errors import UserError
-from tests.helpers.small import CLASSES, IMAGE_SIZE, backbone, learner, loader, trainer
+from tests.helpers.small import CLASSES, IMAGE_SIZE, RGB_IMAGE, backbone, learner, loader, trainer
 
 SIZE = 8  # images per batch
 
@@ -106,15 +106,13 @@ def test_a_cpu_has_no_float16() -> None:
 def test_images_made_inside_the_step() -> None:
     """The uint8 batch is there all the time; the float images only as long as a module needs them."""
     narrow = as_method("greedy_ce", width=8)
-    sent, whole = (
-        predicted(learner(narrow, 4, "vit"), source_shape=shape) for shape in [(IMAGE_SIZE, IMAGE_SIZE), None]
-    )
+    sent, whole = (predicted(learner(narrow, 4, "vit"), source=image) for image in [RGB_IMAGE, None])
     pixels = SIZE * 3 * IMAGE_SIZE**2
     differences = [b.peak_bytes - a.peak_bytes for a, b in zip(sent.modules, whole.modules, strict=True)]
     assert differences == [-pixels, 4 * pixels - pixels, 4 * pixels - pixels, 4 * pixels - pixels]
     needed = [
-        predicted(learner(as_method("image_recon", width=8), 4, "vit"), source_shape=shape).modules[2].peak_bytes
-        for shape in [(IMAGE_SIZE, IMAGE_SIZE), None]
+        predicted(learner(as_method("image_recon", width=8), 4, "vit"), source=image).modules[2].peak_bytes
+        for image in [RGB_IMAGE, None]
     ]
     assert needed[0] - needed[1] == pixels, "images for the decoder's target"
 
@@ -198,7 +196,7 @@ def test_a_backbone_that_never_had_data(family: str) -> None:
         with torch.device(device):
             network = backbone(family)
         model = Learner(network, "feature_recon", 4, image_size=IMAGE_SIZE)
-        found.append(predicted(model, "bf16-mixed", "cuda", source_shape=(32, 32)))
+        found.append(predicted(model, "bf16-mixed", "cuda", source=RGB_IMAGE))
     assert found[0] == found[1]
 
 

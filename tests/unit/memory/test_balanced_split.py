@@ -14,7 +14,7 @@ from localfeat import BalancedSplit
 from localfeat.learner.module import Learner
 from localfeat.memory.accounting import step_memory
 from localfeat.utils.errors import UserError
-from tests.helpers.small import IMAGE_SIZE, backbone
+from tests.helpers.small import IMAGE_SIZE, RGB_IMAGE, backbone
 from tests.helpers.whole_runs import draw_nothing, exported, metrics, small_run
 
 SCALARS = 512  # bytes, of losses and means that are logged: more modules that are run, more of them
@@ -29,10 +29,9 @@ def cut(family: str, method: str, split: Any) -> Learner:
 
 
 def true_peak(family: str, method: str, cuts: tuple[int, ...]) -> int:
-    shape = (IMAGE_SIZE, IMAGE_SIZE)
     learner = cut(family, method, list(cuts))
     return step_memory(
-        learner, batch_size=SIZE, image_size=IMAGE_SIZE, target="cuda", precision="32-true", source_shape=shape
+        learner, batch_size=SIZE, image_size=IMAGE_SIZE, target="cuda", precision="32-true", source=RGB_IMAGE
     ).peak_bytes
 
 

@@ -22,7 +22,7 @@ from localfeat.memory.persistent import Keeping, Persistent
 from localfeat.methods.base import Method
 from localfeat.methods.parts.decoders import as_decoder
 from localfeat.methods.registry import METHODS, as_method
-from tests.helpers.small import CLASSES, FAMILIES, IMAGE_SIZE, backbone
+from tests.helpers.small import CLASSES, FAMILIES, IMAGE_SIZE, RGB_IMAGE, backbone
 
 SCALARS = 4096  # bytes: losses, means, what small buffers share; the steps take 3 to 20 MiB
 SIZE = 16  # images per batch
@@ -89,7 +89,7 @@ def true(family: str, cuts: list[int], chosen: Setting, target: Any, precision: 
     learner = Learner(
         network, chosen.method, cuts or 1, chosen.decoder, efficiency=chosen.efficiency, image_size=IMAGE_SIZE
     )
-    values = {"batch_size": SIZE, "source_shape": (IMAGE_SIZE, IMAGE_SIZE), **more}
+    values = {"batch_size": SIZE, "source": RGB_IMAGE, **more}
     return step_memory(learner, image_size=IMAGE_SIZE, target=target, precision=precision, **values)
 
 

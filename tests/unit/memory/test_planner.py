@@ -15,7 +15,7 @@ from localfeat.memory.fitted import fitted
 from localfeat.memory.planner import STEP, Option, Planner, Workload
 from localfeat.methods.parts.decoders import as_decoder
 from localfeat.methods.registry import as_method
-from tests.helpers.small import IMAGE_SIZE, backbone
+from tests.helpers.small import IMAGE_SIZE, RGB_IMAGE, backbone
 
 EFFICIENCIES = {
     "none": Efficiency(),
@@ -46,7 +46,7 @@ def true_peak(family: str, option: Option, batch: int, **more: Any) -> int:
         efficiency=option.settings,
         image_size=IMAGE_SIZE,
     )
-    values = {"target": "cuda", "precision": "32-true", "source_shape": (IMAGE_SIZE, IMAGE_SIZE), **more}
+    values = {"target": "cuda", "precision": "32-true", "source": RGB_IMAGE, **more}
     return step_memory(learner, batch_size=batch, image_size=IMAGE_SIZE, **values).peak_bytes
 
 

@@ -56,7 +56,7 @@ def test_peaks_are_those_of_a_whole_step(typed: list[str], tmp_path: Path) -> No
         image_size=config.image_size,
         target="cpu" if "trainer=cpu" in typed else "cuda",
         precision=config.trainer.precision,
-        source_shape=datamodule.source.image_shape,
+        source=datamodule.source.example,
     ).peak_bytes
     known = Costs().of(config)
     assert known is not None and known[0] == pytest.approx(peak, rel=1e-3)
