@@ -23,14 +23,8 @@ from tests.helpers.formats import write_array_folder
 from tests.helpers.whole_runs import At, child_exit, composed, small_run, watched_by
 from tests.runs.test_run import assert_same_run
 
-VIT = [
-    "backbone=timm",
-    "backbone.name=vit_tiny_patch16_224",
-    *("+backbone.arguments.patch_size=8", "+backbone.arguments.embed_dim=32"),
-    *("+backbone.arguments.depth=4", "+backbone.arguments.num_heads=2"),
-]
 CASES = {
-    "grey": ["in_chans=1", "image_size=[64,96]", "method=feature_recon", *VIT],
+    "grey": ["in_chans=1", "image_size=[64,96]", "method=feature_recon", "backbone.arguments.window_size=2"],
     "bands": ["in_chans=13", "dataset.value_range=[0,10000]", "image_size=[16,32]", "method=image_recon"],
     "own normalisation": [
         *("in_chans=2", "image_size=16", "method=image_recon", "dataset.value_range=[0,10000]"),
@@ -104,7 +98,7 @@ def check_export(folder: Path, summary: dict[str, Any]) -> None:
         (["dataset.mean=[0.5]"], "error: dataset.mean=[0.5], std=[0.229, 0.224, 0.225]: in_chans=3 needs a value per"),
         (
             ["+dataset.value_range=[0,1]"],
-            "error: dataset.value_range=[0.0, 1.0]: it is for the .npy and TIFF files of an",
+            "error: dataset.value_range=[0.0, 1.0]: it is for the .npy and TIFF files of",
         ),
     ],
 )
