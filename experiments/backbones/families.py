@@ -283,21 +283,23 @@ def render(known: Row) -> str:
     rows, peaks_of = dict(sorted(known["rows"].items())), known["peaks"]
     cut = {family: row for family, row in rows.items() if "blocks" in row}
     sound = [row for row in cut.values() if not row["problems"]]
-    stepped = [row for row in cut.values() if row["steps"] == []]
+    stepped = [row for row in cut.values() if row["steps"] == [] and row["blocks"] > 1]
     lines = [
         "# Backbones",
         "",
         f"Made by `experiments/backbones/families.py` from timm {known['timm']}, with the smallest network of each "
         f"of its {len(rows)} pairs of module and class: **{len(sound)} are cut** and equal the network bit for bit, "
-        f"{len(rows) - len(cut)} are refused. {len(stepped)} of them train with feature_recon and greedy_ce in two and "
-        "four modules.",
+        f"{len(rows) - len(cut)} are refused. {len(stepped)} of them train a step with feature_recon and greedy_ce in two "
+        "and, of four blocks or more, in four modules, by laws 1 to 4. Not trained are networks of one block or of more "
+        f"than {LARGE / 1e6:.0f} million parameters.",
         "",
         "| family | network | blocks | stages | first and last maps | layout | cut (s) | differs in |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for family, row in cut.items():
         layout = "/".join(row["layouts"]) + "".join(f"+{n}" for n in row["prefix_tokens"] if n)
-        differs = [*row["problems"], *(["not trained"] if row["steps"] is None else row["steps"])]
+        trained = ["not trained"] if row["steps"] is None or row["blocks"] == 1 else row["steps"]
+        differs = [*row["problems"], *trained]
         cells = [family, row["network"], row["blocks"], _runs(row["stages"]), ", ".join(row["maps"]), layout]
         lines.append(f"| {' | '.join(map(str, [*cells, row['seconds'], '; '.join(differs)]))} |")
     lines += ["", "## Refused", "", "| family | network | why |", "|---|---|---|"]
@@ -336,7 +338,8 @@ def main() -> None:
             known["rows"][family] = examine(name)
             print(family, known["rows"][family], flush=True)
             _write(file, known)
-    sound = [row for row in known["rows"].values() if row.get("steps") == [] and not row["problems"]]
+    rows = known["rows"].values()
+    sound = [row for row in rows if row.get("steps") == [] and row["blocks"] > 1 and not row["problems"]]
     for row in sorted(sound, key=lambda row: row["parameters"])[:: max(1, len(sound) // MEASURED)]:
         if row["network"] not in known["peaks"]:
             known["peaks"][row["network"]] = peaks(row["network"], tuple(row["size"]))

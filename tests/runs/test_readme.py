@@ -67,6 +67,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         formats.write_image_folder(folder / "my_images", {"train": 8, "test": 3}, 2)
+        formats.write_array_folder(folder / "my_bands", 13, (20, 24))
         formats.write_cifar10(folder / "data")
         formats.write_cifar100(folder / "data", train=1000)
         (folder / "my_conf" / "method").mkdir(parents=True)
