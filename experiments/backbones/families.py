@@ -289,9 +289,9 @@ def render(known: Row) -> str:
         "",
         f"Made by `experiments/backbones/families.py` from timm {known['timm']}, with the smallest network of each "
         f"of its {len(rows)} pairs of module and class: **{len(sound)} are cut** and equal the network bit for bit, "
-        f"{len(rows) - len(cut)} are refused. {len(stepped)} of them train a step with feature_recon and greedy_ce in two "
-        "and, of four blocks or more, in four modules, by laws 1 to 4. Not trained are networks of one block or of more "
-        f"than {LARGE / 1e6:.0f} million parameters.",
+        f"{len(rows) - len(cut)} are refused. {len(stepped)} of them train a step with feature_recon and greedy_ce in "
+        "two and, of four blocks or more, in four modules, by laws 1 to 4. Not trained are networks of one block or of "
+        f"more than {LARGE / 1e6:.0f} million parameters.",
         "",
         "| family | network | blocks | stages | first and last maps | layout | cut (s) | differs in |",
         "|---|---|---|---|---|---|---|---|",
