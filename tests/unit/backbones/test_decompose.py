@@ -149,6 +149,27 @@ def test_parts_survive_copies_pickles_and_the_loss_of_the_backbone() -> None:
             assert torch.equal(again(images), expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("eva02_tiny_patch14_224", 224), ("xcit_nano_12_p16_224", 64), ("ghostnet_050", 64), ("pvt_v2_b0", 64)],
+)
+def test_parts_compile_as_one_graph(name: str, size: int, training: bool) -> None:
+    torch._dynamo.reset()
+    network = build_backbone(name, CLASSES, image_size=size)
+    pieces = decompose(network, size).train(training)
+    x = torch.randn(2, 3, size, size)
+    for part in (pieces.stem, *pieces.blocks[:2]):
+        compiled = torch.compile(copy.deepcopy(part), backend="eager", fullgraph=True)
+        given = []
+        for function in (part, compiled):
+            torch.manual_seed(1)
+            given.append(function(x))
+        torch.testing.assert_close(*given)
+        x = given[0].detach()
+
+
 @pytest.mark.parametrize(("size", "channels"), [((64, 96), 1), ((32, 64), 13), (32, 4)])
 @pytest.mark.parametrize("family", ["vit", "convnext", "resnet"])
 def test_images_of_any_shape(family: str, size: Any, channels: int) -> None:
