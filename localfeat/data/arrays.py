@@ -1,6 +1,6 @@
 """Read arrays of any number of channels from ``.npy`` and TIFF files.
 
-TIFF files of more than four bands, or of floating-point values, are read by tifffile, an extra.
+TIFF files other than ordinary grey and RGB images are read by tifffile, an extra.
 """
 
 from __future__ import annotations
