@@ -11,7 +11,6 @@ counted one. Rows that exist are kept unless again=true. Results: experiments/ba
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 from localfeat.backbones.bare import without_data
 from localfeat.backbones.decompose import Decomposition, decompose
 from localfeat.backbones.parts import Part
+from localfeat.backbones.proof import differences
 from localfeat.backbones.split import Split
 from localfeat.backbones.timm_models import channels_of
 from localfeat.learner.module import Learner
@@ -79,7 +79,7 @@ def examine(name: str) -> Row:
         return {**row, "refused": str(error)}
     row |= {"seconds": round(time.process_time() - started, 2), **described(pieces)}
     trains = parameters < LARGE
-    row["problems"] = problems(model, pieces, size, training=trains)
+    row["problems"] = list(differences(model, pieces, trains=trains))
     how = list(ways(len(pieces.blocks)))
     row["steps"] = [line for way in how for line in step_problems(name, *way, size)] if trains else None
     return row
@@ -104,55 +104,6 @@ def disturbed(model: nn.Module) -> nn.Module:
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
     return model
-
-
-def problems(model: nn.Module, pieces: Decomposition, size: tuple[int, ...], *, training: bool) -> list[str]:
-    """Return in what the parts differ from the model."""
-    images = torch.randn(BATCH, channels_of(model), *size)
-    both = nn.ModuleList([model, pieces]).eval()
-    found = []
-    with torch.no_grad():
-        if not torch.equal(model(images), pieces(images)):
-            found.append("evaluation")
-        with torch.autocast("cpu", torch.bfloat16):
-            if not _same(_attempt(model, images), _attempt(pieces, images)):
-                found.append("autocast")
-    if training:
-        both.train()
-        state = copy.deepcopy(model.state_dict())
-        expected, actual = (_step(model, state, function, images) for function in (model, pieces))
-        found += [what for what in expected if not _same(expected[what], actual[what])]
-        model.load_state_dict(state)
-    return found
-
-
-def _attempt(function: nn.Module, images: Tensor) -> Any:
-    """Return the output, or the error of a network that does not run under autocast."""
-    try:
-        return function(images)
-    except RuntimeError as error:
-        return str(error)
-
-
-def _step(model: nn.Module, state: dict[str, Tensor], function: nn.Module, images: Tensor) -> dict[str, Any]:
-    model.load_state_dict(state)
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(1)
-    logits = function(images)
-    logits.square().mean().backward()
-    return {
-        "training output": logits.detach(),
-        "gradients": {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()},
-        "buffers": {n: b.clone() for n, b in model.named_buffers()},
-    }
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    return type(one) is type(other) and bool(one == other)
 
 
 def ways(blocks: int) -> Iterator[tuple[str, int]]:

@@ -7,6 +7,8 @@ from itertools import accumulate
 
 from torch import nn
 
+from localfeat.utils.errors import UserError
+
 _HOLDERS = re.compile(
     r"stages?\d*|layers?\d*|blocks|block\d|features|levels|body|network|transformers|transformer_encoder|encoder|trunk"
     r"|trunk_output|total|dense_stages|repeat(_\d)?|serial_blocks\d|s\d|\d+"
@@ -23,11 +25,14 @@ class Blocks:
 
     Args:
         pattern: a regular expression that the names of blocks match as a whole; ``None`` goes by timm's names.
+
+    Raises:
+        UserError: no regular expression, or one that no name matches.
     """
 
     def __init__(self, model: nn.Module, pattern: str | None = None) -> None:
         self._model = model
-        self._named = None if pattern is None else {n for n, _ in model.named_modules() if re.fullmatch(pattern, n)}
+        self._named = None if pattern is None else _matching(model, pattern)
         self.holders = _around(self._named) if self._named is not None else _holders(model)
 
     def __contains__(self, name: object) -> bool:
@@ -44,6 +49,18 @@ class Blocks:
             return size > 1 and _TOP_LEVEL.fullmatch(own) is not None
         siblings = self._model.get_submodule(holder).children()
         return holder in self.holders and (size > 1 or all(_layers(sibling) < 2 for sibling in siblings))
+
+
+def _matching(model: nn.Module, pattern: str) -> set[str]:
+    try:
+        found = {name for name, _ in model.named_modules() if name and re.fullmatch(pattern, name)}
+    except re.error as error:
+        raise UserError(f"blocks={pattern!r} is no regular expression: {error}") from error
+    if not found:
+        names = [name for name, module in model.named_modules() if name and _layers(module)]
+        has = f"; it has {', '.join(names[:8])}{', …' if len(names) > 8 else ''}" if names else ""
+        raise UserError(f"blocks={pattern!r}: no module has a name that it matches as a whole{has}")
+    return found
 
 
 def _around(names: set[str]) -> set[str]:

@@ -29,7 +29,7 @@ def find_cuts(
     """Return the cut after the stem and the one after every block, or after several that cannot be told apart."""
     at = [number for number, step in enumerate(tape.steps) if step.target in blocks]
     if not at:
-        raise Untraceable("no blocks are found in it; name them by blocks=<pattern>")
+        raise Untraceable("no blocks are found in it; name them: localfeat.decompose(model, blocks=<pattern>)")
     places = _places(model, tape)
     cuts: list[Cut] = []
     names: list[str] = []

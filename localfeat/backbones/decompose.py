@@ -6,6 +6,7 @@ depends on no image (position tables, masks, sizes) is computed again in every p
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, cast
@@ -18,9 +19,11 @@ from localfeat.backbones.cuts import find_cuts
 from localfeat.backbones.layout import FeatureShape
 from localfeat.backbones.modes import evaluating
 from localfeat.backbones.parts import Part, build_part
-from localfeat.backbones.split import Downsample
+from localfeat.backbones.proof import differences, some_images
+from localfeat.backbones.split import Downsample, check_downsample
 from localfeat.backbones.tape import Result, Tape, Untraceable, record
 from localfeat.backbones.timm_models import channels_of
+from localfeat.utils.channels import check_channels
 from localfeat.utils.errors import UserError
 from localfeat.utils.sizes import sides
 
@@ -77,18 +80,20 @@ def decompose(
 
     Run the model and its parts on one random image of ``image_size`` pixels (evaluation mode, no gradients, the
     global random state untouched) to compare the outputs; on the meta device, which has no values, compare only
-    their shapes.
+    their shapes. Of networks that are not made of timm's and torch's classes compare outputs, gradients and buffers
+    of larger batches in evaluation, in training and under autocast, too, on a copy.
 
     Args:
         model: any network that takes a batch of images (B, C, H, W) and returns logits.
         image_size: side in pixels, or height and width.
         in_chans: channels of the images; ``None`` takes those of the first convolution.
-        blocks: a regular expression that the names of blocks match as a whole, e.g. ``"layers\\.\\d+"``; ``None``
-            finds timm's.
+        blocks: a regular expression that the names of blocks, as in ``model.named_modules()``, match as a whole, e.g.
+            ``"encoder\\.layers\\.\\d+"``; ``None`` finds timm's.
         downsample: whether layers between two blocks, as between stages, belong to the next block or the previous.
 
     Raises:
-        UserError: no place to cut is found, or the parts do not add up to the model.
+        UserError: no place to cut is found, what the model computes depends on pixels' values (in its own code, not in
+            a layer's), or the parts do not add up to the model.
     """
     kind = type(model).__name__
     if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
@@ -96,17 +101,30 @@ def decompose(
             "this backbone has grad_checkpointing set, which has no effect when blocks run one by one: "
             "call set_grad_checkpointing(False) first"
         )
-    image = (in_chans or channels_of(model), *sides(image_size))
+    check_downsample(downsample)
+    if hasattr(model, "_orig_mod"):
+        raise UserError("this backbone is compiled: give the network itself, model._orig_mod")
+    if next(model.parameters(), None) is None:
+        raise UserError(f"cannot split this {kind}: it has no parameters to train")
+    channels = channels_of(model) if in_chans is None else in_chans
+    check_channels(channels)
+    image = (channels, *sides(image_size))
     found = Blocks(model, blocks)
-    key = (_structure(model), frozenset(found.holders), image)
+    known = _is_known(model)
+    key = (_structure(model), frozenset(found.holders), image) if known else None
     met = key in _TAPES
     try:
-        pieces = _pieces(model, _recorded(model, found, image, key), found, image, downsample)
+        tapes = _recorded(model, found, image, key)
+        pieces = _pieces(model, tapes, found, image, downsample)
     except Untraceable as error:
         raise UserError(f"cannot split this {kind}: {error}") from error
     _check_parameters(model, pieces)
-    if not (met and next(model.parameters()).is_meta):  # shapes are known to be equal
-        _check_output(model, pieces, image)
+    on_meta = next(model.parameters()).is_meta
+    if not (met and on_meta):  # shapes are known to be equal
+        _check_output(model, pieces)
+    if not on_meta and not known:
+        twin = copy.deepcopy(model)
+        _check_steps(twin, _pieces(twin, tapes, found, image, downsample))
     return pieces
 
 
@@ -114,9 +132,19 @@ _TAPES: dict[Hashable, dict[bool, Tape]] = {}  # of the networks met last
 _KEPT = 32
 
 
-def _recorded(model: nn.Module, blocks: Blocks, image: tuple[int, int, int], key: Hashable) -> dict[bool, Tape]:
+def _is_known(model: nn.Module) -> bool:
+    """Return whether a network is made of timm's and torch's classes as they are, whose code has been looked at."""
+    return all(
+        type(module).__module__.startswith(("timm.", "torch."))
+        and "forward" not in vars(module)
+        and not any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks"))
+        for module in model.modules()
+    )
+
+
+def _recorded(model: nn.Module, blocks: Blocks, image: tuple[int, int, int], key: Hashable | None) -> dict[bool, Tape]:
     """Return the network's steps, from those of an equal network, with the same key, if there was one."""
-    if key not in _TAPES:
+    if key is None or key not in _TAPES:
         try:
             tapes = record(model, blocks.holders, image)
         except Untraceable:
@@ -125,6 +153,8 @@ def _recorded(model: nn.Module, blocks: Blocks, image: tuple[int, int, int], key
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             size = f"{image[1]} x {image[2]} px with {image[0]} channels"
             raise UserError(f"this backbone cannot take images of {size}: {reason}") from error
+        if key is None:
+            return tapes
         while len(_TAPES) >= _KEPT:
             del _TAPES[next(iter(_TAPES))]
         _TAPES[key] = tapes
@@ -179,7 +209,7 @@ def _classes(tape: Tape) -> int:
     """Return the number of logits."""
     shapes = tape.steps[tape.output.step].shapes if isinstance(tape.output, Result) else ()
     if not shapes or len(shapes[0]) != 2:
-        raise Untraceable("it returns something else than logits (B, classes)")
+        raise Untraceable("it returns something else than logits (B, classes); put it into a module that returns these")
     return shapes[0][1]
 
 
@@ -191,14 +221,22 @@ def _check_parameters(model: nn.Module, pieces: Decomposition) -> None:
         raise UserError(f"cannot split this {type(model).__name__}: {lost[0]} is not in exactly one part")
 
 
+def _check_steps(model: nn.Module, pieces: Decomposition) -> None:
+    """Refuse a network whose parts do something else than it, in a step of training or with another batch."""
+    if found := next(differences(model, pieces), None):
+        raise UserError(
+            f"cannot split this {type(model).__name__}: its parts give another {found}; what it does between "
+            "its blocks beside torch's functions (hooks, switched gradients, changed views) has to be in a module"
+        )
+
+
 @torch.no_grad()
-def _check_output(model: nn.Module, pieces: Decomposition, image: tuple[int, int, int]) -> None:
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(1, *image, generator=generator).to(device)
+def _check_output(model: nn.Module, pieces: Decomposition) -> None:
+    images = some_images(model, pieces, 1)
+    device = images.device
     with evaluating(nn.ModuleList([model, pieces])):
-        expected = model(images)
-        logits = pieces(images)
+        expected = model(images.clone())
+        logits = pieces(images.clone())
         same = logits.shape == expected.shape if device.type == "meta" else torch.equal(logits, expected)
         if not same:
             raise UserError(f"cannot split this {type(model).__name__}: its parts give different logits from the whole")
@@ -211,7 +249,7 @@ def _check_output(model: nn.Module, pieces: Decomposition, image: tuple[int, int
 
 def _in_place(stem: nn.Module, shape: FeatureShape, images: Tensor) -> bool:
     """Return whether a change in a corner of the image changes the features in the same corner the most."""
-    before = shape.to_nchw(stem(images))
+    before = shape.to_nchw(stem(images.clone()))
     height, width = images.shape[2:]
     for vertical, horizontal in ((False, True), (True, False)):  # top right, bottom left
         changed = images.clone()

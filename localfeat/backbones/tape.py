@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -119,13 +120,17 @@ def record(model: nn.Module, followed: Iterable[str], image: tuple[int, int, int
         Untraceable: numbers depend on the batch in another way than by a factor, or a tensor has an unknown source.
     """
     followed = {"", *followed}
+    before = random.getstate()
     try:
-        return _record(without_data(model), followed, image)
+        tapes = _record(without_data(model), followed, image)
     except Untraceable:
         raise
     except Exception:  # what needs real values: a true error is raised by them, too
         with torch.random.fork_rng(devices=[]):
-            return _record(copy.deepcopy(model), followed, image)
+            tapes = _record(copy.deepcopy(model), followed, image)
+    if random.getstate() != before:
+        raise Untraceable("it draws from Python's random numbers; torch's can be cut")
+    return tapes
 
 
 def _record(model: nn.Module, followed: set[str], image: tuple[int, int, int]) -> dict[bool, Tape]:
@@ -148,6 +153,7 @@ class _Recorder(TorchFunctionMode):
         self.model = model
         self.steps: list[tuple[Any, Any, dict[tuple[Any, ...], tuple[Tensor, int]]]] = []  # with versions of tensors
         self.sources: dict[int, Result | Member] = {}  # id of a tensor -> where it is from
+        self.varying = set[int]()  # numbers of steps that return something else at other times
         self.inside = 0  # depth of calls of whole modules
         for name, value in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
             self.sources.setdefault(id(value), Member(name))
@@ -182,6 +188,8 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.inside:
             return func(*args, **kwargs)
+        if getattr(func, "__name__", "") in _READS_VALUES and self._varies(args[0]):
+            raise Untraceable("its own code reads values of a tensor, as branches on them do: move that into a module")
         returned = func(*args, **kwargs)
         if getattr(func, "__name__", "") == "__get__":  # of a property, as x.mT
             func, args = getattr, (*args[:1], func.__self__.__name__)  # type: ignore[attr-defined]
@@ -203,8 +211,17 @@ class _Recorder(TorchFunctionMode):
 
     def _keep(self, target: Any, told: Any, returned: Any) -> None:
         found = {path: (tensor, tensor._version) for path, tensor in _tensors(returned)}
+        drawn = isinstance(target, str) or getattr(target, "__name__", None) in _DRAWS
+        if target is None or drawn or any(map(self._mark_varies, leaves(told))):
+            self.varying.add(len(self.steps))
         self.sources |= {id(tensor): Result(len(self.steps), path) for path, (tensor, _) in found.items()}
         self.steps.append((target, told, found))
+
+    def _varies(self, tensor: Any) -> bool:
+        return self._mark_varies(self.sources.get(id(tensor)))
+
+    def _mark_varies(self, mark: Any) -> bool:
+        return isinstance(mark, Member) or (isinstance(mark, Result) and mark.step in self.varying)
 
     def _told(self, value: Any) -> Any:
         """Return arguments with the sources of tensors in their place."""
@@ -226,6 +243,13 @@ class _Recorder(TorchFunctionMode):
             return Step(target, args, kwargs)
         ((path, (tensor, version)),) = found.items()
         return Step(target, args, kwargs, (tuple(tensor.shape),), path, tensor._version != version)
+
+
+_READS_VALUES = ("__bool__", "__int__", "__float__", "__index__", "__contains__", "item", "tolist", "numpy")
+"""Functions of a tensor that return its values as numbers."""
+
+_DRAWS = ("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "bernoulli", "normal", "multinomial")
+"""Functions that draw random numbers."""
 
 
 def _tensors(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:

@@ -5,13 +5,14 @@ TIFF files other than ordinary grey and RGB images are read by tifffile, an extr
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from localfeat.data.pixels import Pixels
+from localfeat.data.pixels import NUMBERS, Pixels, Unfit
 from localfeat.utils.errors import UserError
 
 MAX_VALUES = 400_000_000
@@ -40,7 +41,8 @@ def read_array(file: BinaryIO, path: Path, channels: int) -> np.ndarray:
     An array (H, W) has one channel. Of three axes the first is the channels' if it is ``channels`` long, else the last.
 
     Raises:
-        ValueError: another shape, more than ``MAX_VALUES`` values, a damaged file, one that needs code to be run.
+        Unfit: another shape.
+        ValueError: more than ``MAX_VALUES`` values, a damaged file, one that needs code to be run.
         UserError: a TIFF file, and tifffile is not installed.
     """
     if path.suffix.lower() in _NPY:
@@ -63,7 +65,9 @@ def _channel_axis(shape: Sequence[int], channels: int) -> int | None:
         return None
     if len(shape) == 3 and channels in (shape[0], shape[2]):
         return 0 if shape[0] == channels else 2
-    raise ValueError(f"it has the shape {shape}: in_chans={channels} needs {channels} channels, first or last")
+    fewest = 1 if len(shape) == 2 else min(shape[0], shape[-1]) if len(shape) == 3 else None
+    hint = "" if fewest is None else f"; for {fewest} channel{'s' if fewest > 1 else ''} set in_chans={fewest}"
+    raise Unfit(f"it has the shape {shape}, and in_chans={channels} channels first or last are needed{hint}")
 
 
 def _npy_shape(file: BinaryIO) -> tuple[int, ...]:
@@ -74,8 +78,10 @@ def _npy_shape(file: BinaryIO) -> tuple[int, ...]:
     version = np.lib.format.read_magic(file)
     if version not in readers:
         raise ValueError(f"it is a .npy file of version {version}")
-    shape: tuple[int, ...] = readers[version](file)[0]
-    return shape
+    shape, _, dtype = readers[version](file)
+    if dtype.kind not in NUMBERS:
+        raise ValueError(f"it holds {dtype} values, not real numbers")
+    return tuple(shape)
 
 
 def _tiff_series(file: BinaryIO, path: Path) -> Any:
@@ -86,4 +92,11 @@ def _tiff_series(file: BinaryIO, path: Path) -> Any:
         raise UserError(
             "TIFF files of many bands or with a value_range are read by tifffile: pip install 'localfeat[tiff]'"
         ) from None
-    return tifffile.TiffFile(file, name=path.name).series[0]
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it would tell of damage in lines of its own
+    series = tifffile.TiffFile(file, name=path.name).series[0]
+    page = series.keyframe
+    if page.photometric in (tifffile.PHOTOMETRIC.MINISWHITE, tifffile.PHOTOMETRIC.PALETTE):
+        raise ValueError(f"its values are no brightness ({tifffile.PHOTOMETRIC(page.photometric).name.lower()})")
+    if page.tags.valueof("Orientation", 1) != 1:
+        raise ValueError("it is stored turned or mirrored")
+    return series

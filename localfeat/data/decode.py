@@ -33,7 +33,7 @@ from torch import Tensor
 from localfeat.data import arrays
 from localfeat.data.bad_files import BadFiles, BadImage
 from localfeat.data.batched_transforms import centre, resize
-from localfeat.data.pixels import RGB, Pixels
+from localfeat.data.pixels import RGB, Pixels, Unfit
 from localfeat.utils.errors import RunFailed, UserError
 from localfeat.utils.sizes import central_part
 from localfeat.utils.text import shown
@@ -78,7 +78,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None, pixels: Pixels =
         return _read_array(path, size, pixels)
     with _opened(path) as file:
         if pixels.channels not in (1, 3):
-            raise ValueError(f"in_chans={pixels.channels} needs .npy or TIFF files")
+            raise Unfit(f"in_chans={pixels.channels} needs .npy or TIFF files")
         orientation = _orientation(file)
         turned, swapped = orientation > 1, orientation > 4
         stored = size if size is None or not swapped else size[::-1]
@@ -252,6 +252,8 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except Unfit as error:
+        raise BadImage(f"cannot read the image {shown(path)}: {error}") from error
     except MemoryError as error:
         raise RunFailed(f"{shown(path)} cannot be decoded: memory has run out") from error
     except UnidentifiedImageError as error:

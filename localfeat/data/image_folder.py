@@ -111,6 +111,8 @@ class ImageFolder:
         paths = [path for members in classes for path in members]
         labels = torch.cat([torch.full((len(members),), label) for label, members in enumerate(classes)])
         bad = self._bad[split]
+        if split == "train":
+            _tell_range(paths[0], self.pixels)
         if not self.in_memory:
             return FileImages(paths, labels, self.store_size, bad, self.pixels)
         size = self._native or self.store_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,13 @@ import torch
 
 from localfeat.utils.channels import check_channels
 from localfeat.utils.errors import UserError
+
+NUMBERS = "uif"
+"""Kinds of types that pixels may have in a file: whole and floating-point numbers."""
+
+
+class Unfit(ValueError):
+    """Why a sound file does not fit the settings."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,9 @@ class Pixels:
     def __post_init__(self) -> None:
         check_channels(self.channels)
         given = self.value_range
-        if given is not None and not (len(given) == 2 and -math.inf < given[0] < given[1] < math.inf):
+        if given is not None and not (
+            len(given) == 2 and given[0] < given[1] and 0 < 255 / (given[1] - given[0]) < 1e30
+        ):
             raise UserError(f"value_range={list(given)}: give the values that become black and white, [low,high]")
 
     @property
@@ -46,19 +54,19 @@ class Pixels:
         Raises:
             ValueError: values without a known range, or NaN.
         """
-        if values.dtype.kind not in "uif":
+        if values.dtype.kind not in NUMBERS:
             raise ValueError(f"it holds {values.dtype} values, not real numbers")
         if self.value_range is not None:
             low, high = self.value_range
-            scaled = (values.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
+            scaled = (values.astype(np.float64) - low) * (255 / (high - low))
             if np.isnan(scaled).any():
                 raise ValueError("it holds NaN")
-            return scaled.clip(0, 255, out=scaled)
+            return scaled.clip(0, 255).astype(np.float32)
         if values.dtype == np.uint8:
             return values.copy()
         if values.dtype.kind == "u" and values.dtype.itemsize == 2:
             return (values >> 8).astype(np.uint8)
-        raise ValueError(
+        raise Unfit(
             f"it holds {values.dtype} values, whose range is unknown: dataset.value_range=[low,high] says which become "
             "black and white"
         )

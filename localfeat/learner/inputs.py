@@ -27,7 +27,10 @@ def number_of_classes(backbone: Any) -> int:
         )
     found = getattr(backbone, "num_classes", None)
     if not isinstance(found, int):
-        raise UserError(f"the backbone {type(backbone).__name__} has no num_classes, which every timm model has")
+        raise UserError(
+            f"the backbone {type(backbone).__name__} has no num_classes, which every timm model has; "
+            "of another network give the parts: localfeat.decompose(model, image_size)"
+        )
     if found < 2:
         raise UserError(f"a backbone with num_classes={found} has no classifier to train")
     return found

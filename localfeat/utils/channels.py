@@ -18,7 +18,7 @@ def check_channels(in_chans: int) -> None:
     """Check a number of channels.
 
     Raises:
-        UserError: it is below 1.
+        UserError: it is no whole number, or below 1.
     """
-    if in_chans < 1:
-        raise UserError(f"in_chans={in_chans}: images have at least 1 channel")
+    if not isinstance(in_chans, int) or in_chans < 1:
+        raise UserError(f"in_chans={in_chans}: images have a whole number of channels, at least 1")

@@ -91,7 +91,7 @@ def check_export(folder: Path, summary: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["in_chans=0"], "error: in_chans=0: images have at least 1 channel"),
+        (["in_chans=0"], "error: in_chans=0: images have a whole number of channels, at least 1"),
         (["in_chans=5"], "error: in_chans=5: digits has images of 3 channels; it can be 3, or 1 for grey"),
         (["dataset.in_chans=1"], "error: dataset.in_chans=1 differs from in_chans=3: set only in_chans"),
         (["+backbone.arguments.in_chans=1"], "error: backbone.arguments.in_chans: set in_chans, for the images and"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
+import re
 from typing import Any, cast
 
 import pytest
@@ -211,14 +213,16 @@ def test_downsampling_goes_with_the_next_block_or_the_previous() -> None:
 
 def test_blocks_by_a_pattern() -> None:
     network = Own()
-    with pytest.raises(UserError, match=r"^cannot split this Own: no blocks are found in it; name them by blocks=<pat"):
+    with pytest.raises(UserError, match=r"^cannot split this Own: no blocks are found in it; name them: localfeat"):
         decompose(network, 32)
     parts = decompose(network, 32, blocks=r"step_\d")
     assert len(parts.blocks) == 2 and isinstance(parts.blocks[0], Part)  # its addition needs its input
     assert parts.blocks[1] is network.step_2
     assert [(s.channels, s.height) for s in parts.shapes] == [(4, 16), (4, 16), (4, 16)]
-    with pytest.raises(UserError, match="no blocks are found"):
-        decompose(network, 32, blocks="other")
+    with pytest.raises(UserError, match=r"^blocks='step': no module has a name .* as a whole; it has first, step_1, "):
+        decompose(network, 32, blocks="step")
+    with pytest.raises(UserError, match=r"^blocks='step\(' is no regular expression: "):
+        decompose(network, 32, blocks="step(")
 
 
 class Own(nn.Module):
@@ -309,6 +313,116 @@ class Rolled(Own):
 def test_what_cannot_be_cut_says_why(kind: type[nn.Module], reason: str) -> None:
     with pytest.raises(UserError, match=rf"^cannot split this {kind.__name__}: {reason}$"):
         decompose(kind(), 32, blocks=r"step_\d")
+
+
+class Branches(Own):
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.step_1(self.first(images))
+        return cast(Tensor, self.last(self.step_2(x * 5 if x.mean() > 0 else x).mean((2, 3))))
+
+
+class ReadsBuffer(Own):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.ones(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.step_1(self.first(images)) * float(self.get_buffer("factor"))
+        return cast(Tensor, self.last(self.step_2(x).mean((2, 3))))
+
+
+class DropsLayers(Own):
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.first(images)
+        if random.random() > -1:
+            x = self.step_1(x)
+        return cast(Tensor, self.last(self.step_2(x).mean((2, 3))))
+
+
+class Ungrateful(Own):
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.step_1(self.first(images))
+        return cast(Tensor, self.last(self.step_2(x).mean((2, 3))))
+
+
+class Counts(Own):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.step_1(self.first(images))
+        if self.training:
+            self.get_buffer("mean").lerp_(x.detach().mean((0, 2, 3)), 0.1)
+        return cast(Tensor, self.last(self.step_2(x).mean((2, 3))))
+
+
+class DropsChannels(Own):
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.step_1(self.first(images)).clone()
+        if self.training:
+            x[:, 0].mul_(0)
+        return cast(Tensor, self.last(self.step_2(x).mean((2, 3))))
+
+
+class Four(Own):
+    def forward(self, images: Tensor) -> Tensor:
+        x = torch.cat([part - part.mean() for part in self.step_1(self.first(images)).split(4)])
+        return cast(Tensor, self.last(self.step_2(x).mean((2, 3))))
+
+
+class WithoutAutocast(Own):
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.step_1(self.first(images))
+        with torch.autocast("cpu", enabled=False):
+            x = torch.einsum("bchw,cd->bdhw", x.float(), torch.full((4, 4), 0.3))
+        return cast(Tensor, self.last(self.step_2(x).mean((2, 3))))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Branches, "its own code reads values of a tensor, as branches on them do: move that into a module"),
+        (ReadsBuffer, "its own code reads values of a tensor, as branches on them do: move that into a module"),
+        (DropsLayers, "it draws from Python's random numbers; torch's can be cut"),
+        (Ungrateful, "its parts give another gradient in evaluation; what it does between its blocks "),
+        (Counts, "its parts give another buffer in training; "),
+        (DropsChannels, "its parts give another output in training; "),
+        (Four, "its parts give another output in evaluation; "),
+        (WithoutAutocast, "its parts give another output under autocast; "),
+    ],
+)
+def test_what_parts_would_do_differently_is_refused(kind: type[nn.Module], reason: str) -> None:
+    network = kind()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.raises(UserError, match=rf"^cannot split this {kind.__name__}: {re.escape(reason)}"):
+        decompose(network, 32, blocks=r"step_\d")
+    assert network.training and all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+class Dropping(Own):
+    """Its setting is private."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self._share = share
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = nn.functional.dropout(self.step_1(self.first(images)), self._share, self.training)
+        return cast(Tensor, self.last(self.step_2(x).mean((2, 3))))
+
+
+def test_networks_that_only_look_alike_are_not_taken_for_each_other() -> None:
+    images = torch.randn(4, 3, 32, 32)
+    for share in (0.1, 0.9):
+        network = Dropping(share)
+        pieces = decompose(network, 32, blocks=r"step_\d")
+        given = []
+        for function in (network, pieces):
+            torch.manual_seed(3)
+            given.append(function(images))
+        assert torch.equal(*given)
 
 
 def test_tokens_out_of_order_are_refused() -> None:

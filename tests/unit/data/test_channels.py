@@ -91,6 +91,12 @@ def test_values_are_clipped_to_their_range(dtype: Any, tmp_path: Path) -> None:
         np.testing.assert_array_equal(found[0, :, 0], [0, 0, 127.5, 255, 255])
 
 
+def test_large_values_keep_their_differences(tmp_path: Path) -> None:
+    file = write_npy(tmp_path / "x", 1e9 + np.arange(256.0).reshape(16, 16))
+    found = read_image(file, pixels=Pixels(1, (1e9, 1e9 + 255)))
+    np.testing.assert_array_equal(found[..., 0], np.arange(256).reshape(16, 16))
+
+
 def test_arrays_are_cut_and_resized_as_images_are(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     picture = generator.integers(0, 256, (20, 30, 3), dtype=np.uint8)
@@ -124,8 +130,8 @@ def written(file: Path, content: bytes) -> Path:
     return file
 
 
-def header(file: Path, shape: str) -> Path:
-    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode()
+def header(file: Path, shape: str, kind: str = "|u1") -> Path:
+    text = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}".encode()
     text += b" " * (117 - len(text)) + b"\n"
     return written(file.with_suffix(".npy"), b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
 
@@ -139,7 +145,7 @@ WRONG: dict[str, tuple[Callable[[Path], Path], Pixels, str]] = {
     "another number of channels": (
         lambda file: write_npy(file, ramp(4, 6, 9)),
         Pixels(13),
-        "it has the shape (4, 6, 9): in_chans=13 needs 13 channels, first or last",
+        "it has the shape (4, 6, 9), and in_chans=13 channels first or last are needed; for 4 channels set in_chans=4",
     ),
     "one band of many": (lambda file: write_npy(file, ramp(6, 9)), Pixels(13), "it has the shape (6, 9)"),
     "floats without a range": (
@@ -152,7 +158,22 @@ WRONG: dict[str, tuple[Callable[[Path], Path], Pixels, str]] = {
     "objects": (
         lambda file: write_npy(file, np.array([[{}]], dtype=object)),
         Pixels(1, (0, 1)),
-        "Object arrays cannot be loaded",
+        "it holds object values, not real numbers",
+    ),
+    "records of a kilobyte": (
+        lambda file: header(file, "(500, 500, 13)", "|V9999"),
+        Pixels(13),
+        "it holds |V9999 values, not real numbers",
+    ),
+    "white is zero": (
+        lambda file: write_tiff(file, ramp(6, 9), photometric="miniswhite"),
+        Pixels(1, (0, 1)),
+        "its values are no brightness (miniswhite)",
+    ),
+    "turned": (
+        lambda file: write_tiff(file, ramp(6, 9), extratags=[(274, 3, 1, 6, True)]),
+        Pixels(1, (0, 1)),
+        "it is stored turned or mirrored",
     ),
     "empty": (lambda file: write_npy(file, np.ones((0, 9))), Pixels(1, (0, 1)), "it has the shape (0, 9)"),
     "a huge claim": (
@@ -226,10 +247,11 @@ def test_operations_treat_channels_alike(name: str, channels: int) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"in_chans": 0}, "in_chans=0: images have at least 1 channel"),
+        ({"in_chans": 0}, "in_chans=0: images have a whole number of channels, at least 1"),
         ({"value_range": (1, 1)}, r"value_range=\[1, 1\]: give the values that become black and white, \[low,high\]"),
         ({"value_range": (1, 2, 3)}, r"value_range=\[1, 2, 3\]"),
         ({"value_range": (0, float("inf"))}, r"value_range=\[0, inf\]"),
+        ({"value_range": (0, 1e-40)}, r"value_range=\[0, 1e-40\]"),
         ({"in_chans": 2, "mean": (0.1,), "std": (0.1,)}, "in_chans=2 needs a value per channel"),
         ({"in_chans": 5}, "in_chans=5: digits has images of 3 channels; it can be 3, or 1 for grey"),
         ({"value_range": (0, 1)}, "value_range=.* is for the .npy and TIFF files of an image folder, not for digits"),
