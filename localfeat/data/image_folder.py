@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from localfeat.data.bad_files import BadFiles
-from localfeat.data.decode import IMAGE_SUFFIXES, common_size, read_images
+from localfeat.data.arrays import holds_array
+from localfeat.data.bad_files import BadFiles, BadImage
+from localfeat.data.decode import IMAGE_SUFFIXES, common_size, read_image, read_images
 from localfeat.data.files import holds, image_paths, made_by_a_system, tell_others
 from localfeat.data.labelled import FileImages, LabelledImages, TensorImages, no_sound_image
 from localfeat.data.pixels import RGB, Pixels
@@ -203,6 +204,26 @@ def _check_classes(root: Path, files: dict[str, dict[str, list[Path]]]) -> None:
         raise UserError(f"image_folder: train and {split} in {where} differ in their classes ({'; '.join(only)})")
     if len(train) < 2:
         raise UserError(f"image_folder: {where} has one class, {next(iter(train))}; a classifier needs two or more")
+
+
+def _tell_range(path: Path, pixels: Pixels) -> None:
+    """Tell on stderr if an array's values are hardly within the range that they are read by."""
+    if not holds_array(path, pixels):
+        return
+    try:
+        image = read_image(path, pixels=pixels)
+    except BadImage:  # told when all files are read
+        return
+    if pixels.value_range is not None and ((image <= 0) | (image >= 255)).mean() > 0.5:
+        low, high = pixels.value_range
+        what = f"most values of {shown(path)} lie outside dataset.value_range=[{low:g},{high:g}]"
+    elif image.max() < 32:
+        what = (
+            f"the values of {shown(path)} end at {image.max() / 255:.0%} of white: set dataset.value_range=[low,high]"
+        )
+    else:
+        return
+    print(f"warning: {what}", file=sys.stderr, flush=True)
 
 
 def _fits(size: int) -> bool:

@@ -232,6 +232,23 @@ def test_a_folder_of_arrays_in_memory_and_from_files(tmp_path: Path) -> None:
     assert images.shape == (4, BANDS, 16, 16) and labels.shape == (4,)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"value_range": (0, 1)}, "0.npy lie outside dataset.value_range=[0,1]"),
+        ({}, "0.npy end at "),
+        ({"value_range": (0, 10_000)}, None),
+    ],
+)
+def test_a_range_that_hardly_fits_is_told(
+    options: dict[str, Any], said: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_array_folder(tmp_path, channels=2, size=(8, 8))
+    ImageDataModule("image_folder", tmp_path, in_chans=2, batch_size=4, val_fraction=0, **options).train_dataloader()
+    warned = capsys.readouterr().err
+    assert warned == "" if said is None else warned.startswith("warning: ") and said in warned
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("channels", [1, 2, 13])
 def test_operations_treat_channels_alike(name: str, channels: int) -> None:
