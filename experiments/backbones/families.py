@@ -79,7 +79,7 @@ def examine(name: str) -> Row:
         return {**row, "refused": str(error)}
     row |= {"seconds": round(time.process_time() - started, 2), **described(pieces)}
     trains = parameters < LARGE
-    row["problems"] = list(differences(model, pieces, trains=trains))
+    row["problems"] = list(differences(model, pieces, pieces.image, trains=trains))
     how = list(ways(len(pieces.blocks)))
     row["steps"] = [line for way in how for line in step_problems(name, *way, size)] if trains else None
     return row

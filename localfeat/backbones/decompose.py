@@ -223,7 +223,7 @@ def _check_parameters(model: nn.Module, pieces: Decomposition) -> None:
 
 def _check_steps(model: nn.Module, pieces: Decomposition) -> None:
     """Refuse a network whose parts do something else than it, in a step of training or with another batch."""
-    if found := next(differences(model, pieces), None):
+    if found := next(differences(model, pieces, pieces.image), None):
         raise UserError(
             f"cannot split this {type(model).__name__}: its parts give another {found}; what it does between "
             "its blocks beside torch's functions (hooks, switched gradients, changed views) has to be in a module"
@@ -232,7 +232,7 @@ def _check_steps(model: nn.Module, pieces: Decomposition) -> None:
 
 @torch.no_grad()
 def _check_output(model: nn.Module, pieces: Decomposition) -> None:
-    images = some_images(model, pieces, 1)
+    images = some_images(model, pieces.image, 1)
     device = images.device
     with evaluating(nn.ModuleList([model, pieces])):
         expected = model(images.clone())

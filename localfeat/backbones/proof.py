@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from localfeat.backbones.decompose import Decomposition
 
 EVALUATED, TRAINED = 5, 8
 """Images of the batches that are compared: more than those that a forward pass is recorded with."""
 
 
-def differences(model: nn.Module, pieces: Decomposition, *, trains: bool = True) -> Iterator[str]:
+def differences(
+    model: nn.Module, pieces: nn.Module, image: tuple[int, int, int], *, trains: bool = True
+) -> Iterator[str]:
     """Yield in what the parts differ from the model: outputs, gradients of parameters and images, buffers.
 
     Buffers are left as they were, the mode is not.
@@ -24,12 +23,13 @@ def differences(model: nn.Module, pieces: Decomposition, *, trains: bool = True)
     Args:
         model: a network that may be changed by running it.
         pieces: its parts.
+        image: channels, height and width.
         trains: whether to compare steps of training, too.
     """
     state = {name: buffer.clone() for name, buffer in model.named_buffers()}
 
     def compared(batch: int, context: Callable[[], AbstractContextManager[Any]]) -> list[str]:
-        images = some_images(model, pieces, batch)
+        images = some_images(model, image, batch)
         found = []
         for function in (model, pieces):
             for name, buffer in model.named_buffers():
@@ -51,11 +51,11 @@ def differences(model: nn.Module, pieces: Decomposition, *, trains: bool = True)
         buffer.data.copy_(state[name])
 
 
-def some_images(model: nn.Module, pieces: Decomposition, batch: int) -> Tensor:
+def some_images(model: nn.Module, image: tuple[int, int, int], batch: int) -> Tensor:
     """Return random images (B, C, H, W) of the model's type, on its device."""
     some = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(batch, *pieces.image, generator=generator).to(some.device, some.dtype)
+    return torch.randn(batch, *image, generator=generator).to(some.device, some.dtype)
 
 
 def same(one: Any, other: Any) -> bool:
