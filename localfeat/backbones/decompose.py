@@ -123,7 +123,10 @@ def decompose(
     if not (met and on_meta):  # shapes are known to be equal
         _check_output(model, pieces)
     if not on_meta and not known:
-        twin = copy.deepcopy(model)
+        try:
+            twin = copy.deepcopy(model)
+        except Exception as error:  # modules raise anything; planners and methods copy networks, too
+            raise UserError(f"cannot split this {kind}: it cannot be copied ({error})") from error
         _check_steps(twin, _pieces(twin, tapes, found, image, downsample))
     return pieces
 

@@ -39,7 +39,8 @@ def differences(
         whole, parts = found
         return [what for what in {**whole, **parts} if not same(whole.get(what), parts.get(what))]
 
-    with torch.random.fork_rng(devices=[]):
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         both = nn.ModuleList([model, pieces]).eval()
         yield from (f"{what} in evaluation" for what in compared(EVALUATED, nullcontext))
         if "output" in compared(1, _autocast(model)):  # gradients differ by the order of casts
