@@ -155,7 +155,7 @@ def _hydra_line(error: Exception, arguments: Sequence[str]) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         other = f"; another timm model: backbone=timm backbone.name={choice}" if group == "backbone" else ""
-        return f"{group}={choice}: it is one of {', '.join(error.options)}{meant(choice, error.options) or other}"
+        return f"{group}={choice}: it is one of {', '.join(error.options)}{meant(choice, error.options)}{other}"
     if found := re.search(r"Ambiguous value for argument '(.*)'", text):
         key, _, values = found[1].partition("=")
         listed = "" if key in _groups() else f"; a list is '{key}=[{values}]'"
