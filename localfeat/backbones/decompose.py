@@ -96,16 +96,8 @@ def decompose(
             a layer's), or the parts do not add up to the model.
     """
     kind = type(model).__name__
-    if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
-        raise UserError(
-            "this backbone has grad_checkpointing set, which has no effect when blocks run one by one: "
-            "call set_grad_checkpointing(False) first"
-        )
+    _check_network(model)
     check_downsample(downsample)
-    if hasattr(model, "_orig_mod"):
-        raise UserError("this backbone is compiled: give the network itself, model._orig_mod")
-    if next(model.parameters(), None) is None:
-        raise UserError(f"cannot split this {kind}: it has no parameters to train")
     channels = channels_of(model) if in_chans is None else in_chans
     check_channels(channels)
     image = (channels, *sides(image_size))
@@ -133,6 +125,19 @@ def decompose(
 
 _TAPES: dict[Hashable, dict[bool, Tape]] = {}  # of the networks met last
 _KEPT = 32
+
+
+def _check_network(model: nn.Module) -> None:
+    """Refuse networks whose parts could not be run alone or trained."""
+    if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
+        raise UserError(
+            "this backbone has grad_checkpointing set, which has no effect when blocks run one by one: "
+            "call set_grad_checkpointing(False) first"
+        )
+    if hasattr(model, "_orig_mod"):
+        raise UserError("this backbone is compiled: give the network itself, model._orig_mod")
+    if next(model.parameters(), None) is None:
+        raise UserError(f"cannot split this {type(model).__name__}: it has no parameters to train")
 
 
 def _is_known(model: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """Decode image files to arrays of pixels; every bad file ends in one line that names it."""
 
 import errno
+import functools
 import os
 import stat
 import warnings
@@ -116,10 +117,7 @@ def common_size(paths: Sequence[Path], skip_bad: bool = False, pixels: Pixels = 
 
     With ``skip_bad``, ignore files whose header cannot be read.
     """
-
-    def size(path: Path) -> tuple[int, int]:
-        return image_size(path, pixels)
-
+    size = functools.partial(image_size, pixels=pixels)
     found = _in_threads(_keeping_errors(size) if skip_bad else size, paths)
     sizes = {size for size in found if not isinstance(size, BadImage)}
     return sizes.pop() if len(sizes) == 1 else None

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from localfeat.backbones.timm_models import channels_of
+from localfeat.backbones.timm_models import channels_of, check_arguments, model_name
 from localfeat.run.weights import check_exists, check_keys, load_backbone_weights, read_state
 from localfeat.utils.errors import UserError
 from localfeat.utils.files import write_whole
@@ -150,10 +151,6 @@ def build_backbone(path: str | Path) -> nn.Module:
 
 
 def _plain_model(path: str | Path, file: BackboneFile) -> nn.Module:
-    import timm
-
-    from localfeat.backbones.timm_models import check_arguments, model_name
-
     sized: dict[str, Any] = {} if file.img_size is None else {"img_size": file.img_size}
     if file.in_chans != 3:
         sized["in_chans"] = file.in_chans
