@@ -52,7 +52,7 @@ class CheckedBatches(lightning.LightningModule):
     def _check(self, batch: Any, number: int, *, training: bool) -> None:
         """Check a batch; labels' values on a GPU only in the first, as reading them waits.
 
-        A method that contrasts needs two images, but the rest at the end of an epoch may be one.
+        A method that compares images needs two, but the rest at the end of an epoch may be one.
         """
         if self._prepares is None:
             check_batch(
@@ -60,6 +60,6 @@ class CheckedBatches(lightning.LightningModule):
                 self.num_classes,
                 training=training,
                 values=number == 0 or self.device.type == "cpu",
-                at_least=2 if training and self.method.contrasts and number == 0 else 1,
+                at_least=self.method.fewest_images if training and number == 0 else 1,
                 backbone=self.backbone,
             )

@@ -52,7 +52,7 @@ def check_batch(
         num_classes: the classifier's classes.
         training: whether labels may be probabilities (B, num_classes), as mixup makes them.
         values: whether to look at the labels' values.
-        at_least: the fewest images; 2 for a method that contrasts the images of a batch.
+        at_least: the fewest images; 2 for a method that compares the images of a batch.
         backbone: the timm model that the images are for; ``None`` leaves their channels and size unchecked.
 
     Raises:
@@ -77,7 +77,7 @@ def check_batch(
         low, high = int(labels.min()), int(labels.max())
         raise UserError(f"labels lie between {low} and {high}: this classifier has the classes 0 to {num_classes - 1}")
     if len(labels) < at_least:
-        raise UserError(f"a batch of {len(labels)}: this method contrasts the images of a batch, at least {at_least}")
+        raise UserError(f"a batch of {len(labels)}: this method compares the images of a batch, at least {at_least}")
 
 
 def check_images(images: Any, backbone: nn.Module | None = None) -> None:

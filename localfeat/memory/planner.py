@@ -229,8 +229,10 @@ class Planner:
         """Return the largest batch below ``STEP`` that fits; 0 if none does."""
         for batch in (4, 2, 1):
             costs = self.costs(method, efficiency, batch)
-            needs_pairs = self.methods[method].contrasts and batch < 2
-            if not needs_pairs and self.peak([costs.module(*edge) for edge in edges]) <= self.budget:
+            if (
+                batch >= self.methods[method].fewest_images
+                and self.peak([costs.module(*edge) for edge in edges]) <= self.budget
+            ):
                 return batch
         return 0
 

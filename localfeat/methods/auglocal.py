@@ -46,13 +46,11 @@ class AugLocal(Method):
         from torch import nn
 
         from localfeat.methods.objective import HeadObjective
-        from localfeat.methods.parts.above import copied, path, picked
+        from localfeat.methods.parts.above import ahead, copied
         from localfeat.methods.parts.heads import NormMeanLinear
 
-        blocks = len(site.shapes) - 1
-        chosen = picked(blocks, blocks - len(site.above) - 1, self.depth_at(site.index, site.modules))
-        copies = [copied(block) for block in path(site, chosen)]
-        head = NormMeanLinear(site.shapes[chosen[-1] + 1], site.num_classes)
+        copies = [copied(block) for block in ahead(site, self.depth_at(site.index, site.modules))]
+        head = NormMeanLinear(site.shapes[-1], site.num_classes)
         return HeadObjective(nn.Sequential(*copies, head), self.label_smoothing)
 
     def depth_at(self, index: int, modules: int) -> int:

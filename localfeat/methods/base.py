@@ -58,6 +58,11 @@ class Method(ABC):
         return False
 
     @property
+    def fewest_images(self) -> int:
+        """The fewest images of a training batch: 2 if a loss or a norm compares them."""
+        return 2 if self.contrasts else 1
+
+    @property
     def decodes(self) -> bool:
         """Whether :meth:`build` uses the decoder."""
         return False

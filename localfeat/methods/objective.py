@@ -81,7 +81,7 @@ class HeadObjective(Objective):
     def forward(
         self, inputs: Tensor, outputs: Tensor, images: Tensor | None, labels: Tensor
     ) -> tuple[Terms, Tensor | None]:
-        return {"cross_entropy": _cross_entropy(self.head(outputs), labels, self.label_smoothing)}, None
+        return {"cross_entropy": cross_entropy(self.head(outputs), labels, self.label_smoothing)}, None
 
 
 class ClassifierObjective(Objective):
@@ -97,7 +97,7 @@ class ClassifierObjective(Objective):
         self, inputs: Tensor, outputs: Tensor, images: Tensor | None, labels: Tensor
     ) -> tuple[Terms, Tensor | None]:
         logits = self.tail(outputs)
-        return {"cross_entropy": _cross_entropy(logits, labels, self.label_smoothing)}, logits
+        return {"cross_entropy": cross_entropy(logits, labels, self.label_smoothing)}, logits
 
 
 class LocalObjective(Objective):
@@ -185,7 +185,7 @@ class LocalObjective(Objective):
 
     def _supervise(self, head: Tensor, labels: Tensor) -> Tensor:
         if self.supervision == "cross_entropy":
-            return _cross_entropy(head, labels, self.label_smoothing)
+            return cross_entropy(head, labels, self.label_smoothing)
         if labels.is_floating_point():
             raise UserError("the contrastive loss needs one class per image: switch mixup and cutmix off")
         with without_autocast(head.device):
@@ -208,6 +208,7 @@ def _in_float16(features: Tensor) -> bool:
     return (autocast.dtype if autocast.enabled else features.dtype) == torch.float16
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """Return the cross entropy of logits (B, classes), in float32; labels are indices (B,) or probabilities."""
     with without_autocast(logits.device):
         return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)

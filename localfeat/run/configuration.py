@@ -96,18 +96,14 @@ class RunConfiguration(PlainSettings):
             own = self.dataset.values.get(key, getattr(self, key))
             if (tuple(own) if isinstance(own, list) else own) != getattr(self, key):
                 raise UserError(f"dataset.{key}={own} differs from {key}={getattr(self, key)}: set only {key}")
-        if self.method.contrasts:
-            self._check_contrast()
-
-    def _check_contrast(self) -> None:
-        name = self.method.name
-        if self.dataset.mixes:
+        name, fewest = self.method.name, self.method.fewest_images
+        if self.method.contrasts and self.dataset.mixes:
             raise UserError(
                 f"method={name} contrasts images by their class, which mixup and cutmix blur: "
                 "set dataset.mixup=0 dataset.cutmix=0, or method.supervision=cross_entropy"
             )
-        if self.batch_size < 2:
-            raise UserError(f"batch_size={self.batch_size}: method={name} contrasts images, at least 2 of them")
+        if self.batch_size < fewest:
+            raise UserError(f"batch_size={self.batch_size}: method={name} compares images, at least {fewest} of them")
 
     @property
     def model_name(self) -> str:

@@ -35,6 +35,12 @@ def path(site: Site, chosen: Collection[int]) -> Iterator[nn.Module]:
             yield from (block[at] for at in block.reshaping) if isinstance(block, Chain) else (block,)
 
 
+def ahead(site: Site, depth: int) -> Iterator[nn.Module]:
+    """Yield ``depth`` of the blocks above, evenly picked up to the very last, and what changes the shape between."""
+    blocks = len(site.shapes) - 1
+    return path(site, picked(blocks, blocks - len(site.above) - 1, depth))
+
+
 def copied(module: nn.Module) -> nn.Module:
     """Return a trainable copy of a block or of the classifier, initialised with the original weights."""
     return copy.deepcopy(module).requires_grad_()

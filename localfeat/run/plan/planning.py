@@ -206,8 +206,9 @@ def _averages(configuration: RunConfiguration, device: Target) -> bool:
 def _methods(configuration: RunConfiguration, typed: set[str]) -> dict[str, Method]:
     if "method" in typed:
         return {configuration.method.name: configuration.method}
-    unfit = configuration.dataset.mixes or configuration.batch_size < 2
-    return {name: method for name, method in METHODS.items() if not (unfit and method.contrasts)}
+    mixes, images = configuration.dataset.mixes, configuration.batch_size
+    unfit = {n for n, method in METHODS.items() if (mixes and method.contrasts) or images < method.fewest_images}
+    return {name: method for name, method in METHODS.items() if name not in unfit}
 
 
 def _efficiencies(configuration: RunConfiguration, typed: set[str], compose: Compose) -> dict[str, Efficiency]:

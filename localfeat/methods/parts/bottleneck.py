@@ -1,0 +1,43 @@
+"""Reconstruction of a module's input features through a narrow layer."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localfeat.backbones.layout import FeatureShape
+from localfeat.efficiency.autocast import without_autocast
+from localfeat.methods.objective import Objective, Terms
+
+GAIN = 0.1  # of the initial weights
+
+
+class InputObjective(Objective):
+    """The mean squared error of the input features, reconstructed from the output features.
+
+    Args:
+        outputs: the features that are read.
+        inputs: the features to reconstruct; prefix tokens are left out of both.
+        weight: of the error.
+    """
+
+    def __init__(self, outputs: FeatureShape, inputs: FeatureShape, weight: float) -> None:
+        super().__init__()
+        self.outputs, self.inputs, self.weights = outputs, inputs, {"reconstruction": weight}
+        self.upscale = max(-(-inputs.height // outputs.height), -(-inputs.width // outputs.width))
+        narrow = max(1, outputs.channels // 4)
+        self.down = nn.Linear(outputs.channels, narrow)
+        self.up = nn.Linear(narrow, inputs.channels * self.upscale**2)
+        for layer in (self.down, self.up):
+            nn.init.xavier_uniform_(layer.weight, gain=GAIN)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self, inputs: Tensor, outputs: Tensor, images: Tensor | None, labels: Tensor
+    ) -> tuple[Terms, Tensor | None]:
+        target = self.inputs.to_nchw(inputs)
+        x = self.outputs.to_nhwc(outputs)
+        x = self.up(F.gelu(self.down(F.layer_norm(x, x.shape[-1:])))).permute(0, 3, 1, 2)
+        x = F.pixel_shuffle(x, self.upscale)[..., : self.inputs.height, : self.inputs.width]
+        with without_autocast(x.device):
+            return {"reconstruction": F.mse_loss(x.float(), target.float())}, None
