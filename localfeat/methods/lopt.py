@@ -40,6 +40,6 @@ class Lopt(Method):
 
     def build(self, site: Site, decoder: DecoderFactory) -> Objective:
         """Return the objective: the decoder and the error of its output."""
-        from localfeat.methods.parts.bottleneck import InputObjective
+        from localfeat.methods.objectives.bottleneck import InputObjective
 
         return InputObjective(site.outputs, site.inputs, self.weight)

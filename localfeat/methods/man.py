@@ -39,7 +39,7 @@ class Man(Method):
 
     def build(self, site: Site, decoder: DecoderFactory) -> Objective:
         """Return the objective: both blocks, then a head of LayerNorm, mean over space and linear."""
-        from localfeat.methods.parts.averaged import AveragedObjective
+        from localfeat.methods.objectives.averaged import AveragedObjective
         from localfeat.methods.parts.heads import NormMeanLinear
 
         head = NormMeanLinear(site.shapes[len(site.shapes) - len(site.above)], site.num_classes)

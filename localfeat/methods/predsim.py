@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 @register()
 @dataclass(frozen=True)
 class PredSim(Method):
-    """``L = (1 - β) · CE(W · mean_xy h + b, y) + β · MSE(S(conv(h)), S(onehot(y)))``, the network's classifier at 1 - β.
+    """``L = (1 - β) · CE(W · mean_xy h + b, y) + β · MSE(S(conv(h)), S(onehot(y)))``.
 
     S is the matrix of cosines between images, described by their maps' standard deviations over space; W and b begin
-    at 0.
+    at 0. The last module's loss is the network's own cross entropy times 1 - β.
 
     Args:
         beta: β, the weight of the similarity.
@@ -45,7 +45,7 @@ class PredSim(Method):
 
     def build(self, site: Site, decoder: DecoderFactory) -> Objective:
         """Return the objective: a linear classifier, and a convolution whose maps are compared."""
-        from localfeat.methods.parts.similarity import SimilarityObjective
+        from localfeat.methods.objectives.similarity import SimilarityObjective
 
         weights = {"cross_entropy": 1 - self.beta, "similarity": self.beta}
         return SimilarityObjective(site.outputs, site.num_classes, weights, self.label_smoothing)

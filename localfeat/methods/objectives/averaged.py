@@ -53,4 +53,4 @@ class AveragedObjective(HeadObjective):
 
     def after_step(self) -> None:
         """Update the average."""
-        self.head[0].update()  # type: ignore[index, operator]
+        self.head[0].update()  # type: ignore[index]

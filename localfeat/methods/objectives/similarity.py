@@ -15,8 +15,8 @@ EPS = 1e-8
 def similarity(x: Tensor) -> Tensor:
     """Return the cosines (B, B) between images, of vectors (B, C) or of maps (B, C, H, W).
 
-    Maps are described by their standard deviations over space (unbiased), maps of one pixel and vectors by themselves; either is centred
-    over the channels of its image.
+    Maps are described by their standard deviations over space (unbiased), those of one pixel and vectors by
+    themselves; all are centred over the channels of their image.
     """
     if x.dim() == 4:
         pixels = x.flatten(2)
