@@ -31,6 +31,13 @@ CASES = [
     "greedy_linear k4 one_layer",
     "trgl k4 one_layer",
     "auglocal k4 one_layer",
+    "dgl k4 one_layer",
+    "predsim k4 one_layer",
+    "lopt k4 one_layer",
+    "readout k4 one_layer",
+    "lookahead k4 one_layer",
+    "man k4 one_layer",
+    "man_plus k4 one_layer",
 ]
 
 

@@ -46,6 +46,13 @@ TERMS = {
     "greedy_linear": ["cross_entropy"],
     "trgl": ["cross_entropy", "transport"],
     "auglocal": ["cross_entropy"],
+    "dgl": ["cross_entropy"],
+    "predsim": ["cross_entropy", "similarity"],
+    "lopt": ["reconstruction"],
+    "readout": ["cross_entropy"],
+    "lookahead": ["cross_entropy"],
+    "man": ["cross_entropy"],
+    "man_plus": ["cross_entropy"],
 }
 KNOWN = {"step", "epoch", "memory/peak_gib", "speed/images_per_second", "speed/outside_step"} | {
     *(
