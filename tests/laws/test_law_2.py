@@ -34,6 +34,7 @@ def persistent_tensors(model: Learner, optimizers: list[Any]) -> Iterator[Tensor
     """Weights, buffers and optimizer state: what is alive whatever the step does."""
     yield from model.parameters()
     yield from model.buffers()
+    yield from model.nonfinite.held
     for optimizer in optimizers:
         for state in optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from localfeat.backbones.layout import FeatureShape
 from localfeat.efficiency.autocast import without_autocast
 from localfeat.methods.objective import Objective, Terms
+from localfeat.methods.parts.losses import mse
 
 GAIN = 0.1  # of the initial weights
 
@@ -40,4 +41,4 @@ class InputObjective(Objective):
         x = self.up(F.gelu(self.down(F.layer_norm(x, x.shape[-1:])))).permute(0, 3, 1, 2)
         x = F.pixel_shuffle(x, self.upscale)[..., : self.inputs.height, : self.inputs.width]
         with without_autocast(x.device):
-            return {"reconstruction": F.mse_loss(x.float(), target.float())}, None
+            return {"reconstruction": mse(x.float(), target.float())}, None

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from localfeat.backbones.layout import FeatureShape
 from localfeat.efficiency.autocast import without_autocast
 from localfeat.methods.objective import Objective, Terms, cross_entropy
+from localfeat.methods.parts.losses import mse
 
 EPS = 1e-8
 
@@ -33,7 +34,7 @@ def similarity_loss(maps: Tensor, labels: Tensor, classes: int) -> Tensor:
         labels: (B,) class indices, or (B, classes) probabilities.
     """
     wanted = labels if labels.is_floating_point() else F.one_hot(labels, classes)
-    return F.mse_loss(similarity(maps), similarity(wanted.to(maps.dtype)))
+    return mse(similarity(maps), similarity(wanted.to(maps.dtype)))
 
 
 class SimilarityObjective(Objective):

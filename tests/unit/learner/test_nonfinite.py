@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from localfeat.learner.module import Learner
@@ -74,7 +74,7 @@ class Overflow(Callback):
 
 
 class States(Callback):
-    """Copies of everything that every module keeps, after every batch."""
+    """Copies of everything that every module trains and keeps, after every batch; averages follow other modules."""
 
     def __init__(self) -> None:
         self.taken: list[list[list[Tensor]]] = []
@@ -87,7 +87,11 @@ class States(Callback):
 
     def of(self, trainer: Any, pl_module: Any) -> list[list[Tensor]]:
         return [
-            [t.detach().clone() for t in (*module.parameters(), *module.buffers(), *moments(optimizer))]
+            [
+                t.detach().clone()
+                for t in (*module.parameters(), *module.buffers(), *moments(optimizer))
+                if t.requires_grad or not isinstance(t, nn.Parameter)
+            ]
             for module, optimizer in zip(pl_module.local_modules, trainer.optimizers, strict=True)
         ]
 
