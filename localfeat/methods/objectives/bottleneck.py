@@ -36,9 +36,11 @@ class InputObjective(Objective):
     def forward(
         self, inputs: Tensor, outputs: Tensor, images: Tensor | None, labels: Tensor
     ) -> tuple[Terms, Tensor | None]:
-        target = self.inputs.to_nchw(inputs)
         x = self.outputs.to_nhwc(outputs)
-        x = self.up(F.gelu(self.down(F.layer_norm(x, x.shape[-1:])))).permute(0, 3, 1, 2)
-        x = F.pixel_shuffle(x, self.upscale)[..., : self.inputs.height, : self.inputs.width]
+        x = self.up(F.gelu(self.down(F.layer_norm(x, x.shape[-1:]))))  # (B, h, w, r · r · C)
+        if (r := self.upscale) > 1:  # every pixel becomes a square of r x r
+            x = x.unflatten(-1, (r, r, -1)).transpose(2, 3).flatten(1, 2).flatten(2, 3)
+        target = self.inputs.to_nhwc(inputs)
+        x = x[:, : self.inputs.height, : self.inputs.width]
         with without_autocast(x.device):
             return {"reconstruction": mse(x.float(), target.float())}, None

@@ -39,8 +39,13 @@ def test_the_loss_written_out(family: str) -> None:
     h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     h = F.gelu(h @ objective.down.weight.T + objective.down.bias) @ objective.up.weight.T + objective.up.bias
     r, channels = objective.upscale, z.shape[-1]
-    rows = [[h[:, y // r, x // r, (y % r) * r + x % r :: r * r] for x in range(z.shape[2])] for y in range(z.shape[1])]
-    rebuilt = torch.stack([torch.stack(row, 1) for row in rows], 1)
+
+    def pixel(y: int, x: int) -> torch.Tensor:
+        at = ((y % r) * r + x % r) * channels
+        return h[:, y // r, x // r, at : at + channels]
+
+    rows = [torch.stack([pixel(y, x) for x in range(z.shape[2])], 1) for y in range(z.shape[1])]
+    rebuilt = torch.stack(rows, 1)
     assert rebuilt.shape[-1] == channels
     expected = 10 * (rebuilt - z).square().mean()
     torch.testing.assert_close(output.loss, expected)
