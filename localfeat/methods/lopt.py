@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 class Lopt(Method):
     """``L = λ · MSE(decode(h), z)``, z: the module's input features, detached; the last module learns the task.
 
-    ``decode``: LayerNorm without parameters, linear to a quarter of the channels, GELU, linear; where the module has made
-    maps smaller, every pixel becomes a square of pixels. For pretrained networks: from scratch, features that are not
-    normalised drift.
+    ``decode``: LayerNorm, linear to a quarter of the channels, GELU, linear; where the module has
+    made maps smaller, every pixel becomes a square of pixels. For pretrained networks: from scratch, features that
+    are not normalised drift.
 
     Args:
         weight: λ.

@@ -104,7 +104,7 @@ HEAD = (*BODY, "objective.auxiliary.", "objective.tail.", "objective.head.", "ob
 REACHED = {
     "contrast": HEAD,
     "cross_entropy": HEAD,
-    "reconstruction": (*BODY, "objective.auxiliary.", "objective.decoder.", "objective.down.", "objective.up."),
+    "reconstruction": (*BODY, *(f"objective.{part}." for part in ("auxiliary", "decoder", "norm", "down", "up"))),
     "similarity": (*BODY, "objective.conv."),
     "transport": BODY,
 }

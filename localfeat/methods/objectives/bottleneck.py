@@ -26,6 +26,7 @@ class InputObjective(Objective):
         super().__init__()
         self.outputs, self.inputs, self.weights = outputs, inputs, {"reconstruction": weight}
         self.upscale = max(-(-inputs.height // outputs.height), -(-inputs.width // outputs.width))
+        self.norm = nn.LayerNorm(outputs.channels)
         narrow = max(1, outputs.channels // 4)
         self.down = nn.Linear(outputs.channels, narrow)
         self.up = nn.Linear(narrow, inputs.channels * self.upscale**2)
@@ -37,7 +38,7 @@ class InputObjective(Objective):
         self, inputs: Tensor, outputs: Tensor, images: Tensor | None, labels: Tensor
     ) -> tuple[Terms, Tensor | None]:
         x = self.outputs.to_nhwc(outputs)
-        x = self.up(F.gelu(self.down(F.layer_norm(x, x.shape[-1:]))))  # (B, h, w, r · r · C)
+        x = self.up(F.gelu(self.down(self.norm(x))))  # (B, h, w, r · r · C)
         if (r := self.upscale) > 1:  # every pixel becomes a square of r x r
             x = x.unflatten(-1, (r, r, -1)).transpose(2, 3).flatten(1, 2).flatten(2, 3)
         target = self.inputs.to_nhwc(inputs)
