@@ -24,6 +24,7 @@ from localfeat.memory.autocast_lists import policies
 Target = Literal["cuda", "cpu"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 AUTOCAST_DTYPES = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+_AVERAGED = ("mse_loss", "smooth_l1_loss")
 
 
 class Emulation(TorchFunctionMode):
@@ -31,6 +32,7 @@ class Emulation(TorchFunctionMode):
 
     - Autocast as in Lightning's ``precision``: on from the entry, cast copies of weights made anew at each use.
       ``torch.autocast("meta", enabled=False)`` and :class:`~localfeat.efficiency.autocast.AutocastState` work.
+    - Losses that average errors with those in memory.
     - Scaled dot-product attention by the kernel that ``target`` would choose.
     - Backward passes under the same rules, so that recomputation in them is seen too.
     - Optimizers of ``torch.optim`` with ``fused=True`` can be built and stepped.
@@ -90,6 +92,11 @@ class Emulation(TorchFunctionMode):
             args, kwargs = self._cast(policy, args, kwargs)
         if name == "scaled_dot_product_attention" and args and args[0].device.type == "meta":
             return attend(self.target, *args, **kwargs)
+        if name in _AVERAGED and args[0].device.type == "meta":
+            errors = torch.empty_like(args[0])  # real kernels average them, the meta device's have none
+            loss = func(*args, **kwargs)
+            del errors
+            return loss
         return func(*args, **kwargs)
 
     def _run_python(self, func: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
