@@ -88,7 +88,7 @@ RANGES = {
     "backbone.arguments.patc_size=2": "there is no such key yet; did you mean backbone.arguments.patch_size?",
     "backbone.arguments.qk_norm=true": "there is no such key yet; add it with +backbone.arguments.qk_norm=<value>",
     "split.modules='a\x1b[31m'": r"split.modules=a\x1b[31m: it must be",
-    "batch_size=1": "batch_size=1: method=feature_recon contrasts images, at least 2 of them",
+    "batch_size=1": "batch_size=1: method=feature_recon compares images, at least 2 of them",
     "batch_size=5000": "batch_size=5000 is larger than the 1294 training images",
     "seed=-1": "seed=-1: it must lie between 0 and 4294967295",
     "seed=99999999999999999999": "seed=99999999999999999999: it must lie between 0 and 4294967295",

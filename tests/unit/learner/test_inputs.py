@@ -118,7 +118,7 @@ def test_settings_of_the_trainer(arguments: dict[str, Any], line: str) -> None:
 
 
 def test_what_a_stage_needs() -> None:
-    with pytest.raises(UserError, match="a batch of 1: this method contrasts the images of a batch, at least 2"):
+    with pytest.raises(UserError, match="a batch of 1: this method compares the images of a batch, at least 2"):
         check_batch((IMAGES[:1], HARD[:1]), 3, training=True, at_least=2)
     with pytest.raises(UserError, match=r"labels are float32 \[4, 3\]: class indices are int64 \(B,\)$"):
         check_batch((IMAGES, SOFT), 3, training=False)
