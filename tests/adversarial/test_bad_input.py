@@ -100,7 +100,7 @@ RANGES = {
     "dataset.seed=7": "dataset.seed=7 differs from seed=0: set only seed",
     "method.reconstruction_loss=l1": "method.reconstruction_loss=l1: it is one of bce, mse, smooth_l1, cosine",
     "method.reconstruction_weight=[1,2,3]": "method.reconstruction_weight=[1.0, 2.0, 3.0]: two weights ≥ 0",
-    "decoder=interp decoder.hidden_channels=0": "decoder.hidden_channels=0: it must be at least 1, or null",
+    "decoder=interp decoder.widths=[8,0]": "decoder.widths=[8, 0]: it must be one integer or more, each at least 1",
     "dataset.augmentation=strong": "dataset.augmentation=strong: it is one of swin, light, none",
     "trainer.limit_train_batches=0": f"trainer.limit_train_batches=0: {BATCHES}",
     "trainer.limit_val_batches=-1": f"trainer.limit_val_batches=-1: {BATCHES}",

@@ -6,7 +6,8 @@ feature targets, up to 32 for images.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,26 +18,31 @@ DecoderFactory = Callable[[int, int, int], nn.Module]
 
 
 class InterpDecoder(nn.Sequential):
-    """Bilinear interpolation to the target's size, then two 3 x 3 convolutions with GELU between, as InfoPro.
+    """A staircase of bilinear interpolation and 3 x 3 convolutions with GELU between, as InfoPro's for 224 px.
 
-    The convolutions run at full size, which is what makes this decoder heavy for images.
+    A 1 x 1 convolution to 128 channels comes first, then at most three steps, to 32, to 12 and to the target's
+    channels. Each step doubles the size, the first also does the rest: 16 is 4 x 2 x 2. Targets of more than a few
+    channels get wider steps: four times as wide as the target, up to the first width.
 
     Args:
-        hidden_channels: between the convolutions; ``None`` takes the smaller of ``in_channels`` and four times
-            ``out_channels`` (for images InfoPro's 12).
+        widths: channels after the 1 x 1 convolution and after every step but the last.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, upscale: int, hidden_channels: int | None = None) -> None:
-        if hidden_channels is not None and hidden_channels < 1:
-            raise UserError(f"decoder.hidden_channels={hidden_channels}: it must be at least 1, or null")
-        hidden = hidden_channels or min(in_channels, 4 * out_channels)
-        resize = nn.Upsample(scale_factor=upscale, mode="bilinear") if upscale > 1 else nn.Identity()
-        super().__init__(
-            resize,
-            nn.Conv2d(in_channels, hidden, kernel_size=3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(hidden, out_channels, kernel_size=3, padding=1),
-        )
+    def __init__(
+        self, in_channels: int, out_channels: int, upscale: int, widths: Sequence[int] = (128, 32, 12)
+    ) -> None:
+        if not widths or any(type(width) is not int or width < 1 for width in widths):
+            raise UserError(f"decoder.widths={list(widths)}: it must be one integer or more, each at least 1")
+        wide = [min(widths[0], max(width, 4 * out_channels)) for width in widths]
+        factors = _doublings(upscale, len(widths))
+        channels = [*wide[: len(factors)], out_channels]
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, wide[0], kernel_size=1)]
+        for factor, (before, after) in zip(factors, pairwise(channels), strict=True):
+            layers.append(nn.GELU())
+            if factor > 1:
+                layers.append(nn.Upsample(scale_factor=factor, mode="bilinear"))
+            layers.append(nn.Conv2d(before, after, kernel_size=3, padding=1))
+        super().__init__(*layers)
 
 
 class OneLayerDecoder(nn.Sequential):
@@ -132,3 +138,12 @@ def _factors(upscale: int) -> list[int]:
             factors.append(factor)
             upscale //= factor
     return [*factors, upscale] if upscale > 1 else factors
+
+
+def _doublings(upscale: int, most: int) -> list[int]:
+    """Factor ``upscale`` into at most ``most`` factors: 2s at the end, the rest in front."""
+    factors: list[int] = []
+    while len(factors) < most - 1 and upscale % 2 == 0 and upscale > 2:
+        factors.append(2)
+        upscale //= 2
+    return [upscale, *factors]

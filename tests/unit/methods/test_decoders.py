@@ -52,11 +52,16 @@ def bilinear_matrix(size: int, factor: int) -> Tensor:
     return matrix
 
 
+STAIRS = {1: [1], 2: [2], 4: [2, 2], 8: [2, 2, 2], 14: [7, 2], 32: [8, 2, 2]}
+
+
 def interp(x: Tensor, decoder: InterpDecoder, factor: int) -> Tensor:
-    rows, columns = bilinear_matrix(x.shape[2], factor), bilinear_matrix(x.shape[3], factor)
-    large = torch.einsum("ih,bchw,jw->bcij", rows, x, columns)
-    first, second = (layer for layer in decoder if isinstance(layer, nn.Conv2d))
-    return conv3(gelu(conv3(large, first)), second)
+    first, *steps = (layer for layer in decoder if isinstance(layer, nn.Conv2d))
+    x = torch.einsum("bchw,oc->bohw", x, first.weight[:, :, 0, 0]) + first.bias.view(1, -1, 1, 1)
+    for stride, layer in zip(STAIRS[factor], steps, strict=True):
+        rows, columns = bilinear_matrix(x.shape[2], stride), bilinear_matrix(x.shape[3], stride)
+        x = conv3(torch.einsum("ih,bchw,jw->bcij", rows, gelu(x), columns), layer)
+    return x
 
 
 def one_layer(x: Tensor, decoder: OneLayerDecoder, factor: int) -> Tensor:
@@ -136,9 +141,14 @@ def test_deconv_is_built_of_factors_4_and_2(upscale: int, strides: list[int]) ->
 
 
 def test_interp_widths_as_documented() -> None:
-    assert InterpDecoder(128, 3, 2)[1].out_channels == 12
-    assert InterpDecoder(128, 96, 2)[1].out_channels == 128
-    assert InterpDecoder(128, 96, 2, hidden_channels=7)[1].out_channels == 7
+    def widths(*given: Any) -> list[int]:
+        return [layer.out_channels for layer in InterpDecoder(*given) if isinstance(layer, nn.Conv2d)]
+
+    assert widths(100, 3, 16) == [128, 32, 12, 3]
+    assert widths(128, 3, 4) == [128, 32, 3]
+    assert widths(128, 96, 2) == [128, 96]
+    assert widths(128, 24, 8) == [128, 96, 96, 24]
+    assert widths(128, 3, 16, [8, 4]) == [8, 8, 3]
 
 
 def test_decoders_by_name_and_by_factory() -> None:
