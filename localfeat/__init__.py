@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from localfeat.methods.parts.decoders import DeconvDecoder, InterpDecoder, OneLayerDecoder
     from localfeat.methods.registry import METHODS
     from localfeat.methods.site import Site
+    from localfeat.methods.supervised import Supervised
     from localfeat.run.callbacks.nonfinite import StopOnNonFinite
     from localfeat.run.library import compose, train
     from localfeat.utils.errors import RunFailed, Stopped, UserError
@@ -51,6 +52,7 @@ _HOMES = {
     "Split": "localfeat.backbones.split",
     "StopOnNonFinite": "localfeat.run.callbacks.nonfinite",
     "Stopped": "localfeat.utils.errors",
+    "Supervised": "localfeat.methods.supervised",
     "UserError": "localfeat.utils.errors",
     "compose": "localfeat.run.library",
     "decompose": "localfeat.backbones.decompose",
@@ -76,6 +78,7 @@ __all__ = [
     "Split",
     "StopOnNonFinite",
     "Stopped",
+    "Supervised",
     "UserError",
     "compose",
     "decompose",

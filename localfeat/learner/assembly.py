@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 from torch import nn
 
@@ -42,27 +43,21 @@ def build_local_modules(
     pieces = backbone if isinstance(backbone, Decomposition) else cut_for(backbone, image_size, downsample_of(split))
     backbone = pieces.model
     lengths = as_split(split, pieces.stage_depths).blocks_per_module(pieces.stage_depths)
-    if not method.local:
-        lengths = [sum(lengths)]
     efficiency = efficiency or Efficiency()
     runners = prepare_blocks(backbone, pieces, efficiency)
+    spans = list(pairwise([0, *accumulate(lengths)]))
+    sites = [
+        site_of(pieces, span, index=index, modules=len(spans), efficiency=efficiency, mean=mean, std=std)
+        for index, span in enumerate(spans)
+    ]
+    if method.local:
+        objectives = [build_objective(method, site, decoder) for site in sites]
+    else:
+        spans, objectives = [(0, sum(lengths))], [method.build_whole(sites, decoder)]
     modules = nn.ModuleList()
-    start = 0
-    for index, length in enumerate(lengths):
-        stop = start + length
-        site = site_of(
-            pieces,
-            (start, stop),
-            index=index,
-            modules=len(lengths),
-            efficiency=efficiency,
-            mean=mean,
-            std=std,
-        )
-        stem = pieces.stem if index == 0 else None
-        objective = build_objective(method, site, decoder)
+    for (start, stop), objective in zip(spans, objectives, strict=True):
+        stem = None if start else pieces.stem
         modules.append(LocalModule(stem, list(pieces.blocks[start:stop]), objective, runners[start:stop]))
-        start = stop
     return modules
 
 

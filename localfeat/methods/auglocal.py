@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from localfeat.methods.base import Method, register
+from localfeat.methods.base import register
 from localfeat.methods.site import Site
+from localfeat.methods.supervised import Supervised
 from localfeat.utils.errors import UserError
 
 if TYPE_CHECKING:
     from localfeat.methods.objective import Objective
-    from localfeat.methods.parts.decoders import DecoderFactory
 
 
 @register()
 @dataclass(frozen=True)
-class AugLocal(Method):
+class AugLocal(Supervised):
     """``L = CE(head(copies(h)), y)``: d of the L - 1 - l blocks after the module's last, block l, evenly picked.
 
     The i-th of them is block ``round(l + (L - l - 1) / d · i)``; what changes the shape between them is copied too.
@@ -41,7 +41,7 @@ class AugLocal(Method):
         if not 0 <= self.pyramid <= 1:
             raise UserError(f"method.pyramid={self.pyramid}: it lies in [0, 1]")
 
-    def build(self, site: Site, decoder: DecoderFactory) -> Objective:
+    def supervise(self, site: Site) -> Objective:
         """Return the objective: the copies, then a head of LayerNorm, mean over space and linear."""
         from torch import nn
 

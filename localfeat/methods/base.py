@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
 
@@ -35,10 +35,14 @@ class Method(ABC):
     Args:
         name: the name in results.
         label_smoothing: label smoothing of every cross entropy, the final classifier's included.
+        detach: whether no gradient crosses a cut. ``False`` trains the whole network end to end by the sum of all local
+            losses (deep supervision, Lee et al., AISTATS 2015): the control that tells what is owed to the losses from
+            what is owed to the cuts. It saves no memory.
     """
 
     name: str
     label_smoothing: float = 0.1
+    detach: bool = True
 
     by_shapes: ClassVar[bool] = False
     """Whether objectives at sites of equal shapes cost the same; false if they read other blocks."""
@@ -50,7 +54,12 @@ class Method(ABC):
     @property
     def local(self) -> bool:
         """Whether the network is cut; if not, it is trained as one module."""
-        return True
+        return self.detach
+
+    @property
+    def joint(self) -> bool:
+        """Whether all local losses of a split train the network as one module."""
+        return not self.detach
 
     @property
     def contrasts(self) -> bool:
@@ -77,6 +86,13 @@ class Method(ABC):
 
         assert site.tail is not None
         return ClassifierObjective(site.tail, self.label_smoothing)
+
+    def build_whole(self, sites: Sequence[Site], decoder: DecoderFactory) -> Objective:
+        """Return the objective of a network that is not cut, for the sites of its split."""
+        from localfeat.methods.objectives.joint import JointObjective
+
+        *earlier, last = sites
+        return JointObjective([*(self.build(site, decoder) for site in earlier), self.build_last(last)], sites)
 
 
 class Registered(NamedTuple):

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from localfeat.methods.base import Method, register
+from localfeat.methods.base import register
 from localfeat.methods.site import Site
+from localfeat.methods.supervised import Supervised
 
 if TYPE_CHECKING:
     from localfeat.methods.objective import Objective
-    from localfeat.methods.parts.decoders import DecoderFactory
 
 
 @register()
 @dataclass(frozen=True)
-class Dgl(Method):
+class Dgl(Supervised):
     """``L = CE(MLP-SR(h), y)``: the features are pooled to a quarter of their sides before anything is computed.
 
     MLP-SR: adaptive mean pool to ⌈H/4⌉ x ⌈W/4⌉, three 1 x 1 convolutions without bias, mean pool to 2 x 2, three linear
@@ -33,7 +33,7 @@ class Dgl(Method):
         """Two: BatchNorm sees one value per image and channel."""
         return 2
 
-    def build(self, site: Site, decoder: DecoderFactory) -> Objective:
+    def supervise(self, site: Site) -> Objective:
         """Return the objective: MLP-SR on the module's output features."""
         from localfeat.methods.objective import HeadObjective
         from localfeat.methods.parts.heads import PooledMlp

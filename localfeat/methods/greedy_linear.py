@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from localfeat.methods.base import Method, register
+from localfeat.methods.base import register
 from localfeat.methods.site import Site
+from localfeat.methods.supervised import Supervised
 
 if TYPE_CHECKING:
     from localfeat.methods.objective import Objective
-    from localfeat.methods.parts.decoders import DecoderFactory
 
 
 @register()
 @dataclass(frozen=True)
-class GreedyLinear(Method):
+class GreedyLinear(Supervised):
     """``L = CE(W · mean_xy LN(h) + b, y)``: LayerNorm, mean over space, linear.
 
     Source: the "VanGL" baseline of Karkar et al., *Module-wise Training of Neural Networks via the Minimizing Movement
@@ -26,7 +26,7 @@ class GreedyLinear(Method):
 
     by_shapes: ClassVar[bool] = True
 
-    def build(self, site: Site, decoder: DecoderFactory) -> Objective:
+    def supervise(self, site: Site) -> Objective:
         """Return the objective: a head on the module's output features."""
         from localfeat.methods.objective import HeadObjective
         from localfeat.methods.parts.heads import NormMeanLinear

@@ -61,8 +61,10 @@ class LocalModule(nn.Module):
         """Return input features of the first block (patch embeddings in module 1) and output features of the last."""
         inputs = x if self.stem is None else self.stem(x)
         outputs = inputs
-        for block, run in zip(self.blocks, self.runners, strict=True):
+        self.objective.passed(0, inputs)
+        for number, (block, run) in enumerate(zip(self.blocks, self.runners, strict=True), start=1):
             outputs = run(block, outputs)
+            self.objective.passed(number, outputs)
         return inputs, outputs
 
     def forward(self, x: Tensor, images: Tensor | None, labels: Tensor) -> LocalOutput:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from localfeat.methods.base import Method, register
+from localfeat.methods.base import register
 from localfeat.methods.site import Site
+from localfeat.methods.supervised import Supervised
 from localfeat.utils.errors import UserError
 
 if TYPE_CHECKING:
     from localfeat.methods.objective import Objective
-    from localfeat.methods.parts.decoders import DecoderFactory
 
 
 @dataclass(frozen=True)
-class Man(Method):
+class Man(Supervised):
     """``L = CE(head(s · B(h) + (2 - s) · E(h)), y)``: B a trained copy of the next module's first block, E its average.
 
     E follows the weights (and statistics) of that block, ``E ← m E + (1 - m) block``, after every optimizer step of the
@@ -37,7 +37,7 @@ class Man(Method):
         if not 0 <= self.momentum < 1:
             raise UserError(f"method.momentum={self.momentum}: it lies in [0, 1)")
 
-    def build(self, site: Site, decoder: DecoderFactory) -> Objective:
+    def supervise(self, site: Site) -> Objective:
         """Return the objective: both blocks, then a head of LayerNorm, mean over space and linear."""
         from localfeat.methods.objectives.averaged import AveragedObjective
         from localfeat.methods.parts.heads import NormMeanLinear

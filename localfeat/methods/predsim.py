@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from localfeat.methods.base import Method, register
+from localfeat.methods.base import register
 from localfeat.methods.site import Site
+from localfeat.methods.supervised import Supervised
 from localfeat.utils.errors import UserError
 
 if TYPE_CHECKING:
     from localfeat.methods.objective import Objective
-    from localfeat.methods.parts.decoders import DecoderFactory
 
 
 @register()
 @dataclass(frozen=True)
-class PredSim(Method):
+class PredSim(Supervised):
     """``L = (1 - β) · CE(W · mean_xy h + b, y) + β · MSE(S(conv(h)), S(onehot(y)))``.
 
     S is the matrix of cosines between images, described by their maps' standard deviations over space; W and b begin
@@ -43,7 +43,7 @@ class PredSim(Method):
         """Two: images are compared."""
         return 2
 
-    def build(self, site: Site, decoder: DecoderFactory) -> Objective:
+    def supervise(self, site: Site) -> Objective:
         """Return the objective: a linear classifier, and a convolution whose maps are compared."""
         from localfeat.methods.objectives.similarity import SimilarityObjective
 

@@ -1,48 +1,54 @@
-"""Cross entropy at the classifier of the network itself, after copies of later blocks."""
+"""Cross entropy at the classifier of the network itself, after later blocks or copies of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from localfeat.methods.base import Method, register
+from localfeat.methods.base import register
 from localfeat.methods.site import Site
+from localfeat.methods.supervised import Supervised
 from localfeat.utils.errors import UserError
 
 if TYPE_CHECKING:
     from localfeat.methods.objective import Objective
-    from localfeat.methods.parts.decoders import DecoderFactory
 
 
-@register()
 @dataclass(frozen=True)
-class Readout(Method):
-    """``L = CE(tail(copies(h)), y)``: d copied blocks of those above, evenly picked, then the classifier, read only.
+class Readout(Supervised):
+    """``L = CE(tail(blocks(h)), y)``: d of the blocks above, evenly picked, then the classifier, read only.
 
-    The classifier is the last module's as it is at every step: no gradient reaches it. Copies are trained and begin
-    at the blocks' weights; what changes the shape between them is copied, too.
+    The classifier is the last module's as it is at every step: no gradient reaches it. What changes the shape between
+    the picked blocks belongs to them.
 
     Args:
-        depth: d, the number of copied blocks.
+        depth: d, the number of blocks.
+        copies: ``True`` (``readout``): the module trains copies of the blocks, which begin at their weights. ``False``
+            (``lookahead``): they are the network's own as they are at every step, read only, and the module has no
+            parameters beside its blocks.
 
-    Source: after SOLO (2026).
+    Sources: after SOLO (2026); ``lookahead`` is localfeat's.
     """
 
-    name: str = "readout"
     depth: int = 1
+    copies: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.depth < 1:
             raise UserError(f"method.depth={self.depth}: it must be at least 1")
 
-    def build(self, site: Site, decoder: DecoderFactory) -> Objective:
-        """Return the objective: the copies, then the classifier."""
+    def supervise(self, site: Site) -> Objective:
+        """Return the objective: the blocks, then the classifier."""
         from torch import nn
 
         from localfeat.methods.objective import HeadObjective
         from localfeat.methods.parts.above import ReadOnly, ahead, copied
 
         assert site.tail is not None
-        copies = [copied(block) for block in ahead(site, self.depth)]
-        return HeadObjective(nn.Sequential(*copies, ReadOnly(site.tail)), self.label_smoothing)
+        blocks = [copied(block) if self.copies else ReadOnly(block) for block in ahead(site, self.depth)]
+        return HeadObjective(nn.Sequential(*blocks, ReadOnly(site.tail)), self.label_smoothing)
+
+
+register()(Readout("readout"))
+register()(Readout("lookahead", copies=False))

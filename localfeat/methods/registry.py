@@ -13,7 +13,7 @@ import localfeat.methods
 from localfeat.methods.base import AFTER_ALL, REGISTERED, Method, one_of
 from localfeat.utils.errors import UserError
 
-_SHARED = ("base", "site", "registry", "objective", "local_module", "objectives", "parts")
+_SHARED = ("base", "site", "registry", "supervised", "objective", "local_module", "objectives", "parts")
 
 
 def _discovered() -> dict[str, Method]:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from localfeat.methods.base import Method, register
+from localfeat.methods.base import register
 from localfeat.methods.site import Site
+from localfeat.methods.supervised import Supervised
 from localfeat.utils.errors import UserError
 
 if TYPE_CHECKING:
     from localfeat.methods.objective import Objective
-    from localfeat.methods.parts.decoders import DecoderFactory
 
 
 @register()
 @dataclass(frozen=True)
-class Trgl(Method):
+class Trgl(Supervised):
     """``L = CE(W · mean_xy LN(h) + b, y) + 1 / (2 τ) · Σ_r mean(r²)``, r: every residual branch, after drop-path.
 
     The last module adds the sum to the loss of the network's own classifier.
@@ -37,7 +37,7 @@ class Trgl(Method):
         if self.tau <= 0:
             raise UserError(f"method.tau={self.tau}: it must be above 0")
 
-    def build(self, site: Site, decoder: DecoderFactory) -> Objective:
+    def supervise(self, site: Site) -> Objective:
         """Return the head's objective with the transport of the module's blocks."""
         from localfeat.methods.objective import HeadObjective
         from localfeat.methods.parts.heads import NormMeanLinear

@@ -71,7 +71,7 @@ class RunFolder:
     def read_config(self) -> dict[str, Any]:
         """Return the plain values of ``config.yaml``, with nothing resolved.
 
-        Targets of earlier versions get their current names.
+        Targets and keys of earlier versions get their current names.
 
         Raises:
             UserError: not a run's folder, or a file that cannot be read.
@@ -83,9 +83,7 @@ class RunFolder:
         config = read_yaml(self.config)
         if not isinstance(config, dict):
             raise UserError(f"{self.config} cannot be read: it holds no keys with values")
-        for group in config.values():
-            if isinstance(group, dict) and "_target_" in group:
-                group["_target_"] = trust.current_name(group["_target_"])
+        config = {k: trust.current_group(k, group) if isinstance(group, dict) else group for k, group in config.items()}
         missing = [group for group in _GROUPS if not isinstance(config.get(group), dict)]
         if missing:
             raise UserError(f"{self} is not the folder of a run: its config.yaml has no {', '.join(missing)}")

@@ -38,6 +38,7 @@ CASES = [
     "lookahead k4 one_layer",
     "man k4 one_layer",
     "man_plus k4 one_layer",
+    "deep_supervision k4 one_layer",
 ]
 
 

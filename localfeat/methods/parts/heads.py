@@ -78,18 +78,3 @@ class PooledMlp(nn.Sequential):
         if self.training and len(features) < 2:
             raise UserError("a batch of 1: this head's BatchNorm needs two images; drop_last=True leaves a rest out")
         return cast(Tensor, super().forward(self.shape.to_nchw(features)))
-
-
-class PooledHead(nn.Sequential):
-    """Mean over space, linear, GELU, linear: the projection head, or with one output per class a classifier."""
-
-    def __init__(self, width: int, out_features: int) -> None:
-        super().__init__(nn.Linear(width, width), nn.GELU(), nn.Linear(width, out_features))
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """(B, width, H, W) -> (B, out_features)."""
-        return self.project(maps.mean((2, 3)))
-
-    def project(self, pooled: Tensor) -> Tensor:
-        """Maps averaged over space already (B, width) -> (B, out_features)."""
-        return cast(Tensor, super().forward(pooled))

@@ -204,11 +204,16 @@ def _averages(configuration: RunConfiguration, device: Target) -> bool:
 
 
 def _methods(configuration: RunConfiguration, typed: set[str]) -> dict[str, Method]:
+    if (method := configuration.method).joint and "method" in typed:
+        raise UserError(f"method={method.name}: it has no cuts, so its memory is above that of e2e: plan method=e2e")
     if "method" in typed:
-        return {configuration.method.name: configuration.method}
+        return {method.name: method}
     mixes, images = configuration.dataset.mixes, configuration.batch_size
-    unfit = {n for n, method in METHODS.items() if (mixes and method.contrasts) or images < method.fewest_images}
-    return {name: method for name, method in METHODS.items() if name not in unfit}
+    return {
+        name: method
+        for name, method in METHODS.items()
+        if not method.joint and not (mixes and method.contrasts) and images >= method.fewest_images
+    }
 
 
 def _efficiencies(configuration: RunConfiguration, typed: set[str], compose: Compose) -> dict[str, Efficiency]:

@@ -33,7 +33,7 @@ def _ours(claim: dict[str, Any], table: Table) -> list[float]:
 
 
 def _alike(row: Row, other: Row) -> bool:
-    named = ("method.name", "method.target")
+    named = ("method.name", "method.reconstruct")
     return all(below(key, named) for key in varying([row.settings, other.settings]))
 
 

@@ -130,11 +130,11 @@ def _weights(run: Run) -> tuple[tuple[float, ...] | None, tuple[float, ...]] | N
         method = construct(dict(config), "method")
     except UserError:  # a method of another version, with other keys
         return None
-    if type(method) is not HeadAndDecoder or not method.local:
+    if type(method) is not HeadAndDecoder:
         return None
     shape = FeatureShape("NCHW", 1, 1, 1)  # weights do not depend on it
     sites = [Site(index, modules, shape, shape, (1, 1), 2) for index in range(modules - 1)]
     gamma = tuple(site.interpolate(*method.supervision_weight) for site in sites)
-    if method.target is None:
+    if method.reconstruct is None:
         return None, gamma
     return tuple(site.interpolate(*method.reconstruction_weight) for site in sites), gamma

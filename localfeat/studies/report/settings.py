@@ -66,6 +66,8 @@ def settings(run: Run) -> Settings:
     found["dataset.classes"] = tuple(run.summary.get("classes", ()))
     found["split.of.accuracy"] = run.split
     found[BLOCKS] = run.blocks
+    if found.get("method.detach") is False and found["method._target_"] != "EndToEnd":  # one module with several losses
+        found |= {key: value for key, value in flat(run.config).items() if below(key, ["split"])}
     found["split.downsample"] = flat(run.config).get("split.downsample", EARLIER["split.downsample"])
     return found
 
@@ -77,19 +79,18 @@ def _class(path: object) -> str:
 def unused(found: Settings) -> list[str]:
     """Keys without effect under the method that ``found`` has. Of a user's own class of methods nothing is known."""
     groups: list[str] = ["decoder._partial_"]  # says how a decoder is built, not which
-    if found.get("method._target_") != "HeadAndDecoder":
+    own = found.get("method._target_")
+    if own not in _OWN:
         return [key for key in found if below(key, groups)]
-    local = found.get("method.local", found.get("method.name") != "e2e")
-    if not local:
-        groups += [key for key in found if below(key, ["method"]) and key not in _OF_CLASSIFIER]
-    if not local or found.get("method.target") is None:
+    if found.get("method.reconstruct") is None:
         groups += ["decoder", "method.reconstruction_loss", "method.reconstruction_weight"]
+        groups += ["method.width"] if own != "HeadAndDecoder" else []
     if found.get("method.supervision", "contrast") != "contrast":
         groups += ["method.temperature", "method.projection_dim"]
     return [key for key in found if below(key, groups)]
 
 
-_OF_CLASSIFIER = ("method._target_", "method.name", "method.label_smoothing")
+_OWN = {type(method).__name__ for method in METHODS.values()}
 
 
 def dataset_name(run: Run) -> str:

@@ -49,9 +49,9 @@ class Costs:
     def of(self, configuration: RunConfiguration) -> tuple[int, float] | None:
         """Return peak memory in bytes, and a step's cost relative to plain end-to-end training of the same backbone.
 
-        With ``torch.compile`` neither can be predicted, and the result is None.
+        With ``torch.compile`` neither can be predicted, nor for the sum of all local losses: the result is None.
         """
-        if configuration.efficiency.compile:
+        if configuration.efficiency.compile or configuration.method.joint:
             return None
         key = setting(configuration)
         if key not in self._known:
@@ -103,7 +103,7 @@ def setting(configuration: RunConfiguration) -> str:
     """Return the settings that a configuration's memory and speed depend on, as text."""
     values, method = configuration.values, configuration.method
     what = {"method": values["method"], "efficiency": values["efficiency"], "dataset": configuration.dataset.source}
-    parts = [values["split"] if method.local else None, values["decoder"] if method.decodes else None]
+    parts = [values["split"] if method.local or method.joint else None, values["decoder"] if method.decodes else None]
     return _key(what, _network(configuration), target(configuration), *parts)
 
 

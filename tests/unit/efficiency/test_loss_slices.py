@@ -16,7 +16,7 @@ from localfeat.efficiency.settings import Efficiency
 from localfeat.memory.tracker import StorageTracker
 from localfeat.methods.head_and_decoder import HeadAndDecoder
 from localfeat.methods.local_module import weighted_sum
-from localfeat.methods.objective import LocalObjective
+from localfeat.methods.objectives.reconstruction import LocalObjective
 from localfeat.methods.parts.decoders import DECODERS
 from localfeat.methods.parts.losses import RECONSTRUCTION_LOSSES, mse
 from localfeat.methods.site import Site
@@ -32,7 +32,7 @@ INPUTS, OUTPUTS = FeatureShape("NHWC", 6, 8, 8), FeatureShape("NHWC", 12, 4, 4)
 @pytest.fixture(autouse=True)
 def slices_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give small batches as many slices as large ones."""
-    monkeypatch.setattr("localfeat.methods.objective.IMAGES_PER_SLICE", 1)
+    monkeypatch.setattr("localfeat.methods.objectives.reconstruction.IMAGES_PER_SLICE", 1)
 
 
 def test_slices_have_four_images_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +46,7 @@ def objective(
 ) -> LocalObjective:
     torch.manual_seed(0)
     site = Site(0, 4, INPUTS, OUTPUTS, image_size=(16, 16), num_classes=5, loss_slices=slices)
-    settings = {"target": target, "reconstruction_loss": loss, "width": WIDTH, "projection_dim": 8, **changes}
+    settings = {"reconstruct": target, "reconstruction_loss": loss, "width": WIDTH, "projection_dim": 8, **changes}
     method = HeadAndDecoder("own", **settings)
     found = method.build(site, DECODERS.get(decoder, decoder))
     assert isinstance(found, LocalObjective)
@@ -259,20 +259,20 @@ NORM = 4 * CELLS * (OUTPUTS.channels + 2)
 @pytest.mark.usefixtures("exact_bytes")
 def test_of_the_whole_batch_there_are_the_convolutions_input_and_output_and_one_gradient() -> None:
     maps = 4 * CELLS * WIDTH
-    after, peak = per_image(16, target="features", decoder="one_layer", supervision="cross_entropy")
+    after, peak = per_image(16, reconstruct="features", decoder="one_layer", supervision="cross_entropy")
     assert NORM + 2 * maps < after < NORM + 2.5 * maps
     assert peak < NORM + 3 * maps  # features after GELU, or a second gradient, would be a third
-    assert per_image(1, target="features", decoder="one_layer", supervision="cross_entropy")[1] > NORM + 8 * maps
+    assert per_image(1, reconstruct="features", decoder="one_layer", supervision="cross_entropy")[1] > NORM + 8 * maps
 
 
 @pytest.mark.usefixtures("exact_bytes")
 def test_without_reconstruction_the_gradient_takes_the_convolutions_place() -> None:
     width = 32
     maps = 4 * CELLS * width
-    after, peak = per_image(16, target=None, supervision="cross_entropy", width=width)
+    after, peak = per_image(16, reconstruct=None, supervision="cross_entropy", width=width)
     assert NORM + maps < after < NORM + 1.5 * maps
     assert peak < NORM + 1.9 * maps
-    assert per_image(1, target=None, supervision="cross_entropy", width=width)[1] >= NORM + 2 * maps
+    assert per_image(1, reconstruct=None, supervision="cross_entropy", width=width)[1] >= NORM + 2 * maps
 
 
 def test_gradients_are_handed_over_without_a_copy() -> None:
@@ -288,7 +288,7 @@ def test_gradients_are_handed_over_without_a_copy() -> None:
 
 @pytest.mark.parametrize("how", ["no_grad", "eval"])
 def test_evaluation_takes_no_gradients(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("localfeat.methods.objective.pooled_and_loss", None)
+    monkeypatch.setattr("localfeat.methods.objectives.reconstruction.pooled_and_loss", None)
     own = objective(slices=3).train(how == "no_grad")
     with torch.set_grad_enabled(how == "eval"):
         found = own(*batch_of(), LABELS)[0]["reconstruction"]

@@ -314,7 +314,7 @@ def test_reconstructions_are_looked_at_in_one_range(family: str) -> None:
     images, _ = batch(2)
     for method, kind in (("image_recon", "image"), ("feature_recon", "features")):
         for loss in ("bce", "mse", "smooth_l1", "cosine"):
-            own = HeadAndDecoder("own", target="image" if kind == "image" else "features", reconstruction_loss=loss)
+            own = HeadAndDecoder("own", reconstruct=kind, reconstruction_loss=loss)
             shown = learner(own, 4, family).reconstruct(images)
             assert [(r.module, r.kind) for r in shown] == [(1, kind), (2, kind), (3, kind)], method
             for r in shown:

@@ -37,6 +37,7 @@ def test_the_loss_written_out(family: str) -> None:
     inputs = module.stem(images)
     h, z = objective.outputs.to_nhwc(module.blocks(inputs)), objective.inputs.to_nhwc(inputs.detach())
     h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    h = h * objective.norm.weight + objective.norm.bias
     h = F.gelu(h @ objective.down.weight.T + objective.down.bias) @ objective.up.weight.T + objective.up.bias
     r, channels = objective.upscale, z.shape[-1]
 

@@ -94,7 +94,7 @@ def test_auxiliary_block_is_layer_norm_convolution_and_gelu() -> None:
     ("changes", "message"),
     [
         ({"supervision": "ce"}, "method.supervision=ce: it is one of contrast, cross_entropy"),
-        ({"target": "input"}, "method.target=input: it is one of None, image, features"),
+        ({"reconstruct": "input"}, "method.reconstruct=input: it is one of None, image, features"),
         ({"reconstruction_loss": "l2"}, "method.reconstruction_loss=l2"),
         ({"reconstruction_weight": (1.0, -1.0)}, "method.reconstruction_weight=[1.0, -1.0]"),
         ({"supervision_weight": (1.0,)}, "method.supervision_weight=[1.0]"),
@@ -111,7 +111,7 @@ def test_wrong_values_are_refused_in_one_line(changes: dict[str, Any], message: 
 
 def test_methods_by_name_by_value_and_changed() -> None:
     assert as_method("image_recon") is not None
-    own = HeadAndDecoder("mine", supervision="cross_entropy", target="features")
+    own = HeadAndDecoder("mine", supervision="cross_entropy", reconstruct="features")
     assert as_method(own) == own
     assert as_method("e2e", label_smoothing=0.1) == dataclasses.replace(METHODS["e2e"], label_smoothing=0.1)
     with pytest.raises(UserError, match="method=infopro: it is one of e2e, "):
