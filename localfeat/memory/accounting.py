@@ -15,6 +15,7 @@ from localfeat.backbones.timm_models import channels_of
 from localfeat.learner.optimization import undecayed_parameters
 from localfeat.memory.emulation import AUTOCAST_DTYPES, Emulation, Precision, Target
 from localfeat.memory.step_watch import MemoryShares, StepMemory, StepWatch
+from localfeat.memory.work import WorkCounter
 from localfeat.utils.errors import UserError
 from localfeat.utils.sizes import sides
 
@@ -164,12 +165,12 @@ class _Step:
         del gradients
         hooks = [module.register_forward_pre_hook(watch.module_begins) for module in self.modules]
         try:
-            with watch.tracker:
+            with WorkCounter() as work, watch.tracker:
                 self.run(updates=True, watch=watch)
         finally:
             for hook in hooks:
                 hook.remove()
-        return watch.result()
+        return watch.result(work.flops)
 
     def _states(self) -> Iterator[Tensor]:
         for optimizer in self.optimizers:

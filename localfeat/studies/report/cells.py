@@ -48,7 +48,8 @@ def columns(table: Table) -> list[Column]:
     """Return the columns that apply to this table: without end-to-end rows, no comparison with them."""
     compared, found = bool(table.end_to_end) and len(table.rows) > len(table.end_to_end), list(FIRST)
     found += [VERSUS] if compared else []
-    found += [MEMORY, *([SAVED] if compared else []), *LAST]
+    found += [AT_EQUAL_FLOPS] if any(table.at_equal_flops(row) is not None for row in table.rows) else []
+    found += [MEMORY, *([SAVED] if compared else []), FLOPS, *LAST]
     published = [table.published(row) for row in table.rows]
     if any(figures.accuracy is not None for figures in published):
         found += [PAPER, TO_PAPER]
@@ -118,6 +119,13 @@ def _saved(table: Table, row: Row, notes: Notes) -> Cell:
     return Cell(f"{text} %", tone="" if text == "0.0" else "worse" if share < 0 else "better")
 
 
+def _flops(table: Table, row: Row, notes: Notes) -> Cell:
+    if row.flops is None:
+        return Cell(NOTHING)
+    ratio = table.relative_flops(row)
+    return Cell(f"{row.flops / 1e9:.3g} G" if ratio is None else f"{ratio:.2f} ×")
+
+
 def _speed(table: Table, row: Row, notes: Notes) -> Cell:
     value = row.images_per_second
     return Cell(NOTHING if value is None else f"{value:,.0f}" if value >= 10 else f"{value:.2f}")
@@ -168,8 +176,18 @@ VERSUS = Column(
     "accuracy less that of end-to-end training in the table; coloured beyond two standard errors of the difference",
     lambda table, row, notes: _points(table.to_baseline(row), clear=_clear(row, table.baseline(row))),
 )
+AT_EQUAL_FLOPS = Column(
+    "at equal FLOPs, points",
+    "accuracy less that of end-to-end training for as many FLOPs, interpolated between its numbers of epochs",
+    lambda table, row, notes: _points(table.at_equal_flops(row)),
+)
 MEMORY = Column("memory GiB", "peak of a training step, the most that any seed needed; 1 GiB is 2^30 bytes", _memory)
 SAVED = Column("under e2e", "peak memory saved against end-to-end training in the same table", _saved)
+FLOPS = Column(
+    "FLOPs",
+    "of training an image, forward and backward, by accounting: relative to end-to-end training, or in GFLOPs without",
+    _flops,
+)
 LAST = (
     Column("images/s", "median over epochs, then over seeds; training steps alone", _speed),
     Column("parameters", "backbone + auxiliary parts, which are needed in training only", _parameters),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
@@ -23,6 +24,7 @@ from localfeat.studies.report.settings import (
     settings,
     varying,
 )
+from localfeat.studies.report.work import training_flops
 from localfeat.utils.sizes import in_pixels
 
 NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "stl10": "STL-10", "svhn": "SVHN"}
@@ -92,6 +94,11 @@ class Row:
         found: dict[str, int] = self.runs[0].summary["parameters"]
         return found
 
+    @cached_property
+    def flops(self) -> float | None:
+        """FLOPs of training one image, by accounting."""
+        return training_flops(self.runs[0])
+
     @property
     def epochs(self) -> list[int]:
         """Epochs trained, each number once: early stopping may end seeds at different ones."""
@@ -104,13 +111,14 @@ class Table:
 
     Attributes:
         title: unique within a report.
-        subject: the same without what tells it from other tables.
+        elsewhere: end-to-end rows of tables that differ from this one in the number of epochs only.
     """
 
     number: int
     title: str
     settings: Settings
     rows: tuple[Row, ...]
+    elsewhere: tuple[Row, ...] = ()
 
     @property
     def split(self) -> str:
@@ -142,6 +150,26 @@ class Table:
         other = self.baseline(row)
         return None if other is None else 100 * (row.mean - other.mean)
 
+    def relative_flops(self, row: Row) -> float | None:
+        """Return the FLOPs of training an image, relative to those of the baseline (1 for an end-to-end row)."""
+        other = self.baseline(row) or (row if row.method == "e2e" else None)
+        return None if other is None or not row.flops or not other.flops else row.flops / other.flops
+
+    def at_equal_flops(self, row: Row) -> float | None:
+        """Return the accuracy minus that of end-to-end training for as many FLOPs, in points.
+
+        Between two numbers of epochs at which it was trained its accuracy is interpolated; beyond them there is none.
+        """
+        other, ratio = self.baseline(row), self.relative_flops(row)
+        if other is None or ratio is None:
+            return None
+        wanted = ratio * int(row.settings["epochs"])
+        known = sorted((int(r.settings["epochs"]), r.mean) for r in (other, *self.elsewhere) if _but_epochs(r, other))
+        for (few, low), (many, high) in pairwise(known):
+            if few <= wanted <= many:
+                return 100 * (row.mean - low - (high - low) * (wanted - few) / (many - few))
+        return None
+
     def memory_saved(self, row: Row) -> float | None:
         """Return the share (0 to 1) of the baseline's peak memory that ``row`` saves."""
         other = self.baseline(row)
@@ -158,6 +186,10 @@ class Table:
         """Settings that all rows have, with one value."""
         differing = set(varying([row.settings for row in self.rows]))
         return {key: value for key, value in self.rows[0].settings.items() if key not in differing}
+
+
+def _but_epochs(row: Row, other: Row) -> bool:
+    return not [key for key in varying([row.settings, other.settings]) if key != "epochs"]
 
 
 def _unshared(row: Row, other: Row) -> list[str]:
@@ -186,7 +218,13 @@ def tables(runs: Sequence[Run], order: dict[Path, int] | None = None) -> list[Ta
     shared = [of_table(group[0].settings) for group in found]
     titles = _titles(found, shared)
     numbered = enumerate(zip(titles, shared, found, strict=True), start=1)
-    return [Table(number, title, common, tuple(group)) for number, (title, common, group) in numbered]
+    made = [Table(number, title, common, tuple(group)) for number, (title, common, group) in numbered]
+    return [replace(table, elsewhere=_elsewhere(table, made)) for table in made]
+
+
+def _elsewhere(table: Table, made: Sequence[Table]) -> tuple[Row, ...]:
+    others = (other for other in made if varying([table.settings, other.settings]) == ["epochs"])
+    return tuple(row for other in others for row in other.end_to_end)
 
 
 def _place(run: Run, order: dict[Path, int]) -> tuple[Any, ...]:

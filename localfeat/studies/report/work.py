@@ -1,0 +1,48 @@
+"""The FLOPs of training an image, by accounting: a run's own loop on the meta device."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from localfeat.memory.accounting import step_memory
+from localfeat.run.build import build_learner
+from localfeat.run.configuration import RunConfiguration
+from localfeat.studies.report.runs import Run
+from localfeat.utils.errors import UserError
+
+_MATTERS = ("backbone", "method", "split", "decoder", "efficiency", "image_size", "in_chans", "batch_size", "dataset")
+
+
+def training_flops(run: Run) -> float | None:
+    """Return the FLOPs of an image's training step, or ``None`` if the run's network cannot be built here."""
+    classes = run.summary.get("classes")
+    if not classes:
+        return None
+    key = json.dumps([len(classes), *(run.config.get(name) for name in _MATTERS)], sort_keys=True)
+    if key not in _KNOWN:
+        _KNOWN[key] = _counted(run, len(classes))
+    return _KNOWN[key]
+
+
+_KNOWN: dict[str, float | None] = {}
+
+
+def _counted(run: Run, classes: int) -> float | None:
+    try:
+        configuration = RunConfiguration.from_values(run.config)
+        with torch.device("meta"):
+            learner = build_learner(configuration.without_initial_weights(), classes)
+        found = step_memory(
+            learner,
+            batch_size=configuration.batch_size,
+            image_size=configuration.image_size,
+            target="cuda",
+            precision="32-true",
+            accumulate=1,
+            soft_labels=configuration.dataset.mixes,
+        )
+    except UserError:
+        return None
+    return found.flops / configuration.batch_size
