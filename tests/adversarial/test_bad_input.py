@@ -349,7 +349,7 @@ def test_a_sweep_that_cannot_be_composed_runs_nothing(
     assert call(monkeypatch, "run", "-m", *SHORT, "method=e2e,foo", "output_dir=out") == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("error: method=foo: it is one of auglocal, dgl, e2e, ")
+    assert printed.err.startswith("error: method=foo: it is one of auglocal, deep_supervision, dgl, e2e, ")
     assert {path.name for path in (here / "out").rglob("*") if path.is_file()} == {"multirun.yaml"}
 
 

@@ -172,7 +172,7 @@ LINES = {
     "budget=8GiB json=no/plan.json": "json=no/plan.json: there is no such folder",
     "budget=8GiB json=": "json=: give a file",
     "budget=8GiB epoch=3": "epoch: there is no such key; did you mean epochs?",
-    "budget=8GiB method=foo": "method=foo: it is one of auglocal, dgl, e2e, ",
+    "budget=8GiB method=foo": "method=foo: it is one of auglocal, deep_supervision, dgl, e2e, ",
     "budget=8GiB efficiency=compile": "efficiency.compile=true: ",
     "budget=8GiB split=balanced split.k=9": "split.k=9: this backbone has 4 blocks",
     "budget=8GiB seed=0,1": "seed=0,1: several values make a sweep",

@@ -273,7 +273,7 @@ LINES = {
     "study=mine/study.yaml epoch=3": "epoch: there is no such key; did you mean epochs?",
     "study=mine/study.yaml luncher=joblib": "luncher: there is no such key; did you mean launcher?",
     "study=mine/study.yaml dryy=true": "dryy: there is no such key; did you mean dry?",
-    "study=mine/study.yaml method=foo": "method=foo: it is one of auglocal, dgl, e2e, ",
+    "study=mine/study.yaml method=foo": "method=foo: it is one of auglocal, deep_supervision, dgl, e2e, ",
     "study=": "study=: there is no ",
     "study=mine/study.yaml job=": "job=: ",
     "study=mine/study.yaml seed=": "seed=: give a value",
