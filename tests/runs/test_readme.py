@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning
@@ -70,9 +67,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         formats.write_array_folder(folder / "my_bands", 13, (20, 24))
         formats.write_cifar10(folder / "data")
         formats.write_cifar100(folder / "data", train=1000)
-        (folder / "my_conf" / "method").mkdir(parents=True)
-        (method,) = blocks("yaml")
-        (folder / "my_conf" / "method" / "recon_ce.yaml").write_text(method)
         assert call(patch, "run", *SMALL, "hydra.run.dir=outputs/my_run") == 0
     return folder
 
@@ -143,24 +137,6 @@ def test_library_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert trainer.global_step == trainer.max_epochs
     saved = torch.load(tmp_path / "model.pth", weights_only=True)
     assert torch.equal(saved["patch_embed.proj.weight"], learner.local_modules[0].stem.proj.weight)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_method_is_one_file_and_nothing_else(tmp_path: Path) -> None:
-    """The README's example, put into a copy of the package, trains by its name with a value of its own."""
-    _, _, method, _ = blocks("python")
-    assert len(method.splitlines()) <= 60
-    for name in ("localfeat", "conf"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "localfeat" / "methods" / "toy.py").write_text(f'"""The reader\'s own."""\n\n{method}')
-    typed = ["method=toy", "method.scale=2", "experiment=smoke", "trainer=cpu", "hydra.run.dir=run"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "localfeat.run", *typed]
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    losses = json.loads((tmp_path / "run" / "summary.json").read_text())["module_losses"]
-    assert losses["module_1/loss"] == pytest.approx(2 * losses["module_1/cross_entropy"])
 
 
 def test_public_names_are_those_named() -> None:
