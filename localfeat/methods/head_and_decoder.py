@@ -58,7 +58,7 @@ class HeadAndDecoder(WithDecoder):
             weights["reconstruction"] = site.interpolate(*self.reconstruction_weight)
         outputs = self.projection_dim if self.supervision == "contrast" else site.num_classes
         return LocalObjective(
-            auxiliary=AuxiliaryBlock(site.outputs, self.width),
+            auxiliary=AuxiliaryBlock(site.outputs, self.width, self.kernel),
             head=nn.Sequential(nn.Linear(self.width, self.width), nn.GELU(), nn.Linear(self.width, outputs)),
             decoding=self.decoding(site, decoder),
             loss_slices=site.loss_slices,

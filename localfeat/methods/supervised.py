@@ -29,6 +29,7 @@ class WithDecoder(Method):
         reconstruction_weight: λ at the first and the last local module, linear between.
         supervision_weight: γ at the first and the last local module, a factor of all terms of the head's objective.
         width: channels of the auxiliary block that the decoder reads.
+        kernel: side of that block's convolution, odd.
     """
 
     reconstruct: str | None = None
@@ -36,6 +37,7 @@ class WithDecoder(Method):
     reconstruction_weight: Sequence[float] = (3.0, 1.0)
     supervision_weight: Sequence[float] = (1.0, 1.0)
     width: int = 128
+    kernel: int = 3
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,6 +49,8 @@ class WithDecoder(Method):
                 raise UserError(f"method.{key}={list(pair)}: two weights ≥ 0, at the first and the last local module")
         if self.width <= 0:
             raise UserError(f"method.width={self.width}: it must be above 0")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise UserError(f"method.kernel={self.kernel}: it must be odd and above 0")
 
     @property
     def decodes(self) -> bool:
@@ -91,5 +95,5 @@ class Supervised(WithDecoder):
             return objective
         weight = site.interpolate(*self.reconstruction_weight)
         return ObjectiveWithDecoder(
-            AuxiliaryBlock(site.outputs, self.width), objective, decoding, site.loss_slices, weight
+            AuxiliaryBlock(site.outputs, self.width, self.kernel), objective, decoding, site.loss_slices, weight
         )

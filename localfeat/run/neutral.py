@@ -16,7 +16,7 @@ EARLIER = {
     **{"dataset.mean": None, "dataset.std": None, "dataset.value_range": None},
     "method.detach": True,
     **{"method.reconstruct": None, "method.reconstruction_loss": "mse", "method.reconstruction_weight": (3.0, 1.0)},
-    **{"method.supervision_weight": (1.0, 1.0), "method.width": 128},
+    **{"method.supervision_weight": (1.0, 1.0), "method.width": 128, "method.kernel": 3},
 }
 """Key -> what it was in runs of versions that did not have it."""
 

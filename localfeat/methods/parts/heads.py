@@ -12,18 +12,19 @@ from localfeat.utils.errors import UserError
 
 
 class AuxiliaryBlock(nn.Module):
-    """LayerNorm, then a 3 x 3 convolution to ``width`` channels and GELU (SPEC: F_i).
+    """LayerNorm, then a convolution to ``width`` channels and GELU (SPEC: F_i).
 
     Args:
         shape: the features that the block reads.
         width: channels of its output; not given in the paper (128 here).
+        kernel: side of the convolution, odd; not given in the paper (3 here).
     """
 
-    def __init__(self, shape: FeatureShape, width: int) -> None:
+    def __init__(self, shape: FeatureShape, width: int, kernel: int = 3) -> None:
         super().__init__()
         self.shape = shape
         self.norm = nn.LayerNorm(shape.channels)
-        self.conv = nn.Conv2d(shape.channels, width, kernel_size=3, padding=1)
+        self.conv = nn.Conv2d(shape.channels, width, kernel, padding=kernel // 2)
 
     def forward(self, features: Tensor) -> Tensor:
         """Features in the backbone's layout -> (B, width, H, W)."""

@@ -84,7 +84,7 @@ def unused(found: Settings) -> list[str]:
         return [key for key in found if below(key, groups)]
     if found.get("method.reconstruct") is None:
         groups += ["decoder", "method.reconstruction_loss", "method.reconstruction_weight"]
-        groups += ["method.width"] if own != "HeadAndDecoder" else []
+        groups += ["method.width", "method.kernel"] if own != "HeadAndDecoder" else []
     if found.get("method.supervision", "contrast") != "contrast":
         groups += ["method.temperature", "method.projection_dim"]
     return [key for key in found if below(key, groups)]
