@@ -22,7 +22,7 @@ from localfeat.utils.sizes import sides
 if TYPE_CHECKING:
     from localfeat.learner.module import Learner
 
-__all__ = ["MemoryShares", "StepMemory", "on_meta", "step_memory"]
+__all__ = ["MemoryShares", "StepMemory", "on_meta", "step_flops", "step_memory"]
 
 
 def step_memory(
@@ -76,6 +76,25 @@ def step_memory(
         if accumulate > 1:
             step.run(updates=False)
         return step.record(host_too=target == "cpu", ema=ema)
+
+
+def step_flops(learner: Learner, *, batch_size: int, image_size: int | Sequence[int], soft_labels: bool = False) -> int:
+    """Return the FLOPs of one training step of ``learner``: products, convolutions and attention.
+
+    It runs the learner's own loop on a copy without data, like :func:`step_memory`. Recomputation is counted;
+    what works element by element, augmentation and optimizers are not.
+
+    Args:
+        learner: on any device, the meta device included; it stays as it is.
+        batch_size: images per batch.
+        image_size: side in pixels of the images that the network sees, or height and width.
+        soft_labels: labels are probabilities (B, classes), as under mixup.
+    """
+    shape = channels_of(learner.backbone), *sides(image_size)
+    batch = _Batch(batch_size, shape, None, learner.num_classes if soft_labels else None)
+    with WorkCounter() as work:
+        on_meta(learner).train_modules(batch.send, Tensor.backward, _keep_gradients)
+    return work.flops
 
 
 def on_meta(learner: Learner) -> Learner:
@@ -165,12 +184,12 @@ class _Step:
         del gradients
         hooks = [module.register_forward_pre_hook(watch.module_begins) for module in self.modules]
         try:
-            with WorkCounter() as work, watch.tracker:
+            with watch.tracker:
                 self.run(updates=True, watch=watch)
         finally:
             for hook in hooks:
                 hook.remove()
-        return watch.result(work.flops)
+        return watch.result()
 
     def _states(self) -> Iterator[Tensor]:
         for optimizer in self.optimizers:

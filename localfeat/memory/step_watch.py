@@ -45,12 +45,9 @@ class StepMemory:
     Attributes:
         modules: the shares at every local module's peak. A module's window goes from the start of its forward pass to
             that of the next module's; the first one begins with the preparation of the batch.
-        flops: FLOPs of the step's products, convolutions and attention, recomputation included; augmentation and what
-            works element by element are not counted.
     """
 
     modules: list[MemoryShares]
-    flops: int = 0
 
     @property
     def hungriest(self) -> int:
@@ -69,8 +66,7 @@ class StepMemory:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers for JSON: the total's shares, ``hungriest``, and a list ``modules`` of such shares."""
-        modules = [module.to_dict() for module in self.modules]
-        return {**self.total.to_dict(), "flops": self.flops, "hungriest": self.hungriest, "modules": modules}
+        return {**self.total.to_dict(), "hungriest": self.hungriest, "modules": [m.to_dict() for m in self.modules]}
 
 
 class _Tracker(StorageTracker):
@@ -128,13 +124,13 @@ class StepWatch:
         if record is not None:
             self._kind.setdefault(record, kind)
 
-    def result(self, flops: int) -> StepMemory:
-        """Return the shares at each module's peak, with the step's FLOPs."""
+    def result(self) -> StepMemory:
+        """Return the shares at each module's peak."""
         for record in self.log.records:
             if self._is_activation(record):
                 self._kind.setdefault(record, "activations")
         bounds = [0, *self.starts[1:], self.log.moment]
-        return StepMemory([self._shares(moment) for moment, _ in self.log.peaks(bounds)], flops)
+        return StepMemory([self._shares(moment) for moment, _ in self.log.peaks(bounds)])
 
     def _is_activation(self, record: StorageRecord) -> bool:
         """Tell whether a storage was made before a backward pass of the same module and is alive when that begins."""

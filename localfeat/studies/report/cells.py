@@ -49,7 +49,9 @@ def columns(table: Table) -> list[Column]:
     compared, found = bool(table.end_to_end) and len(table.rows) > len(table.end_to_end), list(FIRST)
     found += [VERSUS] if compared else []
     found += [AT_EQUAL_FLOPS] if any(table.at_equal_flops(row) is not None for row in table.rows) else []
-    found += [MEMORY, *([SAVED] if compared else []), FLOPS, *LAST]
+    found += [MEMORY, *([SAVED] if compared else [])]
+    found += [FLOPS] if any(row.flops is not None for row in table.rows) else []
+    found += LAST
     published = [table.published(row) for row in table.rows]
     if any(figures.accuracy is not None for figures in published):
         found += [PAPER, TO_PAPER]

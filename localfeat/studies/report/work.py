@@ -6,7 +6,7 @@ import json
 
 import torch
 
-from localfeat.memory.accounting import step_memory
+from localfeat.memory.accounting import step_flops
 from localfeat.run.build import build_learner
 from localfeat.run.configuration import RunConfiguration
 from localfeat.studies.report.runs import Run
@@ -34,15 +34,7 @@ def _counted(run: Run, classes: int) -> float | None:
         configuration = RunConfiguration.from_values(run.config)
         with torch.device("meta"):
             learner = build_learner(configuration.without_initial_weights(), classes)
-        found = step_memory(
-            learner,
-            batch_size=configuration.batch_size,
-            image_size=configuration.image_size,
-            target="cuda",
-            precision="32-true",
-            accumulate=1,
-            soft_labels=configuration.dataset.mixes,
-        )
+        size, mixes = configuration.batch_size, configuration.dataset.mixes
+        return step_flops(learner, batch_size=size, image_size=configuration.image_size, soft_labels=mixes) / size
     except UserError:
         return None
-    return found.flops / configuration.batch_size

@@ -14,6 +14,7 @@ from localfeat.studies.report.runs import read_runs
 from tests.helpers.written import written_run
 
 CURVE = [0.5, 0.6]
+TEN = list("abcdefghij")
 LOCAL = ["method=feature_recon", "split=k4"]
 
 
@@ -126,3 +127,31 @@ def test_a_copied_study_keeps_its_rows(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "a", tmp_path / "z" / "b")
     (after,) = tables(read_runs([tmp_path / "z"]))
     assert [(r.label, r.mean, r.std) for r in before.rows] == [(r.label, r.mean, r.std) for r in after.rows]
+
+
+def test_flops_and_the_distance_at_equal_flops(tmp_path: Path) -> None:
+    """A local method of 4 epochs is compared with end-to-end training between its 4 and 8 epochs."""
+    for epochs, accuracy in ((4, 0.60), (8, 0.70)):
+        own = ["dataset=cifar10", "method=e2e", f"epochs={epochs}"]
+        written_run(tmp_path / f"e2e{epochs}", own, CURVE, test_accuracy=accuracy, classes=TEN)
+    for name in ("greedy_ce", "auglocal"):
+        written_run(
+            tmp_path / name, ["dataset=cifar10", f"method={name}", "epochs=4"], CURVE, test_accuracy=0.65, classes=TEN
+        )
+    written_run(
+        tmp_path / "longer", ["dataset=cifar10", "method=greedy_ce", "epochs=8"], CURVE, test_accuracy=0.65, classes=TEN
+    )
+    four, eight = tables(read_runs([tmp_path]))
+    whole, deep, greedy = (next(r for r in four.rows if r.method == m) for m in ("e2e", "auglocal", "greedy_ce"))
+    assert four.relative_flops(whole) == 1 and four.at_equal_flops(whole) is None
+    for row, least, most in ((greedy, 1.05, 1.1), (deep, 1.4, 1.6)):
+        ratio = four.relative_flops(row)
+        assert ratio is not None and least < ratio < most
+        assert four.at_equal_flops(row) == pytest.approx(100 * (0.65 - 0.60 - 0.10 * (4 * ratio - 4) / 4))
+    assert eight.at_equal_flops(next(row for row in eight.rows if row.method == "greedy_ce")) is None
+
+
+def test_a_network_that_cannot_be_built_has_no_flops(tmp_path: Path) -> None:
+    written_run(tmp_path / "a", ["dataset=cifar10", "backbone.name=gone"], CURVE, test_accuracy=0.9, classes=TEN)
+    (found,) = tables(read_runs([tmp_path]))
+    assert found.rows[0].flops is None and found.relative_flops(found.rows[0]) is None
