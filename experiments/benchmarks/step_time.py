@@ -21,13 +21,13 @@ from torch import Tensor
 
 from localfeat.learner.module import Learner
 from localfeat.learner.optimization import undecayed_parameters
+from localfeat.methods.registry import METHODS
 from localfeat.run.build import build_learner
 from localfeat.run.callbacks.throughput import synchronize
 from localfeat.run.composition import composed, plain
 from localfeat.run.configuration import RunConfiguration
 from localfeat.run.summary import environment
 
-METHODS = ("e2e", "greedy_ce", "greedy_contrast", "image_recon", "feature_recon")
 ROUNDS, WARM_UP = 30, 3
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
