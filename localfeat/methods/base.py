@@ -25,7 +25,8 @@ def one_of(key: str, value: object, known: tuple[object, ...]) -> None:
         UserError: the value is unknown; names the key, the value and the known values.
     """
     if value not in known:
-        raise UserError(f"{key}={value}: it is one of {', '.join(str(k) for k in known)}")
+        names = ("null" if k is None else str(k) for k in known)
+        raise UserError(f"{key}={value}: it is one of {', '.join(names)}")
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,12 @@ def register(*, colour: str | None = None, order: int = AFTER_ALL) -> Callable[[
         order: the place in tables and plots.
 
     Raises:
-        ValueError: another method has the name.
+        ValueError: another method has the name, or the class is no dataclass.
     """
 
     def add(method: _M) -> _M:
+        if isinstance(method, type) and "__dataclass_fields__" not in vars(method):
+            raise ValueError(f"decorate {method.__name__} with @dataclass(frozen=True) below @register()")
         made = method if isinstance(method, Method) else method()  # type: ignore[call-arg]
         if made.name in REGISTERED:
             raise ValueError(f"two methods are named {made.name}")

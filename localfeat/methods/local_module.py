@@ -13,7 +13,13 @@ from localfeat.utils.errors import UserError
 
 
 def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """Return a module's loss: the sum of its terms, each times its weight."""
+    """Return a module's loss: the sum of its terms, each times its weight.
+
+    Raises:
+        UserError: the objective's terms are not those that it has weights for.
+    """
+    if terms.keys() != weights.keys():
+        raise UserError(f"an objective's terms are {', '.join(terms)}, and its weights are of {', '.join(weights)}")
     # No product with 1: Inductor drops it, takes the loss for the detached term, and its gradient is gone.
     weighted = [value if weights[name] == 1 else weights[name] * value for name, value in terms.items()]
     return sum(weighted[1:], start=weighted[0])
@@ -68,11 +74,19 @@ class LocalModule(nn.Module):
         return inputs, outputs
 
     def forward(self, x: Tensor, images: Tensor | None, labels: Tensor) -> LocalOutput:
-        """Run the body and the objective; ``x`` is the previous module's detached output, or the images."""
+        """Run the body and the objective; ``x`` is the previous module's detached output, or the images.
+
+        Raises:
+            UserError: the objective returns something else than terms that it has weights for, and logits.
+        """
         objective = self.objective
         with objective.watch():
             inputs, outputs = self.body(x)
-        terms, logits = objective(inputs.detach(), outputs, images, labels)
+        found = objective(inputs.detach(), outputs, images, labels)
+        if not isinstance(found, tuple) or len(found) != 2:
+            name = type(objective).__name__
+            raise UserError(f"{name}.forward returns {type(found).__name__}: return (terms, logits), or (terms, None)")
+        terms, logits = found
         terms = {**terms, **objective.watched_terms()}
         return LocalOutput(
             outputs.detach(),

@@ -48,6 +48,9 @@ MODULES = {
     f"{HEAD}@register()\n@dataclass(frozen=True)\nclass Toy(Method):\n    def build(self, site, decoder): ...\n": (
         r"line 5: TypeError: .*missing 1 required positional argument: 'name'"
     ),
+    f"{HEAD}@register()\nclass Toy(Method):\n    name: str = 'toy'\n    def build(self, site, decoder): ...\n": (
+        r"line 5: ValueError: decorate Toy with @dataclass\(frozen=True\) below @register\(\)"
+    ),
 }
 
 

@@ -28,9 +28,14 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("localfeat", "conf", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
-    for name, text in zip(("toy", "decorrelated"), blocks("python"), strict=True):
+    toy, refusal, decorrelated = blocks("python")
+    for name, text in (("toy", f"{toy}\n{refusal}"), ("decorrelated", decorrelated)):
         assert len(text.splitlines()) <= 60
         (folder / "localfeat" / "methods" / f"{name}.py").write_text(text)
+    cases = folder / "tests" / "laws" / "golden.py"
+    cases.write_text(
+        cases.read_text().replace("CASES = [", 'CASES = [\n    "toy k4 one_layer",\n    "decorrelated k4 one_layer",')
+    )
     (folder / "my_conf" / "method").mkdir(parents=True)
     (own,) = blocks("yaml")
     (folder / "my_conf" / "method" / "recon_ce.yaml").write_text(own)
@@ -52,10 +57,15 @@ def losses(clone: Path, folder: str, *typed: str) -> dict[str, float]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_commands(clone: Path) -> None:
-    first, second, laws, own = [line for block in blocks("bash") for line in block.splitlines()]
+    first, second, record, laws, own = [line for block in blocks("bash") for line in block.splitlines()]
     found = losses(clone, "first", *first.split()[2:])
     assert found["module_1/loss"] == pytest.approx(2 * found["module_1/cross_entropy"])
     assert losses(clone, "second", *second.split()[2:])["module_1/reconstruction"] > 0
+    before = json.loads((ROOT / "tests" / "laws" / "golden_losses.json").read_text())
+    run(clone, *record.split()[2:])
+    recorded = json.loads((clone / "tests" / "laws" / "golden_losses.json").read_text())
+    assert recorded.keys() - before.keys() == {"toy k4 one_layer", "decorrelated k4 one_layer"}
+    assert {case: recorded[case] for case in before} == before
     run(clone, *laws.split()[2:], "-q", "-n", "0")
     assert losses(clone, "own", *own.split()[2:], "experiment=smoke")["module_1/reconstruction"] > 0
 
@@ -66,7 +76,19 @@ def test_the_other_method_trains_and_keeps_the_laws(clone: Path) -> None:
     found = losses(clone, "other", "localfeat.run", "method=decorrelated", "experiment=smoke")
     expected = found["module_1/cross_entropy"] + 0.1 * found["module_1/correlation"]
     assert found["module_1/loss"] == pytest.approx(expected)
-    run(clone, "pytest", "tests/laws", "-k", "decorrelated and not law_3_every_term", "-q", "-n", "0")
+    run(clone, "pytest", "tests/laws", "-k", "decorrelated and not law_8", "-q", "-n", "0")
+
+
+@pytest.mark.slow
+def test_a_wrong_value_is_refused(clone: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "localfeat.run", "method=toy", "method.scale=0"],
+        cwd=clone,
+        env={**os.environ, "PYTHONPATH": str(clone)},
+        capture_output=True,
+        text=True,
+    )
+    assert (ended.returncode, ended.stderr) == (2, "error: method.scale=0.0: it must be above 0\n")
 
 
 @pytest.mark.slow

@@ -94,7 +94,7 @@ def test_auxiliary_block_is_layer_norm_convolution_and_gelu() -> None:
     ("changes", "message"),
     [
         ({"supervision": "ce"}, "method.supervision=ce: it is one of contrast, cross_entropy"),
-        ({"reconstruct": "input"}, "method.reconstruct=input: it is one of None, image, features"),
+        ({"reconstruct": "input"}, "method.reconstruct=input: it is one of null, image, features"),
         ({"reconstruction_loss": "l2"}, "method.reconstruction_loss=l2"),
         ({"reconstruction_weight": (1.0, -1.0)}, "method.reconstruction_weight=[1.0, -1.0]"),
         ({"supervision_weight": (1.0,)}, "method.supervision_weight=[1.0]"),

@@ -98,7 +98,7 @@ def test_averages_are_updated_beside_a_decoder() -> None:
 
 def test_wrong_values_are_refused_in_one_line() -> None:
     for changes, line in (
-        ({"reconstruct": "input"}, "method.reconstruct=input: it is one of None, image, features"),
+        ({"reconstruct": "input"}, "method.reconstruct=input: it is one of null, image, features"),
         ({"supervision_weight": (1.0,)}, r"method.supervision_weight=\[1.0\]: two weights"),
         ({"width": 0}, "method.width=0: it must be above 0"),
     ):
