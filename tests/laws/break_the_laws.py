@@ -48,7 +48,7 @@ LEARNER = "localfeat/learner/module.py"
 SCHEDULE = "localfeat/parallel/sequential.py"
 STEPPING = "localfeat/learner/stepping.py"
 MODULE = "localfeat/methods/local_module.py"
-OBJECTIVE = "localfeat/methods/objective.py"
+OBJECTIVE = "localfeat/methods/objectives/reconstruction.py"
 TESTS_OF_LEARNER = ["tests/unit/learner/test_module.py", "tests/unit/learner/test_precision.py"]
 
 MUTANTS = [
@@ -114,7 +114,21 @@ MUTANTS = [
         "3",
         "supervision trains only its head",
         OBJECTIVE,
-        {"self._supervise(self.head(maps), labels)": "self._supervise(self.head(maps.detach()), labels)"},
+        {"self._supervise(self.head(pooled), labels)": "self._supervise(self.head(pooled.detach()), labels)"},
+    ),
+    Mutant(
+        "decoder",
+        "a decoder beside a head is left out",
+        OBJECTIVE,
+        {"return {**terms, **self.branches(inputs, outputs, images)[1]}, logits": "return terms, logits"},
+        ["tests/unit/methods/test_supervised.py"],
+    ),
+    Mutant(
+        "joint",
+        "the control has cuts",
+        "localfeat/methods/objectives/joint.py",
+        {"            self._features[blocks] = features": "            self._features[blocks] = features.detach()"},
+        ["tests/unit/methods/test_deep_supervision.py"],
     ),
     Mutant("3", "the stem is not trained", MODULE, {"outputs = inputs\n": "outputs = inputs.detach()\n"}),
     Mutant(
