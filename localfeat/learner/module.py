@@ -212,7 +212,7 @@ class Learner(ModulewiseSteps):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> list[Reconstruction]:
-        """Return each decoder's reconstruction of normalised images (B, C, H, W); empty without decoders."""
+        """Return each decoder's reconstruction of normalised images (B, C, H, W); empty without decoders or cuts."""
         found = []
         x = images
         with evaluating(self.backbone), evaluating(self):

@@ -226,7 +226,8 @@ class ModuleCosts:
             return weighted_sum(terms, objective.weights)
 
         outputs = torch.empty_like(self.features[stop])
-        cost = measure_objective(loss, outputs, objective, [inputs, images, labels], self.setting.device())
+        weights = [*self.backbone.parameters(), *self.backbone.buffers()]  # some objectives read other modules'
+        cost = measure_objective(loss, outputs, objective, [inputs, images, labels, *weights], self.setting.device())
         keeping = self.setting.keeping
         persistent = 0 if last else Persistent.of(objective, keeping).total  # the classifier is the backbone's
         return _Objective(

@@ -134,7 +134,7 @@ class Planner:
         """Return the efficiency settings that work with this backbone and the method's decoder.
 
         Raises:
-            UserError: no setting works with them.
+            UserError: no setting works with them, and it is the only method.
         """
         found, refusal = [], None
         for name, settings in self.efficiencies.items():
@@ -143,7 +143,7 @@ class Planner:
                 found.append(name)
             except UserError as error:
                 refusal = error
-        if not found and refusal is not None:
+        if not found and refusal is not None and len(self.methods) == 1:
             raise refusal
         return found
 

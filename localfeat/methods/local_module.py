@@ -13,13 +13,7 @@ from localfeat.utils.errors import UserError
 
 
 def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """Return a module's loss: the sum of its terms, each times its weight.
-
-    Raises:
-        UserError: the objective's terms are not those that it has weights for.
-    """
-    if terms.keys() != weights.keys():
-        raise UserError(f"an objective's terms are {', '.join(terms)}, and its weights are of {', '.join(weights)}")
+    """Return a module's loss: the sum of its terms, each times its weight."""
     # No product with 1: Inductor drops it, takes the loss for the detached term, and its gradient is gone.
     weighted = [value if weights[name] == 1 else weights[name] * value for name, value in terms.items()]
     return sum(weighted[1:], start=weighted[0])
@@ -88,6 +82,9 @@ class LocalModule(nn.Module):
             raise UserError(f"{name}.forward returns {type(found).__name__}: return (terms, logits), or (terms, None)")
         terms, logits = found
         terms = {**terms, **objective.watched_terms()}
+        if terms.keys() != objective.weights.keys():
+            names = ", ".join(terms), ", ".join(objective.weights)
+            raise UserError(f"an objective's terms are {names[0]}, and its weights are of {names[1]}")
         return LocalOutput(
             outputs.detach(),
             weighted_sum(terms, objective.weights),

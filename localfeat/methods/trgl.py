@@ -51,7 +51,9 @@ class Trgl(Supervised):
     def _moved(self, site: Site, objective: Objective) -> Objective:
         from localfeat.methods.parts.watched import transport
 
+        if (watched := transport(site, self.name)) is None:  # a sum over nothing
+            return objective
         halved = self.vary and 2 * site.index >= site.modules
-        objective.watched = transport(site, self.name)
+        objective.watched = watched
         objective.weights = {**objective.weights, "transport": (0.5 if halved else 1.0) / (2 * self.tau)}
         return objective

@@ -83,7 +83,7 @@ class RunFolder:
         config = read_yaml(self.config)
         if not isinstance(config, dict):
             raise UserError(f"{self.config} cannot be read: it holds no keys with values")
-        config = {k: trust.current_group(k, group) if isinstance(group, dict) else group for k, group in config.items()}
+        config = {k: trust.current_group(group) if isinstance(group, dict) else group for k, group in config.items()}
         missing = [group for group in _GROUPS if not isinstance(config.get(group), dict)]
         if missing:
             raise UserError(f"{self} is not the folder of a run: its config.yaml has no {', '.join(missing)}")

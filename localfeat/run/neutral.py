@@ -14,7 +14,7 @@ EARLIER = {
     "split.downsample": "next",
     **{"in_chans": 3, "dataset.in_chans": 3},
     **{"dataset.mean": None, "dataset.std": None, "dataset.value_range": None},
-    "method.detach": True,
+    **{"method.detach": True, "decoder.widths": None},
     **{"method.reconstruct": None, "method.reconstruction_loss": "mse", "method.reconstruction_weight": (3.0, 1.0)},
     **{"method.supervision_weight": (1.0, 1.0), "method.width": 128, "method.kernel": 3},
 }

@@ -45,8 +45,12 @@ _MOVED = {
 }
 """Target in configurations of version 0.1 -> its current name."""
 
-_RENAMED = {"method.target": "reconstruct", "method.local": None, "decoder.hidden_channels": None}
-"""Key of a group in configurations of version 0.1 -> its current name in that group; ``None`` if it is gone."""
+_FAMILY = "localfeat.HeadAndDecoder"
+_RENAMED: dict[Any, dict[str, str | None]] = {
+    _FAMILY: {"target": "reconstruct", "local": None},
+    "localfeat.InterpDecoder": {"hidden_channels": None},
+}
+"""Target -> its keys in configurations of version 0.1 -> their current names; ``None`` if a key is gone."""
 
 _END_TO_END = {"_target_": "localfeat.methods.e2e.EndToEnd", "detach": False}
 """End-to-end training, which was ``local=False`` of another class in version 0.1."""
@@ -59,12 +63,15 @@ def current_name(path: Any) -> Any:
     return _MOVED.get(path, path) if isinstance(path, str) else path
 
 
-def current_group(group: str, values: dict[str, Any]) -> dict[str, Any]:
+def current_group(values: dict[str, Any]) -> dict[str, Any]:
     """Return a group from an earlier version with the current names of its target and of its keys."""
-    if group == "method" and values.get("local") is False:
-        values = {**_END_TO_END, **{key: values[key] for key in ("name", "label_smoothing") if key in values}}
-    named = {_RENAMED.get(f"{group}.{key}", key): value for key, value in values.items()}
-    return {k: current_name(value) if k == "_target_" else value for k, value in named.items() if k is not None}
+    if "_target_" not in values:
+        return values
+    values = {**values, "_target_": current_name(values["_target_"])}
+    if values["_target_"] == _FAMILY and values.get("local") is False:
+        return {**_END_TO_END, **{key: values[key] for key in ("name", "label_smoothing") if key in values}}
+    renamed = _RENAMED.get(values["_target_"], {})
+    return {name: value for key, value in values.items() if (name := renamed.get(key, key)) is not None}
 
 
 def find(path: object, group: str) -> Callable[..., Any]:

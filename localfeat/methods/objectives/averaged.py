@@ -33,7 +33,7 @@ class TwoCopies(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the block; statistics too, counters are taken as they are."""
+        """Move the average towards the block; its statistics, which also see its own batches, too."""
         own, now = self.average.state_dict(keep_vars=True), self._original[0].state_dict(keep_vars=True)
         for name, value in own.items():
             if value.is_floating_point():

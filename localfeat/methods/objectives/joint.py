@@ -44,7 +44,10 @@ class JointObjective(Objective):
         return [own for own in self.objectives if isinstance(own, Objective)]
 
     def passed(self, blocks: int, features: Tensor) -> None:
-        """Keep the features at the cuts, in training."""
+        """Keep the features at the cuts, in training, and let all objectives take note of those of their blocks."""
+        for own, (start, stop) in zip(self._own, pairwise(self.edges), strict=True):
+            if start <= blocks <= stop:
+                own.passed(blocks - start, features)
         if self._watches and blocks in self.edges:
             self._features[blocks] = features
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -169,6 +170,18 @@ class ObjectiveWithDecoder(AuxiliaryObjective):
     ) -> tuple[Terms, Tensor | None]:
         terms, logits = self.head(inputs, outputs, images, labels)
         return {**terms, **self.branches(inputs, outputs, images)[1]}, logits
+
+    def watch(self) -> AbstractContextManager[None]:
+        """Let the other objective watch the body."""
+        return self.head.watch()
+
+    def watched_terms(self) -> Terms:
+        """Return what the other objective watched."""
+        return self.head.watched_terms()
+
+    def passed(self, blocks: int, features: Tensor) -> None:
+        """Let the other objective take note of features."""
+        self.head.passed(blocks, features)
 
     def after_step(self) -> None:
         """Update what the other objective keeps."""

@@ -58,30 +58,41 @@ def mean_square_of_copy(branch: Tensor) -> Tensor:
     return mean_square(branch.clone())
 
 
-def transport(site: Site, method: str) -> Watched:
-    """Return what sums ``mean(r²)`` over the residual branches of the site's blocks (see :func:`branch_ends`)."""
-    in_place = any(isinstance(block, BasicBlock | Bottleneck) for block in site.blocks)
-    return Watched("transport", branch_ends(site, method), mean_square_of_copy if in_place else mean_square)
-
-
-def branch_ends(site: Site, method: str) -> list[nn.Module]:
-    """Return the modules of the site's blocks that end its residual branches, drop-path included.
-
-    timm names them ``drop_path…``; a ResNet's block without drop-path ends its branch in its last BatchNorm.
+def transport(site: Site, method: str) -> Watched | None:
+    """Return what sums ``mean(r²)`` over the residual branches of the site's blocks; ``None`` if they have none.
 
     Raises:
-        UserError: blocks that are recomputed, sliced or compiled: hooks see no graph there.
+        UserError: blocks that are recomputed, sliced or compiled: hooks see no graph there; a network without branches.
     """
     if not site.observable:
         raise UserError(
             f"method={method} reads residual branches, which efficiency.recompute, slices and compile hide: "
             "set efficiency=none or lean"
         )
+    ends = branch_ends(site.blocks)
+    whole = len(site.blocks) + len(site.above) + 1 == len(site.shapes)
+    if whole and not ends and not branch_ends(site.above):
+        raise UserError(f"method={method} reads residual branches, and none are found in this backbone's blocks")
+    in_place = any(isinstance(part, _OF_RESNET) for block in site.blocks for part in block.modules())
+    return Watched("transport", ends, mean_square_of_copy if in_place else mean_square) if ends else None
+
+
+def branch_ends(blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the modules of these blocks that end their residual branches, drop-path included.
+
+    timm names them ``drop_path…``; a ResNet's block without drop-path ends its branch in its attention over channels
+    or, without it, in its last BatchNorm.
+    """
     found = []
-    for block in site.blocks:
-        names = dict(block.named_modules())
-        ends = [module for name, module in names.items() if name.split(".")[-1].startswith("drop_path")]
-        if not ends and isinstance(block, BasicBlock | Bottleneck):
-            ends = [names["bn3" if isinstance(block, Bottleneck) else "bn2"]]
-        found += ends
+    for block in blocks:
+        for name, module in block.named_modules():
+            if name.split(".")[-1].startswith("drop_path"):
+                called = getattr(block.get_submodule(name.rpartition(".")[0]), "has_skip", True)
+                found += [module] if called else []
+            elif isinstance(module, _OF_RESNET) and module.drop_path is None:
+                last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
+                found.append(last if module.se is None else module.se)
     return found
+
+
+_OF_RESNET = (BasicBlock, Bottleneck)  # they add to the branch in place

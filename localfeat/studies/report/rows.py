@@ -151,20 +151,22 @@ class Table:
         return None if other is None else 100 * (row.mean - other.mean)
 
     def relative_flops(self, row: Row) -> float | None:
-        """Return the FLOPs of training an image, relative to those of the baseline (1 for an end-to-end row)."""
-        other = self.baseline(row) or (row if row.method == "e2e" else None)
-        return None if other is None or not row.flops or not other.flops else row.flops / other.flops
+        """Return the FLOPs of training an image, relative to the least that end-to-end training takes in the table."""
+        least = min((other.flops for other in self.end_to_end if other.flops), default=None)
+        return None if least is None or row.flops is None else row.flops / least
 
     def at_equal_flops(self, row: Row) -> float | None:
         """Return the accuracy minus that of end-to-end training for as many FLOPs, in points.
 
-        Between two numbers of epochs at which it was trained its accuracy is interpolated; beyond them there is none.
+        Between two numbers of epochs at which it was trained its accuracy is interpolated; beyond them there is none,
+        nor where training ended early or was limited to a number of batches.
         """
-        other, ratio = self.baseline(row), self.relative_flops(row)
-        if other is None or ratio is None:
+        other, ratio, epochs = self.baseline(row), self.relative_flops(row), _whole_epochs(row)
+        if other is None or ratio is None or epochs is None:
             return None
-        wanted = ratio * int(row.settings["epochs"])
-        known = sorted((int(r.settings["epochs"]), r.mean) for r in (other, *self.elsewhere) if _but_epochs(r, other))
+        wanted = ratio * epochs
+        alike = [r for r in (other, *self.elsewhere) if _but_epochs(r, other)]
+        known = sorted((count, r.mean) for r in alike if (count := _whole_epochs(r)) is not None)
         for (few, low), (many, high) in pairwise(known):
             if few <= wanted <= many:
                 return 100 * (row.mean - low - (high - low) * (wanted - few) / (many - few))
@@ -186,6 +188,15 @@ class Table:
         """Settings that all rows have, with one value."""
         differing = set(varying([row.settings for row in self.rows]))
         return {key: value for key, value in self.rows[0].settings.items() if key not in differing}
+
+
+def _whole_epochs(row: Row) -> int | None:
+    """Return how often a row's runs saw all images; ``None`` if they ended early or counted batches."""
+    epochs, limits = row.settings["epochs"], (row.settings.get(f"trainer.{key}") for key in _LIMITS)
+    return int(epochs) if row.epochs == [epochs] and all(limit in (None, 1.0, -1) for limit in limits) else None
+
+
+_LIMITS = ("limit_train_batches", "max_steps")
 
 
 def _but_epochs(row: Row, other: Row) -> bool:

@@ -58,7 +58,11 @@ def below(key: str, keys: Sequence[str]) -> bool:
 
 def settings(run: Run) -> Settings:
     """Everything that can change the results of ``run`` but the seed; what its method does not use is left out."""
-    found = {key: value for key, value in {**EARLIER, **flat(run.config)}.items() if not below(key, WITHOUT_EFFECT)}
+    own = flat(run.config)
+    had = {key: value for key, value in EARLIER.items() if key not in own}
+    if not str(own.get("decoder._target_")).endswith("InterpDecoder"):
+        had.pop("decoder.widths", None)  # of that decoder alone
+    found = {key: value for key, value in {**own, **had}.items() if not below(key, WITHOUT_EFFECT)}
     found = {key: _class(value) if key.endswith("_target_") else value for key, value in found.items()}
     for key in unused(found):
         del found[key]

@@ -17,8 +17,9 @@ _MATTERS = ("backbone", "method", "split", "decoder", "efficiency", "image_size"
 
 def training_flops(run: Run) -> float | None:
     """Return the FLOPs of an image's training step, or ``None`` if the run's network cannot be built here."""
-    classes = run.summary.get("classes")
-    if not classes:
+    classes, decoder = run.summary.get("classes"), run.config["decoder"]
+    other_decoder = str(decoder["_target_"]).endswith("InterpDecoder") and "widths" not in decoder  # of version 0.1
+    if not classes or other_decoder:
         return None
     key = json.dumps([len(classes), *(run.config.get(name) for name in _MATTERS)], sort_keys=True)
     if key not in _KNOWN:

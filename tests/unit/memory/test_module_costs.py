@@ -55,6 +55,7 @@ CASES += [
         ("greedy_linear", ("none", "checkpoint")),
         ("auglocal", ("lean", "checkpoint")),
         ("trgl", ("none", "lean")),
+        ("lookahead", ("none", "lean")),
     )
     for name in names
 ]

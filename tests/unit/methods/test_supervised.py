@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,7 +12,10 @@ from torch import Tensor
 
 from localfeat.efficiency.settings import Efficiency
 from localfeat.learner.module import Learner
+from localfeat.methods.objective import HeadObjective, Objective
+from localfeat.methods.parts.heads import NormMeanLinear
 from localfeat.methods.registry import METHODS, as_method
+from localfeat.methods.site import Site
 from localfeat.methods.supervised import Supervised
 from localfeat.utils.errors import UserError
 from tests.helpers.small import batch, gradients, learner, loader, trainer
@@ -104,3 +108,30 @@ def test_wrong_values_are_refused_in_one_line() -> None:
     ):
         with pytest.raises(UserError, match=line):
             as_method("auglocal", **changes)
+
+
+class Noting(HeadObjective):
+    """Keeps what passes, as an objective of a user's own may."""
+
+    def passed(self, blocks: int, features: Tensor) -> None:
+        self.noted = [*([] if blocks == 0 else self.noted), (blocks, tuple(features.shape))]
+
+
+@dataclass(frozen=True)
+class Own(Supervised):
+    name: str = "own"
+
+    def supervise(self, site: Site) -> Objective:
+        return Noting(NormMeanLinear(site.outputs, site.num_classes), 0.0)
+
+
+@pytest.mark.parametrize("reconstruct", [None, "features"])
+def test_an_objective_of_ones_own_notes_what_passes(reconstruct: str | None) -> None:
+    seen = []
+    for detach in (True, False):
+        model = learner(Own(reconstruct=reconstruct, detach=detach), [1, 3])
+        model.train_modules(lambda: batch(4), Tensor.backward, lambda index: None)
+        own = [m.objective for m in model.local_modules] if detach else [*model.local_modules[0].objective.objectives]
+        seen.append([(o if reconstruct is None else o.head).noted for o in own[:2]])
+    assert seen[0] == seen[1]
+    assert [[blocks for blocks, _ in noted] for noted in seen[0]] == [[0, 1], [0, 1, 2]]

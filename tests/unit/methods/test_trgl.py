@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
 import torch
 
 from localfeat.efficiency.settings import Efficiency
+from localfeat.learner.module import Learner
 from localfeat.methods.parts.watched import mean_square
 from localfeat.utils.errors import UserError
 from tests.helpers.small import batch, disturbed, learner
@@ -63,3 +65,29 @@ def test_branches_that_are_computed_again_are_refused(efficiency: Efficiency) ->
     with pytest.raises(UserError, match="method=trgl reads residual branches") as error:
         learner("trgl", 2, efficiency=efficiency)
     assert "\n" not in str(error.value)
+
+
+def test_a_network_without_residual_branches_is_refused() -> None:
+    network = timm.create_model("vgg11", num_classes=3)
+    with pytest.raises(UserError, match=r"^method=trgl reads residual branches, and none are found in this backbone"):
+        Learner(network, "trgl", 2, image_size=64)
+
+
+def test_a_module_without_a_branch_has_no_transport() -> None:
+    network = timm.create_model("efficientnet_b0", num_classes=3)
+    model = Learner(network, "trgl", [1, 2, 3, 4, 5], image_size=64)
+    terms = [set(module.objective.weights) for module in model.local_modules]
+    assert {"cross_entropy"} in terms and {"cross_entropy", "transport"} in terms
+    images = torch.randn(2, 3, 64, 64)
+    for module in model.local_modules:
+        output = module(images, images, torch.tensor([0, 1]))
+        output.loss.backward()
+        images = output.features
+
+
+def test_the_branch_ends_after_attention_over_channels() -> None:
+    network = timm.create_model("seresnet18", num_classes=3)
+    model = Learner(network, "trgl", 2, image_size=64)
+    watched = model.local_modules[0].objective.watched
+    assert watched is not None
+    assert {type(end).__name__ for end in watched.modules} == {"SEModule"}

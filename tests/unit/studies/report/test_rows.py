@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from statistics import stdev
+from typing import Any
 
 import pytest
 
@@ -133,13 +134,21 @@ def test_flops_and_the_distance_at_equal_flops(tmp_path: Path) -> None:
     """A local method of 4 epochs is compared with end-to-end training between its 4 and 8 epochs."""
     for epochs, accuracy in ((4, 0.60), (8, 0.70)):
         own = ["dataset=cifar10", "method=e2e", f"epochs={epochs}"]
-        written_run(tmp_path / f"e2e{epochs}", own, CURVE, test_accuracy=accuracy, classes=TEN)
+        written_run(tmp_path / f"e2e{epochs}", own, [0.5] * epochs, test_accuracy=accuracy, classes=TEN)
     for name in ("greedy_ce", "auglocal"):
         written_run(
-            tmp_path / name, ["dataset=cifar10", f"method={name}", "epochs=4"], CURVE, test_accuracy=0.65, classes=TEN
+            tmp_path / name,
+            ["dataset=cifar10", f"method={name}", "epochs=4"],
+            [0.5] * 4,
+            test_accuracy=0.65,
+            classes=TEN,
         )
     written_run(
-        tmp_path / "longer", ["dataset=cifar10", "method=greedy_ce", "epochs=8"], CURVE, test_accuracy=0.65, classes=TEN
+        tmp_path / "longer",
+        ["dataset=cifar10", "method=greedy_ce", "epochs=8"],
+        [0.5] * 8,
+        test_accuracy=0.65,
+        classes=TEN,
     )
     four, eight = tables(read_runs([tmp_path]))
     whole, deep, greedy = (next(r for r in four.rows if r.method == m) for m in ("e2e", "auglocal", "greedy_ce"))
@@ -155,3 +164,25 @@ def test_a_network_that_cannot_be_built_has_no_flops(tmp_path: Path) -> None:
     written_run(tmp_path / "a", ["dataset=cifar10", "backbone.name=gone"], CURVE, test_accuracy=0.9, classes=TEN)
     (found,) = tables(read_runs([tmp_path]))
     assert found.rows[0].flops is None and found.relative_flops(found.rows[0]) is None
+
+
+def test_recomputation_counts_as_work(tmp_path: Path) -> None:
+    """Also of an end-to-end row: the reference is the one with the least work."""
+    for name, own in (("plain", []), ("again", ["efficiency=checkpoint"])):
+        more = ["dataset=cifar10", "method=e2e", *own]
+        written_run(tmp_path / name, more, CURVE, test_accuracy=0.6, classes=TEN)
+    (found,) = tables(read_runs([tmp_path]))
+    again, plain = sorted((found.relative_flops(row) or 0 for row in found.rows), reverse=True)
+    assert plain == 1 and 1.2 < again < 1.4
+
+
+def test_nothing_is_interpolated_where_training_was_cut_short(tmp_path: Path) -> None:
+    for name, own in (
+        ("short", ["method=e2e", "epochs=2"]),
+        ("long", ["method=e2e", "epochs=50", "callbacks.early_stopping=1"]),
+        ("local", ["method=greedy_ce", "epochs=2"]),
+    ):
+        figures: dict[str, Any] = {"classes": TEN, "test_accuracy": 0.6}
+        written_run(tmp_path / name, ["dataset=cifar10", *own], CURVE, **figures)
+    found = tables(read_runs([tmp_path]))
+    assert all(table.at_equal_flops(row) is None for table in found for row in table.rows)
