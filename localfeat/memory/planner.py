@@ -139,7 +139,8 @@ class Planner:
         found, refusal = [], None
         for name, settings in self.efficiencies.items():
             try:
-                self.costs(method, settings, self.workload.batch_size).module(0, 1)
+                first = 1 if self.methods[method].local else self.blocks
+                self.costs(method, settings, self.workload.batch_size).module(0, first)
                 found.append(name)
             except UserError as error:
                 refusal = error

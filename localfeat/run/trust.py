@@ -46,7 +46,7 @@ _MOVED = {
 """Target in configurations of version 0.1 -> its current name."""
 
 _FAMILY = "localfeat.HeadAndDecoder"
-_RENAMED: dict[Any, dict[str, str | None]] = {
+_RENAMED: dict[str, dict[str, str | None]] = {
     _FAMILY: {"target": "reconstruct", "local": None},
     "localfeat.InterpDecoder": {"hidden_channels": None},
 }
@@ -70,7 +70,7 @@ def current_group(values: dict[str, Any]) -> dict[str, Any]:
     values = {**values, "_target_": current_name(values["_target_"])}
     if values["_target_"] == _FAMILY and values.get("local") is False:
         return {**_END_TO_END, **{key: values[key] for key in ("name", "label_smoothing") if key in values}}
-    renamed = _RENAMED.get(values["_target_"], {})
+    renamed = _RENAMED.get(str(values["_target_"]), {})
     return {name: value for key, value in values.items() if (name := renamed.get(key, key)) is not None}
 
 

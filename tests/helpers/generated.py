@@ -138,6 +138,7 @@ KEYS = {
     "method.supervision_weight": WEIGHTS,
     "method.temperature": ABOVE_0,
     "method.width": _whole(_of(8, 16), 0, -1),
+    "method.kernel": _whole(_of(1, 3), 0, -1, 2),
     "method.projection_dim": _whole(_of(8, 16), 0, -1),
     "method.label_smoothing": _number(_of("0", "0.1"), "1", "-0.1"),
     "decoder.widths": Key(_of("[8]", "[16,8,4]"), _of("[]", "[8,0]", "[1.5]", "3", "null", "[a]")),

@@ -15,8 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from omegaconf import OmegaConf
+from torch.utils.flop_counter import FlopCounterMode
 
+from localfeat.run.build import build_learner
+from localfeat.run.configuration import RunConfiguration
+from localfeat.run.folder import RunFolder
 from tests.helpers.documents import Cells, Document
 
 PAPER = {  # SPEC's tables, copied by hand: (accuracy, memory saved)
@@ -168,12 +173,37 @@ def _published_memory(text: str, runs: Runs, rest: Rest) -> bool:
     return close(text, runs[0].paper[1], "%")
 
 
+@functools.cache
+def _flops(folder: Path) -> float | None:
+    """FLOPs of an image by torch's own counter over a real step; ``None`` for runs that were only written."""
+    run = Raw(folder)
+    if not run.summary.get("classes"):
+        return None
+    configuration = RunConfiguration.from_values(RunFolder(folder).read_config())
+    learner, size = build_learner(configuration, len(run.summary["classes"])), configuration.batch_size
+    batch = torch.randn(size, 3, *[configuration.image_size] * 2), torch.arange(size) % 2
+    with FlopCounterMode(display=False) as counter:
+        learner.train_modules(lambda: batch, torch.Tensor.backward, lambda index: None)
+    return counter.get_total_flops() / size
+
+
+def flops(runs: Runs) -> float | None:
+    return _flops(runs[0].folder)
+
+
+def relative_flops(runs: Runs, rest: Rest) -> float | None:
+    whole = [found for label, own in rest.items() if label.startswith("e2e") and (found := flops(own)) is not None]
+    found = flops(runs)
+    return None if not whole or found is None else found / min(whole)
+
+
 CELLS: dict[str, Callable[[str, Runs, Rest], bool]] = {
     "K": lambda text, runs, rest: int(text) == runs[0].modules == len(runs[0].summary["split"]),
     "accuracy %": _accuracy,
     "vs e2e, points": lambda text, runs, rest: close(text, _versus(runs, rest)),
     "memory GiB": lambda text, runs, rest: close(text, peak(runs) / 2**30),
     "under e2e": lambda text, runs, rest: close(text, saved(runs, rest), "%"),
+    "FLOPs": lambda text, runs, rest: close(text, relative_flops(runs, rest), "×"),
     "images/s": lambda text, runs, rest: close(text, speed(runs)),
     "parameters": _parameters,
     "epochs": lambda text, runs, rest: {int(text)} == {run.summary["epochs"] for run in runs},
@@ -326,6 +356,9 @@ OF_ROW: dict[str, Callable[[Runs, Rest], Any]] = {
     "peak_memory_bytes": lambda runs, rest: peak(runs),
     "memory_saved": lambda runs, rest: None if saved(runs, rest) is None else saved(runs, rest) / 100,  # type: ignore
     "images_per_second": lambda runs, rest: speed(runs),
+    "flops_per_image": lambda runs, rest: flops(runs),
+    "relative_flops": relative_flops,
+    "points_to_e2e_at_equal_flops": lambda runs, rest: None,
     "backbone_parameters": lambda runs, rest: runs[0].summary["parameters"]["backbone"],
     "auxiliary_parameters": lambda runs, rest: runs[0].summary["parameters"]["auxiliary"],
     "epochs": lambda runs, rest: runs[0].summary["epochs"],

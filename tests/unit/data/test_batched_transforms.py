@@ -29,9 +29,9 @@ def preparation(augmentation: str = "none", size: int | tuple[int, int] = 16, **
 
 
 @settings(max_examples=30, deadline=None)
-@given(height=st.integers(1, 40), width=st.integers(2, 40), size=st.tuples(st.integers(1, 48), st.integers(1, 48)))
+@given(height=st.integers(1, 40), width=st.integers(2, 40), size=st.tuples(st.integers(1, 48), st.integers(2, 48)))
 def test_resize_is_antialiased_bicubic(height: int, width: int, size: tuple[int, int]) -> None:
-    """Of images one pixel wide torch's own resizing is wrong (it reads another layout)."""
+    """Of and to images one pixel wide torch's own resizing is wrong (it reads another layout)."""
     images = pictures(2, height, width).float()
     expected = reference.resize(images, list(size), interpolation=BICUBIC, antialias=True).clamp(0, 255)
     torch.testing.assert_close(batched.resize(images, size), expected, atol=2e-3, rtol=0)
