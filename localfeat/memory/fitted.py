@@ -67,6 +67,8 @@ class Fitted:
         return None
 
     def _cost(self, limit: float, start: int, stop: int) -> float | None:
+        if not self.planner.methods[self.method].local and stop - start < self.planner.blocks:
+            return None  # there is no such module
         count = self._needed(limit, start, stop)
         return None if count is None else self.planner.work(self._variants(start, stop)[count])
 

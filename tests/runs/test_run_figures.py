@@ -43,6 +43,7 @@ TERMS = {
     "feature_recon": ["contrast", "reconstruction"],
     "image_recon_ce": ["cross_entropy", "reconstruction"],
     "feature_recon_ce": ["cross_entropy", "reconstruction"],
+    "deep_supervision": [f"{term}_{cut}" for cut in (1, 2, 3) for term in ("cross_entropy", "reconstruction")],
     "greedy_linear": ["cross_entropy"],
     "trgl": ["cross_entropy", "transport"],
     "auglocal": ["cross_entropy"],
@@ -174,9 +175,10 @@ def plain_accuracy(folder: Path, split: str, weights: dict[str, Tensor]) -> tupl
 )
 def test_law_7_no_unknown_figure_is_logged(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw_nothing(monkeypatch)
-    modules = 1 if method == "e2e" else 4
+    modules = 4 if METHODS[method].local else 1
     terms = [["loss", *TERMS[method]]] * (modules - 1)
     terms += [["loss", "cross_entropy", *(["transport"] if method == "trgl" else [])]]
+    terms[0] += TERMS[method] if modules == 1 else []
     expected = KNOWN | {f"train/module_{n}/{term}" for n, names in enumerate(terms, start=1) for term in names}
     expected |= {f"memory/module_{n}_peak_gib" for n in range(1, modules + 1)}
     summary = small_run(tmp_path, f"method={method}", "epochs=1")

@@ -20,8 +20,8 @@ def similarity(x: Tensor) -> Tensor:
     themselves; all are centred over the channels of their image.
     """
     if x.dim() == 4:
-        pixels = x.flatten(2)
-        x = (pixels.var(2) + EPS).sqrt() if pixels.shape[2] > 1 else pixels[..., 0]  # sqrt's gradient at 0 is infinite
+        one = x.shape[2] == x.shape[3] == 1
+        x = x[..., 0, 0] if one else (x.var((2, 3)) + EPS).sqrt()  # whose gradient at 0 would be infinite
     x = x - x.mean(1, keepdim=True)
     x = x / (x.norm(dim=1, keepdim=True) + EPS)
     return x @ x.T
