@@ -71,8 +71,8 @@ def settings(run: Run) -> Settings:
     found["split.of.accuracy"] = run.split
     found[BLOCKS] = run.blocks
     if found.get("method.detach") is False and found["method._target_"] != "EndToEnd":  # one module with several losses
-        found |= {key: value for key, value in flat(run.config).items() if below(key, ["split"])}
-    found["split.downsample"] = flat(run.config).get("split.downsample", EARLIER["split.downsample"])
+        found |= {key: value for key, value in own.items() if below(key, ["split"])}
+    found["split.downsample"] = own.get("split.downsample", EARLIER["split.downsample"])
     return found
 
 
